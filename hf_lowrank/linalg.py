@@ -1,0 +1,247 @@
+"""fp32 kernels on matrices seen wide, (..., m, n): bases, signs, sampling, norms.
+
+Legend: G gradient (..., m, n) · P basis (..., m, r) · C change of basis (..., r, r) · U left singular vectors (..., m, k) ·
+sigma singular values (..., k), descending. Every function accepts leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+BLOCK = 2**20
+"""Elements of the largest fp32 copy made of a low-precision weight or gradient."""
+
+
+def blocks(shape: torch.Size, dim: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) along `dim` so that each block holds at most `BLOCK` elements (at least one slice)."""
+    size = shape[dim]
+    length = max(1, BLOCK * size // max(1, shape.numel()))
+    for start in range(0, size, length):
+        yield start, min(length, size - start)
+
+
+def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a private generator whose stream is a function of `key` alone (never the global generator)."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def project(P: Tensor, G: Tensor) -> Tensor:
+    """Return P^T G in fp32, (..., r, n). A gradient of lower precision is cast one block of columns at a time."""
+    if G.dtype == P.dtype:
+        return P.mT @ G
+    R = torch.empty(*G.shape[:-2], P.shape[-1], G.shape[-1], dtype=P.dtype, device=G.device)
+    for block in blocks(G.shape, -1):
+        R.narrow(-1, *block).copy_(P.mT @ G.narrow(-1, *block).to(P.dtype))
+    return R
+
+
+def add_product_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+    """W <- beta W + alpha P Z, written in place with no temporary of W's size."""
+    if W.dim() == 2:
+        W.addmm_(P, Z, beta=beta, alpha=alpha)
+    else:
+        W.flatten(0, -3).baddbmm_(P.flatten(0, -3), Z.flatten(0, -3), beta=beta, alpha=alpha)
+
+
+def column_squared_norms(G: Tensor) -> Tensor:
+    """Return ||G_j||^2 of every column, (..., n), in fp32, with one block of columns as the only temporary."""
+    norms = torch.empty(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
+    for block in blocks(G.shape, -1):
+        norms.narrow(-1, *block).copy_(G.narrow(-1, *block).float().square().sum(-2))
+    return norms
+
+
+def squared_norm(G: Tensor) -> Tensor:
+    """Return ||G||_F^2 of every matrix in the batch, (...,), in fp32."""
+    return column_squared_norms(G).sum(-1)
+
+
+def all_finite(tensors: list[Tensor]) -> list[bool]:
+    """Tell which tensors have a finite sum of squares, with one transfer to the host for all of them.
+
+    A sum of squares that overflows counts as not finite: it would overflow the second moment too.
+    """
+    if not tensors:
+        return []
+    sums = [torch.dot(x.reshape(-1), x.reshape(-1)).float() for x in tensors]
+    return torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()  # type: ignore[no-any-return]
+
+
+def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all left singular vectors U (..., m, k) and values sigma (..., k), k = min(m, n), from the smaller Gram matrix.
+
+    The eigenvectors of G G^T are U and its eigenvalues sigma^2. Should the fp32 decomposition fail, it is repeated in
+    float64, then replaced by an SVD, then by an SVD on the CPU. A tall G goes through G^T G and U = G V / sigma.
+
+    Raises:
+        ValueError: if every one of them fails, which a finite gradient does not cause.
+    """
+    G = G.float()
+    attempts = (
+        lambda: _gram_eigh(G),
+        lambda: _gram_eigh(G.double()),
+        lambda: svd_basis(G),
+        lambda: svd_basis(G.cpu()),
+    )
+    for attempt in attempts:
+        try:
+            U, sigma = attempt()
+        except (torch.linalg.LinAlgError, NotImplementedError, TypeError):  # not converged; no float64 on the device
+            continue
+        if torch.isfinite(U).all() and torch.isfinite(sigma).all():
+            return U.to(G), sigma.to(G)
+    raise ValueError(f"no decomposition of a gradient of shape {tuple(G.shape)} succeeded; is it finite?")
+
+
+def _gram_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigendecomposition of the Gram matrix on the short side of G."""
+    wide = G.shape[-2] <= G.shape[-1]
+    values, vectors = torch.linalg.eigh(G @ G.mT if wide else G.mT @ G)
+    sigma, vectors = values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+    return (vectors if wide else orthonormalize(G @ vectors)), sigma
+
+
+def svd_basis(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all left singular vectors and values of G by a full singular value decomposition."""
+    U, sigma, _ = torch.linalg.svd(G.float(), full_matrices=False)
+    return U, sigma
+
+
+def range_finder(G: Tensor, r: int, gen: torch.Generator, *, oversample: int = 8, iterations: int = 2) -> tuple[Tensor, Tensor]:
+    """Randomized SVD: leading r left singular vectors and values of G.
+
+    References:
+        Halko, Martinsson, Tropp: Finding structure with randomness (2011), algorithms 4.4 and 5.1.
+    """
+    G = G.float()
+    k = min(r + oversample, *G.shape[-2:])
+    sketch = torch.randn(*G.shape[:-2], G.shape[-1], k, generator=gen).to(G)
+    Q = orthonormalize(G @ sketch)
+    for _ in range(iterations):
+        Q = orthonormalize(G @ orthonormalize(G.mT @ Q))
+    U, sigma = gram_basis(Q.mT @ G)
+    return Q @ U[..., :r], sigma[..., :r]
+
+
+def power_step(G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """One block power iteration on G G^T warm-started at P; directions rotated to the leading ones within the new span.
+
+    Returns:
+        The new basis (..., m, r), orthonormal, and the singular values of its projection of G, (..., r).
+    """
+    G = G.float()
+    Q = orthonormalize(G @ (G.mT @ P))
+    U, sigma = gram_basis(Q.mT @ G)
+    return Q @ U, sigma
+
+
+def orthonormalize(X: Tensor) -> Tensor:
+    """Return an orthonormal basis of X's columns (Householder QR; Cholesky-QR loses 1e-3 in fp32)."""
+    return torch.linalg.qr(X)[0]
+
+
+def uniform_stiefel(shape: torch.Size, gen: torch.Generator) -> Tensor:
+    """Draw an orthonormal (..., m, r) matrix uniformly (Haar): QR of a Gaussian with the signs of diag(R) fixed."""
+    Q, R = torch.linalg.qr(torch.randn(shape, generator=gen))
+    return Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+
+
+def align_signs(new: Tensor, old: Tensor | None) -> Tensor:
+    """Flip columns of a basis so that diag(new^T old) >= 0; with no old basis, so that each largest entry is positive.
+
+    Singular vectors are defined up to sign. Moments that are kept across a refresh belong to a slot, so a sign that
+    flips at random would turn them around.
+    """
+    if old is None:
+        pivot = new.gather(-2, new.abs().argmax(-2, keepdim=True))
+    else:
+        pivot = (new * old).sum(-2, keepdim=True)
+    return new * torch.where(pivot < 0, -1.0, 1.0)
+
+
+def gumbel_top_r(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
+    """Draw r of k indices without replacement with probability proportional to `weights`, sorted ascending.
+
+    Sequential draws without replacement follow the Plackett-Luce law, which is that of the r largest values of
+    log(weight) + Gumbel noise. Where fewer than r weights are positive, all of those are taken and the rest is filled
+    with the first of the others.
+
+    Args:
+        weights: (..., k), non-negative.
+        r: number of draws, at most k.
+        gen: CPU generator; the draw is the same on every device and rank.
+
+    Returns:
+        Indices (..., r), int64.
+    """
+    uniform = torch.rand(weights.shape, generator=gen, dtype=torch.float64).clamp_min_(torch.finfo(torch.float64).tiny)
+    noise = -torch.log(-torch.log(uniform))
+    filler = -1e30 - torch.arange(weights.shape[-1], dtype=torch.float64) * 1e25
+    logs = weights.double().cpu().log()
+    keys = torch.where(logs.isneginf(), filler, logs + noise)
+    return keys.topk(r, dim=-1).indices.sort(-1).values.to(weights.device)
+
+
+def take_columns(U: Tensor, index: Tensor) -> Tensor:
+    """Return the columns `index` (..., r) of U (..., m, k) as (..., m, r)."""
+    return U.gather(-1, index.unsqueeze(-2).expand(*U.shape[:-1], index.shape[-1]))
+
+
+def overlap(C: Tensor) -> Tensor:
+    """Return ||U^T V||_F^2 / r for the change of basis C = U^T V, averaged over the batch.
+
+    References:
+        I3S, arXiv 2502.05790, section 4.4, eq. 3.
+    """
+    return C.square().sum((-2, -1)).mean() / C.shape[-1]
+
+
+def rewrite_(W: Tensor, update_: Callable[[Tensor, int, int], None], gen: torch.Generator | None, *, dim: int) -> None:
+    """Let `update_(block, start, length)` change an fp32 image of W in place.
+
+    An fp32 weight is its own image, in one piece; one of lower precision is cast in blocks along `dim`, and rounded back.
+    """
+    if W.dtype == torch.float32:
+        update_(W, 0, W.shape[dim])
+        return
+    for start, length in blocks(W.shape, dim):
+        target = W.narrow(dim, start, length)
+        image = target.float()
+        update_(image, start, length)
+        round_(target, image, gen)
+
+
+def round_(target: Tensor, value: Tensor, gen: torch.Generator | None) -> None:
+    """Write fp32 `value` into a bf16 or fp16 `target`: stochastically with a generator, else to nearest.
+
+    The expectation of the written number is `value`, and a value that the format can hold is written exactly.
+    """
+    if gen is None:
+        target.copy_(value)
+        return
+    if target.dtype == torch.bfloat16:
+        dropped = 16
+    elif target.dtype == torch.float16:
+        dropped = 13
+    else:
+        target.copy_(value)
+        return
+    bits = value.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << dropped, bits.shape, dtype=torch.int32, device=bits.device, generator=gen)
+    rounded = ((bits + noise) >> dropped << dropped).view(torch.float32)
+    if dropped == 13:  # below 2^-14 fp16 has a fixed grid of 2^-24
+        grid = torch.floor(value * 2.0**24 + noise / (1 << dropped)) * 2.0**-24
+        rounded = torch.where(value.abs() < 2.0**-14, grid, rounded)
+    target.copy_(rounded)
+
+
+def column_norms(R: Tensor) -> Tensor:
+    """Return the Euclidean norm of every column of R (..., r, n), (..., n). (torch's own is several times slower.)"""
+    return R.square().sum(-2).sqrt()

@@ -1,0 +1,198 @@
+"""The table of methods, and how a name with options becomes parts. Reading the table's texts needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from hf_lowrank import options as opt
+
+
+if TYPE_CHECKING:
+    from hf_lowrank.parts import Moments, Reconstruction, Subspace
+
+KINDS = ("subspace", "moments", "reconstruction")
+
+TRANSPORTS = ("keep", "rotate", "rotate_variance", "rotate_variance_complete", "reset")
+"""What can happen to the moments at a refresh: nothing; M <- C M; the same and V transported; the same with the lost
+mass completed; both zeroed with their step count."""
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """Options of every group."""
+
+    seed: int = opt.integer(0, minimum=0, help="seed of the private generators")
+    correct_bias: bool = opt.flag(True, help="Adam's bias correction")
+    stochastic_rounding: bool = opt.flag(True, help="write bf16/fp16 weights by stochastic rounding, else to nearest")
+
+
+@dataclass(frozen=True)
+class LowRankOptions:
+    """Options of every group of matrices."""
+
+    rank: float = opt.rank(128, help="dimension of the subspace; clamped to the matrix's short side")
+    update_proj_gap: int = opt.integer(200, minimum=1, help="steps between refreshes of the subspace")
+    scale: float = opt.number(0.25, above=0.0, help="factor alpha on the low-rank update")
+    proj_type: str = opt.choice(
+        "std", "paper", "reverse_std", "left", "right", help="which side of the weight is projected"
+    )
+    on_refresh: str = opt.choice(*TRANSPORTS, help="what happens to the moments at a refresh")
+    stagger: bool = opt.flag(False, help="spread the refreshes of the matrices evenly over the interval")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table. A part is the name of a registered one or an instance of a class of your own.
+
+    Attributes:
+        subspace, moments, reconstruction: the parts.
+        summary: what it is, in one line.
+        paper: where it comes from.
+        state: elements of state per m x n matrix (m <= n) at rank r.
+        defaults: options whose default differs from the common one.
+        free: whether the parts may be chosen by options (the row `lowrank`).
+    """
+
+    subspace: str | Subspace
+    moments: str | Moments
+    reconstruction: str | Reconstruction
+    summary: str
+    paper: str
+    state: str = "mr + 2nr"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    free: bool = False
+
+
+_GALORE = "arXiv 2403.03507"
+_I3S = "arXiv 2502.05790"
+_FIRA = "arXiv 2410.01623"
+
+METHODS: dict[str, Method] = {
+    "galore_dominant_adamw": Method(
+        "dominant", "adam", "project", "GaLore: Adam in the leading singular vectors of the gradient", _GALORE
+    ),
+    "galore_i3s_adamw": Method(
+        "i3s", "adam", "project", "GaLore-I3S (SARA): singular vectors sampled with weight sigma", _I3S
+    ),
+    "galore_hybrid_adamw": Method(
+        "hybrid", "adam", "project", "the first r0 singular vectors, the others uniform; M rotated at a refresh", _I3S
+    ),
+    "galore_uniform_adamw": Method(
+        "uniform", "adam", "project", "singular vectors sampled uniformly", f"{_I3S}, section 4.5"
+    ),
+    "galore_random_adamw": Method(
+        "random", "adam", "project", "uniformly random subspace, blind to the gradient", "arXiv 2410.11289"
+    ),
+    "fira_adamw": Method(
+        "dominant", "adam", "fira", "Fira: GaLore plus the scaled, limited residual", _FIRA, "mr + 2nr + 1"
+    ),
+    "fira_i3s_adamw": Method("i3s", "adam", "fira", "Fira in an I3S subspace", f"{_I3S}; {_FIRA}", "mr + 2nr + 1"),
+    "lowrank": Method(
+        "dominant", "adam", "project", "any parts by name: subspace=, moments=, reconstruction=", "-", free=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A method with its options filled in; its repr is the configuration."""
+
+    subspace: Subspace
+    moments: Moments
+    reconstruction: Reconstruction
+
+
+def find(name: str) -> Method:
+    """Return the row of a method.
+
+    Raises:
+        ValueError: if there is no such method; the nearest name is suggested.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{opt.suggest(name, METHODS)}")
+    return METHODS[name]
+
+
+def parts(name: str, options: Mapping[str, Any]) -> Parts:
+    """Build the parts of a method from options; keys that belong to no part are left to others.
+
+    Args:
+        name: a key of METHODS.
+        options: typed values, for instance a parameter group.
+    """
+    method = find(name)
+    chosen = {kind: options.get(kind) if method.free else None for kind in KINDS}
+    made = {kind: _prototype(kind, chosen[kind] or getattr(method, kind)) for kind in KINDS}
+    return Parts(**{kind: _fill(prototype, options) for kind, prototype in made.items()})
+
+
+def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> dict[str, Any]:
+    """Return every option of a group, typed, with defaults where `given` has none.
+
+    Args:
+        name: a key of METHODS.
+        given: the options that the user set, as values or text.
+        low_rank: False for a group of dense parameters.
+
+    Raises:
+        ValueError: for an option that does not exist (or does not apply) and for a value that is not valid.
+    """
+    method, what = find(name), f"optimizer {name}"
+    result: dict[str, Any] = {}
+    owners: list[Any] = [SharedOptions, *([LowRankOptions] if low_rank else [])]
+    if method.free:
+        choices = _free_schema()
+        result = {k: opt.parse(k, given.get(k, getattr(method, k)), choices, what=what) for k in choices}
+    built = parts(name, result)
+    owners += [built.moments, *([built.subspace, built.reconstruction] if low_rank else [])]
+    schema = opt.schema(*owners)
+    valid = {**schema, **(_free_schema() if method.free else {})}
+    for key in given:
+        opt.parse(key, given[key], valid, what=what)
+    defaults = {"on_refresh": built.subspace.on_refresh, **method.defaults}
+    for key, item in schema.items():
+        default = defaults.get(key, _default(item, key, built))
+        result[key] = opt.parse(key, given.get(key, default), schema, what=what)
+    return result
+
+
+def _default(item: Field[Any], key: str, built: Parts) -> Any:
+    """Return an option's default: that of the part's instance where a part declares it."""
+    for part in (built.subspace, built.moments, built.reconstruction):
+        if hasattr(part, key) and key in {f.name for f in fields(part)}:  # type: ignore[arg-type]
+            return getattr(part, key)
+    return item.default
+
+
+def _fill(prototype: Any, options: Mapping[str, Any]) -> Any:
+    return replace(prototype, **{f.name: options[f.name] for f in fields(prototype) if f.name in options})
+
+
+def _prototype(kind: str, part: Any) -> Any:
+    return _registry(kind)[part]() if isinstance(part, str) else part
+
+
+def _free_schema() -> dict[str, Field[Any]]:
+    """Return the options of `lowrank`: its parts by name."""
+    return {kind: opt.choice(*sorted(_registry(kind)), help=f"which {kind}") for kind in KINDS}
+
+
+def dense_options() -> set[str]:
+    """Return the names of the options that dense parameters have: the shared ones and those of the moments."""
+    owners = [SharedOptions, *_registry("moments").values()]
+    return {item.name for owner in owners for item in fields(owner)}
+
+
+def _registry(kind: str) -> dict[str, type[Any]]:
+    """Return the parts of one kind by name, having imported every file of its folder."""
+    from hf_lowrank import parts as base
+
+    package = importlib.import_module(f"hf_lowrank.{kind if kind == 'moments' else kind + 's'}")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    owner: Any = getattr(base, kind.capitalize())
+    return owner.registry  # type: ignore[no-any-return]

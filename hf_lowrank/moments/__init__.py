@@ -1,0 +1,1 @@
+"""Running statistics of the projected gradient, one file each."""

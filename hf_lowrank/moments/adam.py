@@ -1,0 +1,146 @@
+"""Adam's two moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from hf_lowrank import linalg
+from hf_lowrank.moments.transport import rotated_variance
+from hf_lowrank.parts import Context, Moments
+from hf_lowrank.state import Slot, Slots, State
+
+
+NO_CORRECTION = 1e9  # a step count at which 1 - beta^t is 1 in floating point
+
+
+@dataclass(frozen=True)
+class Adam(Moments, name="adam"):
+    """M <- b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R∘R;  N = M / (sqrt(V) + eps sqrt(1 - b2^t)).
+
+    With the bias correction c_t = sqrt(1 - b2^t) / (1 - b1^t) outside, c_t N is exactly torch.optim.AdamW's direction.
+
+    References:
+        Adam, arXiv 1412.6980, Algorithm 1; GaLore, arXiv 2403.03507, Algorithm 2.
+
+    Differs from the authors' code: GaLore and Fira add eps to the uncorrected sqrt(V); here it sits where torch puts
+    it. Moments are fp32 whatever the weights are.
+    """
+
+    def slots(self, shape: tuple[int, ...]) -> Slots:
+        """See `Moments.slots`."""
+        return {"exp_avg": Slot(shape, "moment"), "exp_avg_sq": Slot(shape, "variance")}
+
+    def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
+        """See `Moments.update`."""
+        N = torch.zeros_like(R)
+        _adamw_([N], [R], [s], [ctx], lr=-1 / self.step_scale(ctx), weight_decay=0.0)
+        return N
+
+    def step_scale(self, ctx: Context) -> float:
+        """See `Moments.step_scale`."""
+        if not ctx.correct_bias:
+            return 1.0
+        return sqrt(1 - ctx.beta2**ctx.moment_step) / (1 - ctx.beta1**ctx.moment_step)
+
+    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        """See `Moments.transport_`."""
+        M, V = s["exp_avg"], s["exp_avg_sq"]
+        if how == "reset":
+            M.zero_()
+            V.zero_()
+            s["moment_step"].zero_()
+        elif how != "keep":
+            rotated = C @ M
+            if how != "rotate":
+                V.copy_(rotated_variance(C, M, rotated, V, complete=how == "rotate_variance_complete", ctx=ctx))
+            M.copy_(rotated)
+
+    def dense_step_(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], contexts: Sequence[Context]
+    ) -> None:
+        """Step fp32 tensors in one fused call, those of lower precision in blocks of rows."""
+        lr, weight_decay = contexts[0].lr, contexts[0].weight_decay
+        whole = [i for i, w in enumerate(weights) if w.dtype == torch.float32]
+        _adamw_(*([x[i] for i in whole] for x in (weights, grads, states, contexts)), lr=lr, weight_decay=weight_decay)
+        for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
+            if W.dtype == torch.float32:
+                continue
+            W, G, s = (torch.atleast_1d(W), torch.atleast_1d(G), {k: torch.atleast_1d(s[k]) for k in self.slots(())})
+
+            def update_(block: Tensor, start: int, length: int, G=G, s=s, ctx=ctx) -> None:  # type: ignore[no-untyped-def]
+                part = {name: x.narrow(0, start, length) for name, x in s.items()}
+                _adamw_([block], [G.narrow(0, start, length).float()], [part], [ctx], lr=lr, weight_decay=weight_decay)
+
+            linalg.rewrite_(W, update_, ctx.rounding(W.device), dim=0)
+
+
+def _adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    contexts: Sequence[Context],
+    *,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step of fp32 tensors, by torch's fused kernel where the device has one."""
+    fused = []
+    for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
+        M, V = s["exp_avg"], s["exp_avg_sq"]
+        if has_fused_kernel(W.device) and W.is_contiguous():
+            fused.append((W, G.contiguous(), M, V, _bias_step(ctx)))
+            continue
+        t = _bias_step(ctx)
+        M.lerp_(G, 1 - ctx.beta1)
+        V.mul_(ctx.beta2).addcmul_(G, G, value=1 - ctx.beta2)
+        denominator = V.sqrt().div_(sqrt(1 - ctx.beta2**t)).add_(ctx.eps)
+        W.mul_(1 - lr * weight_decay).addcdiv_(M, denominator, value=-lr / (1 - ctx.beta1**t))
+    for device in {W.device for W, *_ in fused}:
+        here = [x for x in fused if x[0].device == device]
+        # one step tensor per distinct count: made on the device, so that nothing waits for it
+        steps = {t: torch.full((), t, dtype=torch.float32, device=device) for *_, t in here}
+        torch._fused_adamw_(  # type: ignore[call-overload]
+            *([x[i] for x in here] for i in range(4)),
+            [],
+            [steps[t] for *_, t in here],
+            lr=lr,
+            beta1=contexts[0].beta1,
+            beta2=contexts[0].beta2,
+            weight_decay=weight_decay,
+            eps=contexts[0].eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _bias_step(ctx: Context) -> float:
+    return float(ctx.moment_step) if ctx.correct_bias else NO_CORRECTION
+
+
+@lru_cache
+def has_fused_kernel(device: torch.device) -> bool:
+    """Tell whether torch's fused AdamW kernel runs on `device`: tried once on one element."""
+    one = [torch.zeros(1, device=device) for _ in range(4)]
+    step = torch.ones((), device=device)
+    try:
+        torch._fused_adamw_(  # type: ignore[call-overload]
+            *([x] for x in one),
+            [],
+            [step],
+            lr=0.0,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1.0,
+            amsgrad=False,
+            maximize=False,
+        )
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True

@@ -1,0 +1,126 @@
+"""Typed options: a dataclass field is an option, its metadata says what values are valid. Needs no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, field, fields
+from math import isfinite
+from typing import Any
+
+
+def integer(default: int | None, *, minimum: int, help: str) -> Any:
+    """Declare an integer option of at least `minimum`; the default None means 'derived from other options'."""
+    return _option(default, lambda v: _whole(v), lambda v: v >= minimum, f"an integer >= {minimum}", help)
+
+
+def number(default: float, *, above: float, help: str) -> Any:
+    """Declare a finite real option greater than `above`."""
+    return _option(default, float, lambda v: isfinite(v) and v > above, f"a number > {above:g}", help)
+
+
+def choice(*values: str, help: str) -> Any:
+    """Declare an option that is one of `values`; the first is the default."""
+    return _option(values[0], str, lambda v: v in values, "one of " + ", ".join(values), help)
+
+
+def flag(default: bool, *, help: str) -> Any:
+    """Declare a true/false option."""
+    return _option(default, _boolean, lambda v: True, "true or false", help)
+
+
+def rank(default: float, *, help: str) -> Any:
+    """Declare a rank: an integer >= 1, or a decimal below 1 as a fraction of the short side."""
+    return _option(
+        default, _rank, lambda v: v > 0, "an integer >= 1, or a decimal < 1 as a fraction of the short side", help
+    )
+
+
+def _option(default: Any, parse: Callable[[Any], Any], valid: Callable[[Any], bool], expected: str, help: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "valid": valid, "expected": expected, "help": help})
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+        raise ValueError
+    return int(value)
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    return words[str(value).lower()]
+
+
+def _rank(value: Any) -> float | int:
+    number = float(value)
+    if isinstance(value, bool) or not isfinite(number) or (number >= 1 and number != int(number)):
+        raise ValueError
+    return int(number) if number >= 1 else number
+
+
+def schema(*owners: Any) -> dict[str, Field[Any]]:
+    """Return the option fields of several dataclasses by name.
+
+    Raises:
+        TypeError: if two of them declare the same name.
+    """
+    found: dict[str, Field[Any]] = {}
+    for owner in owners:
+        for item in fields(owner):
+            if item.name in found:
+                raise TypeError(f"option {item.name!r} is declared by two parts of one method")
+            found[item.name] = item
+    return found
+
+
+def parse(name: str, value: Any, options: Mapping[str, Field[Any]], *, what: str) -> Any:
+    """Return `value` as the type of option `name`.
+
+    Args:
+        name: option to set.
+        value: a Python value, or text as it comes from the command line.
+        options: the valid options.
+        what: whose options they are, for the message.
+
+    Raises:
+        ValueError: if the option does not exist (the nearest name is suggested) or the value is not valid.
+    """
+    if name not in options:
+        raise ValueError(f"{what} has no option {name!r}{suggest(name, options)}")
+    meta = options[name].metadata
+    if value is None and options[name].default is None:
+        return None
+    try:
+        parsed = meta["parse"](value)
+        good = bool(meta["valid"](parsed))
+    except (ValueError, TypeError, KeyError, OverflowError):
+        good = False
+    if not good:
+        raise ValueError(f"{what}: option {name} must be {meta['expected']}, got {value!r}")
+    return parsed
+
+
+def suggest(word: str, valid: Iterable[str]) -> str:
+    """Return '; did you mean ...? Valid: ...' for an error message."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(word, names, n=1)
+    return (f"; did you mean {near[0]!r}?" if near else ".") + f" Valid: {', '.join(names) or 'none'}"
+
+
+def split_assignments(text: str | None) -> dict[str, str]:
+    """Read `k=v,k=v` as TrainingArguments.optim_args spells it.
+
+    Raises:
+        ValueError: if an item has no '=' or a key comes twice.
+    """
+    found: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in (text or "").split(","))):
+        key, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"optim_args: {item!r} is not of the form option=value (options are separated by commas)")
+        if key in found:
+            raise ValueError(f"optim_args: {key} is given twice")
+        found[key] = value
+    return found

@@ -1,0 +1,73 @@
+"""The residual of the gradient, scaled like the subspace and limited in growth: Fira."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowrank import linalg
+from hf_lowrank.options import choice, number
+from hf_lowrank.parts import Context, Reconstruction, Update
+from hf_lowrank.state import Slot, Slots, State
+
+
+NO_RESIDUAL = 1e-5
+"""Share of the gradient's squared norm under which the residual is rounding noise and counts as none."""
+
+
+@dataclass(frozen=True)
+class Fira(Reconstruction, name="fira"):
+    """U = alpha P N + phi(S), S the residual of the gradient, phi_j = ||N_j|| / ||R_j|| per column, growth limited.
+
+    Three forms, written with L = max(||S_t|| / ||S_{t-1}||, limiter) / limiter and c_t the bias correction:
+
+    * `released` (default, the authors' code): U = alpha P N + phi (G - alpha P R) / L
+    * `i3s` (as the I3S paper prints it): U = alpha P N + phi (G - P R) / L
+    * `paper` (as the Fira paper prints it): U = alpha (P N + phi (G - P R) / L), phi and L from the corrected N
+
+    All are U = P Z + G diag(d): two matrix products, no residual is ever formed. Its column norms follow from
+    ||G_j - a P R_j||^2 = ||G_j||^2 - (2a - a^2) ||R_j||^2 for orthonormal P.
+
+    References:
+        Fira, arXiv 2410.01623, Algorithm 1; I3S, arXiv 2502.05790, section 2.2.
+
+    Differs from the authors' code: a residual that is rounding noise leaves the limiter unset instead of locking it
+    (growth of 1 % a step from zero takes some 1850 steps to recover), and nothing waits for the device.
+    """
+
+    fira_form: str = choice("released", "i3s", "paper", help="which of the three published forms")
+    limiter: float = number(1.01, above=1.0, help="largest growth of the residual's norm from one step to the next")
+
+    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int) -> Slots:
+        """See `Reconstruction.slots`: the limited norm of the last residual, 0 while unset."""
+        return {"residual_norm": Slot(batch, "exact")}
+
+    def combine(self, s: State, G: Tensor, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
+        """See `Reconstruction.combine`."""
+        within = ctx.scale if self.fira_form == "released" else 1.0  # share of P R that the residual leaves out
+        if R.shape[-2] == G.shape[-2] and within == 1.0:  # r = m: no residual
+            return Update(N.mul_(ctx.scale))
+        eps = ctx.eps if self.fira_form == "paper" else 1e-8
+        corrected = c_t if self.fira_form == "paper" else 1.0
+        r_squared = R.square().sum(-2)
+        g_squared = linalg.column_squared_norms(G)
+        residual = (g_squared - (2 * within - within**2) * r_squared).clamp_min_(0)
+        phi = linalg.column_norms(N) * corrected / (r_squared.sqrt() + eps)
+        phi = phi / self._limit_(s["residual_norm"], phi, residual, g_squared).unsqueeze(-1) / corrected
+        if self.fira_form == "released":
+            Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale)
+            return Update(Z, phi)
+        if self.fira_form == "i3s":
+            return Update(N.mul_(ctx.scale).addcmul_(R, phi.unsqueeze(-2), value=-1), phi)
+        return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale), phi * ctx.scale)
+
+    def _limit_(self, last: Tensor, phi: Tensor, residual: Tensor, g_squared: Tensor) -> Tensor:
+        """Return L (...,), infinite where there is no residual, and store the limited norm."""
+        norm = (phi.square() * residual).sum(-1).sqrt()
+        growth = (norm / (last + 1e-8)).clamp_min(self.limiter) / self.limiter
+        L = torch.where(last > 0, growth, 1.0)
+        none = residual.sum(-1) <= NO_RESIDUAL * g_squared.sum(-1)
+        last.copy_(torch.where(none, last, norm / L))
+        return torch.where(none, torch.inf, L)

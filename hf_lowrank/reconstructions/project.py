@@ -1,0 +1,23 @@
+"""The plain way back: GaLore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_lowrank.parts import Context, Reconstruction, Update
+from hf_lowrank.state import State
+
+
+@dataclass(frozen=True)
+class Project(Reconstruction, name="project"):
+    """U = alpha P N.
+
+    References:
+        GaLore, arXiv 2403.03507, Algorithm 2; I3S, arXiv 2502.05790, eq. 1.
+    """
+
+    def combine(self, s: State, G: Tensor, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
+        """See `Reconstruction.combine`."""
+        return Update(N.mul_(ctx.scale))

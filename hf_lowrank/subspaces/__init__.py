@@ -1,0 +1,1 @@
+"""Rules that choose a subspace, one file each."""

@@ -1,0 +1,42 @@
+"""The leading singular vectors of the gradient: GaLore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_lowrank import linalg
+from hf_lowrank.options import choice
+from hf_lowrank.parts import Context, Subspace
+
+
+@dataclass(frozen=True)
+class Dominant(Subspace, name="dominant"):
+    """P = U[:, :r], the r leading left singular vectors of the gradient at the refresh.
+
+    References:
+        GaLore, arXiv 2403.03507, Algorithm 2.
+
+    Differs from the authors' code: the vectors come from the Gram matrix G G^T instead of a full SVD (the same vectors,
+    a fraction of the time), and their signs are aligned with the basis before.
+    """
+
+    refresh: str = choice(
+        "gram",
+        "svd",
+        "randomized",
+        "power",
+        help="gram: exact, eigenvectors of G G^T; svd: exact, full SVD; randomized: range finder with two power "
+        "iterations; power: one step warm-started at the old basis (the first basis is exact)",
+    )
+
+    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """See `Subspace.choose`."""
+        r = P.shape[-1]
+        if self.refresh == "randomized":
+            return linalg.range_finder(G, r, ctx.generator())
+        if self.refresh == "power" and ctx.refreshes:
+            return linalg.power_step(G, P)
+        U, sigma = linalg.svd_basis(G) if self.refresh == "svd" else linalg.gram_basis(G)
+        return U[..., :r], sigma
