@@ -1,4 +1,7 @@
-"""Low-rank optimizers as one flag of the Hugging Face Trainer. Importing this imports neither torch nor transformers."""
+"""Low-rank optimizers as one flag of the Hugging Face Trainer.
+
+The public names load on first use: importing this imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,71 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from hf_lowrank.callback import LowRankCallback
+    from hf_lowrank.groups import param_groups, target_parameters
     from hf_lowrank.methods import METHODS, Method
     from hf_lowrank.optimizer import LowRankOptimizer
+    from hf_lowrank.parts import Context, Moments, Reconstruction, Subspace, Update
+    from hf_lowrank.state import Slot
+    from hf_lowrank.trainer import LowRankTrainer, optimizer_cls_and_kwargs, register, unregister
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "METHODS": "hf_lowrank.methods",
-    "Method": "hf_lowrank.methods",
-    "LowRankOptimizer": "hf_lowrank.optimizer",
+    "METHODS": "methods",
+    "Method": "methods",
+    "LowRankOptimizer": "optimizer",
+    "param_groups": "groups",
+    "target_parameters": "groups",
+    "optimizer_cls_and_kwargs": "trainer",
+    "register": "trainer",
+    "unregister": "trainer",
+    "LowRankTrainer": "trainer",
+    "LowRankCallback": "callback",
+    "Subspace": "parts",
+    "Moments": "parts",
+    "Reconstruction": "parts",
+    "Update": "parts",
+    "Context": "parts",
+    "Slot": "state",
 }
 
-__all__ = ["__version__", *_LAZY]
+__all__ = [
+    "METHODS",
+    "Context",
+    "LowRankCallback",
+    "LowRankOptimizer",
+    "LowRankTrainer",
+    "Method",
+    "Moments",
+    "Reconstruction",
+    "Slot",
+    "Subspace",
+    "Update",
+    "__version__",
+    "optimizer_cls_and_kwargs",
+    "param_groups",
+    "register",
+    "target_parameters",
+    "unregister",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'hf_lowrank' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    return getattr(import_module(f"hf_lowrank.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Register the optimizers: `%load_ext hf_lowrank`."""
+    import_module("hf_lowrank.trainer").register()
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """Undo it: `%unload_ext hf_lowrank`."""
+    import_module("hf_lowrank.trainer").unregister()

@@ -1,7 +1,7 @@
 """fp32 kernels on matrices seen wide, (..., m, n): bases, signs, sampling, norms.
 
-Legend: G gradient (..., m, n) · P basis (..., m, r) · C change of basis (..., r, r) · U left singular vectors (..., m, k) ·
-sigma singular values (..., k), descending. Every function accepts leading batch dimensions.
+Legend: G gradient (..., m, n) · P basis (..., m, r) · C change of basis (..., r, r) · U left singular vectors (..., m,
+k) · sigma singular values (..., k), descending. Every function accepts leading batch dimensions.
 """
 
 from __future__ import annotations
@@ -71,11 +71,12 @@ def all_finite(tensors: list[Tensor]) -> list[bool]:
     if not tensors:
         return []
     sums = [torch.dot(x.reshape(-1), x.reshape(-1)).float() for x in tensors]
-    return torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()  # type: ignore[no-any-return]
+    return torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()
 
 
 def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all left singular vectors U (..., m, k) and values sigma (..., k), k = min(m, n), from the smaller Gram matrix.
+    """Return all left singular vectors U (..., m, k) and values sigma (..., k), k = min(m, n), from the smaller Gram
+    matrix.
 
     The eigenvectors of G G^T are U and its eigenvalues sigma^2. Should the fp32 decomposition fail, it is repeated in
     float64, then replaced by an SVD, then by an SVD on the CPU. A tall G goes through G^T G and U = G V / sigma.
@@ -84,7 +85,7 @@ def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: if every one of them fails, which a finite gradient does not cause.
     """
     G = G.float()
-    attempts = (
+    attempts: tuple[Callable[[], tuple[Tensor, Tensor]], ...] = (
         lambda: _gram_eigh(G),
         lambda: _gram_eigh(G.double()),
         lambda: svd_basis(G),
@@ -93,7 +94,7 @@ def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
     for attempt in attempts:
         try:
             U, sigma = attempt()
-        except (torch.linalg.LinAlgError, NotImplementedError, TypeError):  # not converged; no float64 on the device
+        except (RuntimeError, NotImplementedError, TypeError):  # not converged; no float64 on the device
             continue
         if torch.isfinite(U).all() and torch.isfinite(sigma).all():
             return U.to(G), sigma.to(G)
@@ -114,7 +115,9 @@ def svd_basis(G: Tensor) -> tuple[Tensor, Tensor]:
     return U, sigma
 
 
-def range_finder(G: Tensor, r: int, gen: torch.Generator, *, oversample: int = 8, iterations: int = 2) -> tuple[Tensor, Tensor]:
+def range_finder(
+    G: Tensor, r: int, gen: torch.Generator, *, oversample: int = 8, iterations: int = 2
+) -> tuple[Tensor, Tensor]:
     """Randomized SVD: leading r left singular vectors and values of G.
 
     References:
@@ -131,7 +134,8 @@ def range_finder(G: Tensor, r: int, gen: torch.Generator, *, oversample: int = 8
 
 
 def power_step(G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
-    """One block power iteration on G G^T warm-started at P; directions rotated to the leading ones within the new span.
+    """One block power iteration on G G^T warm-started at P; directions rotated to the leading ones within the new
+    span.
 
     Returns:
         The new basis (..., m, r), orthonormal, and the singular values of its projection of G, (..., r).
@@ -144,11 +148,13 @@ def power_step(G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
 
 def orthonormalize(X: Tensor) -> Tensor:
     """Return an orthonormal basis of X's columns (Householder QR; Cholesky-QR loses 1e-3 in fp32)."""
-    return torch.linalg.qr(X)[0]
+    Q: Tensor = torch.linalg.qr(X)[0]
+    return Q
 
 
 def uniform_stiefel(shape: torch.Size, gen: torch.Generator) -> Tensor:
     """Draw an orthonormal (..., m, r) matrix uniformly (Haar): QR of a Gaussian with the signs of diag(R) fixed."""
+    Q: Tensor
     Q, R = torch.linalg.qr(torch.randn(shape, generator=gen))
     return Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
@@ -159,10 +165,7 @@ def align_signs(new: Tensor, old: Tensor | None) -> Tensor:
     Singular vectors are defined up to sign. Moments that are kept across a refresh belong to a slot, so a sign that
     flips at random would turn them around.
     """
-    if old is None:
-        pivot = new.gather(-2, new.abs().argmax(-2, keepdim=True))
-    else:
-        pivot = (new * old).sum(-2, keepdim=True)
+    pivot = new.gather(-2, new.abs().argmax(-2, keepdim=True)) if old is None else (new * old).sum(-2, keepdim=True)
     return new * torch.where(pivot < 0, -1.0, 1.0)
 
 
@@ -206,7 +209,8 @@ def overlap(C: Tensor) -> Tensor:
 def rewrite_(W: Tensor, update_: Callable[[Tensor, int, int], None], gen: torch.Generator | None, *, dim: int) -> None:
     """Let `update_(block, start, length)` change an fp32 image of W in place.
 
-    An fp32 weight is its own image, in one piece; one of lower precision is cast in blocks along `dim`, and rounded back.
+    An fp32 weight is its own image, in one piece; one of lower precision is cast in blocks along `dim`, and rounded
+    back.
     """
     if W.dtype == torch.float32:
         update_(W, 0, W.shape[dim])

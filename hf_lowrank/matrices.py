@@ -11,8 +11,8 @@ PROJ_TYPES = ("std", "paper", "reverse_std", "left", "right")
 def is_transposed(rows: int, columns: int, proj_type: str) -> bool:
     """Tell whether the wide view of a (rows, columns) weight is its transpose.
 
-    `std` puts the short side first and sends square weights right (transposed), as all released code does; `paper` sends
-    them left; `reverse_std` puts the long side first; `left` and `right` do not look at the shape.
+    `std` puts the short side first and sends square weights right (transposed), as all released code does; `paper`
+    sends them left; `reverse_std` puts the long side first; `left` and `right` do not look at the shape.
     """
     return {
         "std": rows >= columns,
@@ -25,7 +25,8 @@ def is_transposed(rows: int, columns: int, proj_type: str) -> bool:
 
 def wide(tensor: Tensor, proj_type: str) -> Tensor:
     """Return the view (..., m, n) of a weight or gradient; leading dimensions (experts) are a batch of matrices."""
-    return tensor.mT if is_transposed(*tensor.shape[-2:], proj_type) else tensor
+    rows, columns = tensor.shape[-2:]
+    return tensor.mT if is_transposed(rows, columns, proj_type) else tensor
 
 
 def clamp_rank(rank: float, m: int, n: int) -> int:

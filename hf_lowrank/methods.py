@@ -162,8 +162,9 @@ def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> d
 
 def _default(item: Field[Any], key: str, built: Parts) -> Any:
     """Return an option's default: that of the part's instance where a part declares it."""
-    for part in (built.subspace, built.moments, built.reconstruction):
-        if hasattr(part, key) and key in {f.name for f in fields(part)}:  # type: ignore[arg-type]
+    owners: tuple[Any, ...] = (built.subspace, built.moments, built.reconstruction)
+    for part in owners:
+        if key in {f.name for f in fields(part)}:
             return getattr(part, key)
     return item.default
 
@@ -183,7 +184,7 @@ def _free_schema() -> dict[str, Field[Any]]:
 
 def dense_options() -> set[str]:
     """Return the names of the options that dense parameters have: the shared ones and those of the moments."""
-    owners = [SharedOptions, *_registry("moments").values()]
+    owners: list[Any] = [SharedOptions, *_registry("moments").values()]
     return {item.name for owner in owners for item in fields(owner)}
 
 

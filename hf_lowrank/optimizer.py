@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import inf
 from time import perf_counter
 from typing import Any, overload
 
@@ -17,7 +18,7 @@ from hf_lowrank.steps import DenseStep, MatrixStep, dense_slots, matrix_slots, r
 
 
 SYNC_ELEMENTS = 2**26
-"""Projected gradients held at once on an accelerator, so that many matrices share one transfer of their finite flags."""
+"""Elements of projected gradients held at once on an accelerator, where many matrices share one finite check."""
 
 _TORCH_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "name", "initial_lr"}
 _STRUCTURE = ("method", "rank", "proj_type", "subspace", "moments", "reconstruction")
@@ -140,7 +141,8 @@ class LowRankOptimizer(Optimizer):
             if not saved:
                 continue
             if difference := state.mismatch(slots, saved):
-                raise ValueError(f"the checkpoint's state of {name or f'parameter {saved_id}'} does not fit: {difference}")
+                what = name or f"parameter {saved_id}"
+                raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
             yield p, {key: saved[key].detach().to(slot.device(p), copy=True) for key, slot in slots.items()}
 
     def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
@@ -149,9 +151,9 @@ class LowRankOptimizer(Optimizer):
         if any("format" not in group or "method" not in group for group in saved_groups):
             keys = sorted({k for s in state_dict.get("state", {}).values() for k in s})
             raise ValueError(
-                "this checkpoint was written by another optimizer, not by hf_lowrank "
-                f"(its state holds: {', '.join(map(str, keys)) or 'nothing'}). Resume with the optimizer that wrote it, "
-                "or start from its weights alone."
+                "this checkpoint was written by another optimizer, not by hf_lowrank (its state holds: "
+                f"{', '.join(map(str, keys)) or 'nothing'}). Resume with the optimizer that wrote it, or start from "
+                "its weights alone."
             )
         if any(group["format"] > FORMAT_VERSION for group in saved_groups):
             raise ValueError("this checkpoint was written by a newer hf_lowrank; upgrade to read it")
@@ -164,9 +166,7 @@ class LowRankOptimizer(Optimizer):
         for saved, now in zip(saved_groups, self.param_groups, strict=True):
             for key in _STRUCTURE:
                 if saved.get(key) != now.get(key):
-                    raise ValueError(
-                        f"the checkpoint was written with {key}={saved.get(key)}, this optimizer has {key}={now.get(key)}"
-                    )
+                    raise ValueError(f"the checkpoint has {key}={saved.get(key)}, this optimizer {key}={now.get(key)}")
 
     def _allocate_missing(self) -> None:
         """Create the state of every parameter that has none, whether or not it has a gradient."""
@@ -195,7 +195,9 @@ class LowRankOptimizer(Optimizer):
 
 
 def _buckets(work: list[Any]) -> Iterator[list[Any]]:
-    """Split the work so that a bucket's projected gradients fit in memory: one matrix at a time where nothing is async."""
+    """Split the work: one unit at a time on the CPU, as many as SYNC_ELEMENTS allow where a finite check makes the
+    host wait.
+    """
     bucket: list[Any] = []
     held = 0
     for unit in work:
@@ -227,17 +229,15 @@ def _dense_grad(p: Tensor) -> Tensor:
 def _check_group(group: Mapping[str, Any], low_rank: bool) -> None:
     """Refuse values and parameters that cannot be trained."""
     beta1, beta2 = group["betas"]
-    rules = (
-        ("lr", group["lr"], lambda v: v >= 0, "a finite number >= 0"),
-        ("eps", group["eps"], lambda v: v >= 0, "a finite number >= 0"),
-        ("weight_decay", group["weight_decay"], lambda v: v >= 0, "a finite number >= 0"),
-        ("betas", beta1, lambda v: 0 <= v < 1, "two numbers in [0, 1)"),
-        ("betas", beta2, lambda v: 0 <= v < 1, "two numbers in [0, 1)"),
-    )
-    for name, value, valid, expected in rules:
-        number = float(value)
-        if not (number == number and abs(number) != float("inf") and valid(number)):
-            raise ValueError(f"{name} must be {expected}, got {group[name]!r}")
+    for name, value, below in (
+        ("lr", group["lr"], inf),
+        ("eps", group["eps"], inf),
+        ("weight_decay", group["weight_decay"], inf),
+        ("betas", beta1, 1.0),
+        ("betas", beta2, 1.0),
+    ):
+        if not 0 <= float(value) < below:
+            raise ValueError(f"{name} must be in [0, {below:g}), got {group[name]!r}")
     for i, p in enumerate(group["params"]):
         name = group["param_names"][i] if "param_names" in group else f"of shape {tuple(p.shape)}"
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -254,6 +254,6 @@ def _warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params"}):
         if loaded[key] != given[key]:
             warnings.warn(
-                f"{key}={given[key]} was given, the checkpoint has {key}={loaded[key]}: the checkpoint's value is used",
+                f"{key}={given[key]} was given, the checkpoint has {loaded[key]}: the checkpoint's value is used",
                 stacklevel=3,
             )

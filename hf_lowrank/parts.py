@@ -1,10 +1,11 @@
 """The three kinds of parts a method is made of, and what they are told at a step.
 
 A part is a frozen dataclass: its fields are its hyper-parameters and its options; its methods are the mathematics. It
-holds no state: it declares the tensors it owns (`slots`), the engine allocates and saves them and hands them back as `s`.
+holds no state: it declares the tensors it owns (`slots`), the engine allocates and saves them and hands them back as
+`s`.
 
-Legend: W weight, G gradient, both seen wide (..., m, n), short side first · P basis (..., m, r) · R = P^T G (..., r, n) ·
-M, V moments · N direction before bias correction (..., r, n) · C = P_new^T P_old change of basis (..., r, r).
+Legend: W weight, G gradient, both seen wide (..., m, n), short side first · P basis (..., m, r) · R = P^T G (..., r,
+n) · M, V moments · N direction before bias correction (..., r, n) · C = P_new^T P_old change of basis (..., r, r).
 Functions that end in an underscore write in place.
 """
 
@@ -163,7 +164,9 @@ class Moments(Part, ABC):
             N = self.update(s, G.float(), ctx)
             beta, alpha = 1 - ctx.lr * ctx.weight_decay, -ctx.lr * self.step_scale(ctx)
 
-            def update_(block: Tensor, start: int, length: int, N: Tensor = N, beta: float = beta, alpha: float = alpha) -> None:
+            def update_(
+                block: Tensor, start: int, length: int, N: Tensor = N, beta: float = beta, alpha: float = alpha
+            ) -> None:
                 block.mul_(beta).add_(N.narrow(0, start, length), alpha=alpha)
 
             linalg.rewrite_(W, update_, ctx.rounding(W.device), dim=0)
@@ -179,4 +182,3 @@ class Reconstruction(Part, ABC):
     @abstractmethod
     def combine(self, s: State, G: Tensor, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
         """Return the step in units of lr c_t. N may be overwritten."""
-

@@ -26,8 +26,8 @@ class Slot:
     Attributes:
         shape: its shape.
         kind: what it holds. `basis` tensors change at refreshes only; `moment` (signed) and `variance` (non-negative)
-            change at every step; `exact` is fp32 in every format; `counter` is an int64 scalar that lives on the CPU, so
-            that the host may read it without waiting for the device.
+            change at every step; `exact` is fp32 in every format; `counter` is an int64 scalar that lives on the CPU,
+            so that the host may read it without waiting for the device.
         axes: start as the first axes (ones on the diagonal) instead of zeros.
     """
 

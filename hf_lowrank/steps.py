@@ -1,7 +1,7 @@
 """One step of one unit of work: a matrix with its subspace, or the dense parameters of a group.
 
-Both offer the same three moves, in the order in which the engine makes them: `refresh_` (if due), `measure` (the tensors
-from which one can tell whether the gradient is finite), `apply_` (moments and weights, where it is).
+Both offer the same three moves, in the order in which the engine makes them: `refresh_` (if due), `measure` (the
+tensors from which one can tell whether the gradient is finite), `apply_` (moments and weights, where it is).
 """
 
 from __future__ import annotations
@@ -231,4 +231,3 @@ def refresh_cost(weight: Tensor) -> float:
     """Estimate the work of a refresh: the Gram product on the short side dominates."""
     *batch, rows, columns = weight.shape
     return torch.Size(batch).numel() * float(min(rows, columns)) ** 2 * max(rows, columns)
-

@@ -66,12 +66,13 @@ class Adam(Moments, name="adam"):
     ) -> None:
         """Step fp32 tensors in one fused call, those of lower precision in blocks of rows."""
         lr, weight_decay = contexts[0].lr, contexts[0].weight_decay
-        whole = [i for i, w in enumerate(weights) if w.dtype == torch.float32]
-        _adamw_(*([x[i] for i in whole] for x in (weights, grads, states, contexts)), lr=lr, weight_decay=weight_decay)
-        for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
-            if W.dtype == torch.float32:
-                continue
-            W, G, s = (torch.atleast_1d(W), torch.atleast_1d(G), {k: torch.atleast_1d(s[k]) for k in self.slots(())})
+        items = list(zip(weights, grads, states, contexts, strict=True))
+        if whole := [item for item in items if item[0].dtype == torch.float32]:
+            W_, G_, s_, c_ = zip(*whole, strict=True)
+            _adamw_(W_, G_, s_, c_, lr=lr, weight_decay=weight_decay)
+        for W, G, s, ctx in (item for item in items if item[0].dtype != torch.float32):
+            W, G = (x.view(x.shape or (1,)) for x in (W, G))  # a scalar is one row
+            s = {name: s[name].view(W.shape) for name in self.slots(())}
 
             def update_(block: Tensor, start: int, length: int, G=G, s=s, ctx=ctx) -> None:  # type: ignore[no-untyped-def]
                 part = {name: x.narrow(0, start, length) for name, x in s.items()}

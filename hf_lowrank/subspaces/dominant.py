@@ -18,8 +18,8 @@ class Dominant(Subspace, name="dominant"):
     References:
         GaLore, arXiv 2403.03507, Algorithm 2.
 
-    Differs from the authors' code: the vectors come from the Gram matrix G G^T instead of a full SVD (the same vectors,
-    a fraction of the time), and their signs are aligned with the basis before.
+    Differs from the authors' code: the vectors come from the Gram matrix G G^T instead of a full SVD (the same
+    vectors, a fraction of the time), and their signs are aligned with the basis before.
     """
 
     refresh: str = choice(

@@ -1,0 +1,54 @@
+# Each target makes its own virtual environment. TORCH is installed only where the environment has no torch yet:
+# `make quickstart TORCH="torch --index-url https://download.pytorch.org/whl/cu128"` brings your own build.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Packages that parity is tested against. They pin old versions of what they need, hence --no-deps.
+PEERS = galore-torch==1.0 fira==1.0.2
+
+.PHONY: quickstart test test-all test-4.57 bench check clean
+
+quickstart: $(VENV)/.recipes
+	$(BIN)/python recipes/quickstart/quickstart.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not full"
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2
+
+# The integration tests on the last 4.x line of transformers.
+test-4.57:
+	$(MAKE) VENV=.venv-4.57 TRANSFORMERS="transformers>=4.57,<4.58" .venv-4.57/.test
+	.venv-4.57/bin/python -m pytest -n 2 -m "not full" tests/integration tests/test_quickstart.py
+
+bench: $(VENV)/.test
+	$(BIN)/python recipes/benchmarks/step_time.py
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.recipes: $(VENV)/.torch setup.cfg
+	$(PIP) --editable ".[recipes]" $(if $(TRANSFORMERS),"$(TRANSFORMERS)")
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch setup.cfg
+	$(PIP) --editable ".[test]" $(if $(TRANSFORMERS),"$(TRANSFORMERS)")
+	$(PIP) --no-deps $(PEERS)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv* build dist *.egg-info runs

@@ -1,0 +1,179 @@
+"""Which parameters get a subspace, and which decay. Models of transformers and peft are known without importing them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_lowrank import methods, options
+from hf_lowrank.matrices import clamp_rank
+
+
+HEADS = ("lm_head", "classifier", "score", "head")
+"""Modules that are output heads, which stay dense by default."""
+
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)(?=\.|$)")
+_LORA = re.compile(r"(^|\.)lora_")
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    rank: float = 128,
+    target_modules: str | Sequence[str] | None = None,
+    weight_decay: float = 0.0,
+    **method_options: Any,
+) -> list[dict[str, Any]]:
+    """Split a model's trainable parameters into groups for LowRankOptimizer.
+
+    Matrices of the model's body get a subspace: nn.Linear, transformers' Conv1D and stacked expert weights whose short
+    side is above the rank; never embeddings, norms, biases, output heads, LoRA factors or convolutions. Weight decay
+    goes where transformers' Trainer puts it: not on biases and norms.
+
+    Args:
+        model: the model; torch.compile, DDP and peft wrappers are seen through.
+        rank: dimension of the subspace, an integer or a fraction < 1 of the short side.
+        target_modules: None or "all-linear" for the default; a regular expression that must match a module's whole
+            name;
+            or a list (in one string: separated by commas) of such expressions or substrings of names. A matrix named
+            so is projected even where its short side is not above the rank.
+        weight_decay: decay of the parameters that decay.
+        method_options: options of the method, for instance update_proj_gap=200, scale=0.25.
+
+    Returns:
+        Groups with (name, parameter) pairs, those of matrices with the key `rank`.
+
+    Raises:
+        ValueError: if nothing matches; the message says what there is.
+    """
+    rank = options.parse("rank", rank, options.schema(methods.LowRankOptions), what="param_groups")
+    targets = set(target_parameters(model, rank=rank, target_modules=target_modules))
+    decaying = set(decay_names(model))
+    dense_options = {k: v for k, v in method_options.items() if k in methods.dense_options()}
+    groups: list[dict[str, Any]] = []
+    for low_rank in (True, False):
+        extra = {"rank": rank, **method_options} if low_rank else dense_options
+        for decays in (True, False):
+            members = [
+                (name, p)
+                for name, p in trainable(model)
+                if (name in targets) == low_rank and (name in decaying) == decays
+            ]
+            if members:
+                groups.append({"params": members, "weight_decay": weight_decay if decays else 0.0, **extra})
+    return groups
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name without wrappers, parameter) of every parameter that requires a gradient, shared ones once."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            yield clean(name), p
+
+
+def clean(name: str) -> str:
+    """Strip what torch.compile, DDP and activation checkpointing add to a name."""
+    return _WRAPPERS.sub("", name).lstrip(".")
+
+
+def decay_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that decay by Trainer's rule: all but nn.LayerNorm's, biases and norms."""
+    return [
+        clean(f"{prefix}.{name}")
+        for prefix, module in model.named_modules()
+        if not isinstance(module, nn.LayerNorm)
+        for name in module._parameters
+        if not _NO_DECAY.search(clean(f"{prefix}.{name}").lower())
+    ]
+
+
+def target_parameters(
+    model: nn.Module, *, rank: float, target_modules: str | Sequence[str] | None = None
+) -> list[str]:
+    """Return the names of the parameters that get a subspace; see `param_groups` for the rules and errors."""
+    names = {id(p): name for name, p in trainable(model)}
+    candidates = {names[id(p)]: (module, p) for module, p in _matrices(model) if id(p) in names}
+    if target_modules is None or target_modules in ("all-linear", "all_linear"):
+        body = {id(p) for p in _body(model).parameters()}
+        inside = {n: (m, p) for n, (m, p) in candidates.items() if id(p) in body and m.split(".")[-1] not in HEADS}
+        found = [name for name, (_, p) in inside.items() if _short(p) > clamp_rank(rank, 2**62, 2**62) or rank < 1]
+        if not found:
+            raise ValueError(_nothing_found(model, names, inside, rank))
+        return found
+    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    patterns = [piece.strip() for pattern in patterns for piece in _split(pattern) if piece.strip()]
+    found = []
+    for pattern in patterns:
+        matched = [name for name, (module, _) in candidates.items() if _matches(pattern, module)]
+        if not matched:
+            modules = {module for module, _ in candidates.values()}
+            kinds = sorted({module.split(".")[-1] for module in modules})
+            raise ValueError(
+                f"optim_target_modules: {pattern!r} matches no trainable matrix{options.suggest(pattern, kinds)}"
+            )
+        found += matched
+    return [name for name in candidates if name in found]
+
+
+def _split(pattern: str) -> list[str]:
+    """Split a comma-separated list; a comma inside brackets or braces belongs to a regular expression."""
+    return re.split(r",(?![^(\[{]*[)\]}])", pattern)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    if pattern in module:
+        return True
+    try:
+        return re.fullmatch(pattern, module) is not None
+    except re.error as error:
+        raise ValueError(f"optim_target_modules: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name of the module, weight) of every weight that could be projected."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for prefix, module in model.named_modules():
+        path = clean(prefix)
+        experts = "expert" in f"{path}.{type(module).__name__}".lower()
+        for name, p in module.named_parameters(recurse=False):
+            linear = name == "weight" and p.dim() == 2 and _is_linear(module)
+            stacked = experts and p.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+            if (linear or stacked) and id(p) not in embeddings and not _LORA.search(path):
+                yield path if linear else f"{path}.{name}", p
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers' own, as GPT-2 has it
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """Return the model without its head: `base_model` of a PreTrainedModel, below any wrapper."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    if callable(get_base := getattr(model, "get_base_model", None)):  # peft
+        model = get_base()
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def _short(p: Tensor) -> int:
+    return min(p.shape[-2:])
+
+
+def _nothing_found(model: nn.Module, names: dict[int, str], inside: dict[str, Any], rank: float) -> str:
+    """Say why no matrix gets a subspace by default."""
+    if inside:
+        largest = max(_short(p) for _, p in inside.values())
+        return (
+            f"rank={rank} is not below the short side of any matrix (the largest is {largest}); choose a smaller rank"
+        )
+    if any(_LORA.search(name) for name in names.values()):
+        return (
+            "every trainable matrix is a LoRA factor, which is low-rank already; train the adapters with adamw_torch, "
+            "or unfreeze the base weights"
+        )
+    return f"{type(model).__name__} has no trainable nn.Linear, Conv1D or expert weight to project"

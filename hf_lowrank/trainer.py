@@ -1,0 +1,231 @@
+"""The optimizers as names of transformers' Trainer. Importing this file registers them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, trainer, trainer_utils
+from transformers.training_args import OptimizerNames as OptimizerNames
+
+from hf_lowrank import optimizer_names
+from hf_lowrank.callback import RUN_FILE, LowRankCallback, summary
+from hf_lowrank.groups import param_groups
+from hf_lowrank.methods import METHODS, find
+from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.options import split_assignments
+
+
+logger = logging.getLogger("hf_lowrank")
+_undo: list[Callable[[], None]] = []
+
+
+def register() -> None:
+    """Make every method a choice of `TrainingArguments(optim=...)` and `--optim`. Twice is the same as once."""
+    optimizer_names.add_to(OptimizerNames)
+    handlers = getattr(trainer, "_OPTIMIZER_HANDLERS", None)  # transformers 5.2 and later
+    if handlers is not None:
+        handlers.update({OptimizerNames(name): _handler for name in METHODS})
+    if _undo:
+        return
+    _replace(
+        Trainer, "get_optimizer_cls_and_kwargs", staticmethod(_with_our_names(Trainer.get_optimizer_cls_and_kwargs))
+    )
+    wrapped = _skipping_incomplete(trainer_utils.get_last_checkpoint)
+    _replace(trainer_utils, "get_last_checkpoint", wrapped)
+    _replace(trainer, "get_last_checkpoint", wrapped)
+    trainer.DEFAULT_CALLBACKS.append(LowRankCallback)
+    _undo.append(lambda: trainer.DEFAULT_CALLBACKS.remove(LowRankCallback))
+
+
+def unregister() -> None:
+    """Undo `register`."""
+    while _undo:
+        _undo.pop()()
+    handlers = getattr(trainer, "_OPTIMIZER_HANDLERS", {})
+    for name in METHODS:
+        handlers.pop(name, None)
+    optimizer_names.remove_from(OptimizerNames)
+
+
+def optimizer_cls_and_kwargs(
+    model: nn.Module,
+    method: str,
+    *,
+    args: TrainingArguments | None = None,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    rank: float = 128,
+    target_modules: Any = None,
+    seed: int | None = None,
+    **options: Any,
+) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
+    """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes; nothing needs to be registered for it.
+
+    Args:
+        model: the model to train.
+        method: a name from METHODS.
+        args: where lr, betas, eps, weight_decay and seed come from if they are not given. Trainer does not pass its
+            arguments on along this route, so give them here or there.
+        lr, betas, eps, weight_decay, seed: defaults without `args`: 1e-3, (0.9, 0.999), 1e-8, 0, 0.
+        rank, target_modules, options: see `param_groups`.
+
+    Raises:
+        ValueError: for an unknown method or option, or where nothing can be projected.
+    """
+    find(method)
+    given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+    values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
+    decay = values.pop("weight_decay")
+    groups = param_groups(model, rank=rank, target_modules=target_modules, weight_decay=decay, **options)
+    return LowRankOptimizer, {"params": groups, "method": method, **values}
+
+
+class LowRankTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer whose `create_optimizer` builds our optimizers by name, with no function of transformers replaced."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not any(isinstance(callback, LowRankCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(LowRankCallback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer that `args.optim` names."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and _name(self.args) in METHODS:
+            cls, kwargs = _from_arguments(self.args, self.model if model is None else model)
+            self.optimizer: torch.optim.Optimizer | None = cls(**kwargs)
+            return self.optimizer
+        return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[no-any-return]
+
+
+def _name(args: TrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _hyperparameters(args: TrainingArguments | None) -> dict[str, Any]:
+    if args is None:
+        return {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "seed": 0}
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "seed": args.seed,
+    }
+
+
+def _from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
+    """Build the class and its arguments as Trainer wants them, every training argument honoured or refused."""
+    _refuse_unsupported(args)
+    if model is None:  # LLaMA-Factory asks without a model to read lr, betas and eps
+        return LowRankOptimizer, {k: v for k, v in _hyperparameters(args).items() if k in ("lr", "betas", "eps")}
+    options: dict[str, Any] = split_assignments(args.optim_args)
+    for option, argument in _TRAINING_ARGUMENTS.items():
+        if option in options:
+            raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")
+    cls, kwargs = optimizer_cls_and_kwargs(
+        model, _name(args), args=args, target_modules=args.optim_target_modules, **options
+    )
+    logger.info(summary(cls(**kwargs)))
+    return cls, kwargs
+
+
+_TRAINING_ARGUMENTS = {
+    "lr": "learning_rate",
+    "learning_rate": "learning_rate",
+    "betas": "adam_beta1, adam_beta2",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+    "target_modules": "optim_target_modules",
+    "args": "optim",
+    "model": "optim",
+    "method": "optim",
+}
+
+
+def _refuse_unsupported(args: TrainingArguments) -> None:
+    """Refuse what would train wrongly, naming the way out."""
+    if getattr(args, "deepspeed", None):
+        raise ValueError(
+            f"{_name(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. "
+            "Remove --deepspeed and use DDP (torchrun)."
+        )
+    if getattr(args, "fsdp", None):
+        raise ValueError(
+            f"{_name(args)} does not run under FSDP: it needs whole matrices. Remove --fsdp and use DDP (torchrun)."
+        )
+
+
+def _handler(context: Any) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
+    """Entry of transformers' handler table."""
+    return _from_arguments(context.args, context.model)
+
+
+def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Any:
+        return _from_arguments(args, model) if _name(args) in METHODS else original(args, model)
+
+    return get_optimizer_cls_and_kwargs
+
+
+def _skipping_incomplete(original: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    @functools.wraps(original)
+    def get_last_checkpoint(folder: str) -> str | None:
+        last = original(folder)
+        if last is None or not (Path(folder) / RUN_FILE).exists():  # not a run of ours
+            return last
+        pattern = trainer_utils._re_checkpoint
+        found = [path for path in Path(folder).iterdir() if path.is_dir() and pattern.search(path.name)]
+        for path in sorted(found, key=lambda path: int(pattern.search(path.name).groups()[0]), reverse=True):
+            if fault := checkpoint_fault(path):
+                logger.warning("skipping %s: %s", path, fault)
+            else:
+                return str(path)
+        return None
+
+    return get_last_checkpoint
+
+
+def checkpoint_fault(path: Path) -> str | None:
+    """Say what keeps a checkpoint folder from being resumed, or None: its trainer state and optimizer are readable."""
+    try:
+        json.loads((path / trainer.TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError) as error:
+        return f"{trainer.TRAINER_STATE_NAME} is missing or unreadable ({type(error).__name__})"
+    file = path / trainer.OPTIMIZER_NAME
+    if not file.exists() or not zipfile.is_zipfile(file):
+        return f"{trainer.OPTIMIZER_NAME} is missing or unreadable"
+    return None
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    _undo.append(lambda: setattr(owner, name, before))
+
+
+def _show_our_messages() -> None:
+    """Let the one summary line and the warnings be seen on the main process, as transformers does with its own."""
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[hf_lowrank] %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+_show_our_messages()
+register()
