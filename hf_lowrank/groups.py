@@ -1,4 +1,4 @@
-"""Which parameters get a subspace, and which decay. Models of transformers and peft are known without importing them."""
+"""Which parameters get a subspace, and which decay. Needs neither transformers nor peft to know their models."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from time import perf_counter
 from typing import Any, overload
@@ -103,13 +103,17 @@ class LowRankOptimizer(Optimizer):
                 unit.apply_([next(finite) for _ in reading])
         return loss
 
-    def declared(self) -> Iterator[tuple[str, Tensor, Slots]]:
-        """Yield (name, parameter, declared state) of every parameter in group order; the name is '' if unknown."""
-        for group in self.param_groups:
-            parts = methods.parts(group["method"], group)
+    def declared(self, options: Sequence[Mapping[str, Any]] | None = None) -> Iterator[tuple[str, Tensor, Slots]]:
+        """Yield (name, parameter, declared state) of every parameter in group order; the name is '' if unknown.
+
+        Args:
+            options: groups whose options count instead of the present ones.
+        """
+        for group, chosen in zip(self.param_groups, options or self.param_groups, strict=True):
+            parts = methods.parts(chosen["method"], chosen)
             names = group.get("param_names") or [""] * len(group["params"])
             for name, p in zip(names, group["params"], strict=True):
-                yield name, p, matrix_slots(parts, p.shape, group) if "rank" in group else dense_slots(parts, p.shape)
+                yield name, p, matrix_slots(parts, p.shape, chosen) if "rank" in group else dense_slots(parts, p.shape)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, keeping every tensor's stored type.
@@ -121,14 +125,9 @@ class LowRankOptimizer(Optimizer):
             ValueError: if the checkpoint does not fit; nothing has been changed then.
         """
         self._check_groups(state_dict)
+        loaded = dict(self._load_states(state_dict))
         before = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
-        try:
-            loaded = dict(self._load_states(state_dict))
-        except ValueError:
-            for group, old in zip(self.param_groups, before, strict=True):
-                group.update(old)
-            raise
         self.state.update(loaded)
         for now, old in zip(self.param_groups, before, strict=True):
             _warn_changed(now, old)
@@ -136,7 +135,8 @@ class LowRankOptimizer(Optimizer):
     def _load_states(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield every parameter with its saved state, checked against the declared one."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for saved_id, (name, p, slots) in zip(saved_ids, self.declared(), strict=True):
+        declared = self.declared(state_dict["param_groups"])
+        for saved_id, (name, p, slots) in zip(saved_ids, declared, strict=True):
             saved = state_dict["state"].get(saved_id)
             if not saved:
                 continue

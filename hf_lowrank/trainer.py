@@ -16,10 +16,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, trainer, trainer_utils
 from transformers.training_args import OptimizerNames as OptimizerNames
 
-from hf_lowrank import optimizer_names
+from hf_lowrank import methods, optimizer_names
 from hf_lowrank.callback import RUN_FILE, LowRankCallback, summary
 from hf_lowrank.groups import param_groups
-from hf_lowrank.methods import METHODS, find
+from hf_lowrank.methods import METHODS
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.options import split_assignments
 
@@ -83,7 +83,7 @@ def optimizer_cls_and_kwargs(
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    find(method)
+    methods.complete(method, {"rank": rank, **options})  # refuse what is wrong before looking at the model
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
     decay = values.pop("weight_decay")

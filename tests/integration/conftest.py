@@ -1,0 +1,70 @@
+"""A tiny LLaMA, tiny data and one way to train them through Trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import hf_lowrank
+
+
+hf_lowrank.register()
+OPTIONS = "rank=4,update_proj_gap=3"
+
+
+def tiny_llama(dtype=torch.float32, **overrides):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32,
+        }
+        | overrides
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_data(rows=32):
+    gen = torch.Generator().manual_seed(1)
+    blocks = [torch.randint(0, 32, (12,), generator=gen) for _ in range(rows)]
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def arguments(output_dir: Path, optim: str, **overrides):
+    values = {
+        "output_dir": str(output_dir),
+        "optim": optim,
+        "optim_args": OPTIONS if optim in hf_lowrank.METHODS else None,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**values | overrides)
+
+
+def train(args, model=None, trainer_class=Trainer, resume=None, **kwargs):
+    trainer = trainer_class(model or tiny_llama(), args, train_dataset=tiny_data(), **kwargs)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def engine(trainer):
+    """The LowRankOptimizer inside accelerate's wrapper."""
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    hf_lowrank.register()
