@@ -154,9 +154,9 @@ def orthonormalize(X: Tensor) -> Tensor:
 
 def uniform_stiefel(shape: torch.Size, gen: torch.Generator) -> Tensor:
     """Draw an orthonormal (..., m, r) matrix uniformly (Haar): QR of a Gaussian with the signs of diag(R) fixed."""
-    Q: Tensor
     Q, R = torch.linalg.qr(torch.randn(shape, generator=gen))
-    return Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    uniform: Tensor = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return uniform
 
 
 def align_signs(new: Tensor, old: Tensor | None) -> Tensor:

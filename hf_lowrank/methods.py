@@ -160,6 +160,15 @@ def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> d
     return result
 
 
+def table() -> str:
+    """Return the methods as a Markdown table, as it stands in the README."""
+    rows = ["| name | subspace x moments x reconstruction | state per m x n matrix | what it is | paper |", "|---" * 5 + "|"]
+    for name, row in METHODS.items():
+        made = " x ".join(part if isinstance(part, str) else type(part).__name__ for part in map(row.__getattribute__, KINDS))
+        rows.append(f"| `{name}` | {made} | {row.state} | {row.summary} | {row.paper} |")
+    return "\n".join(rows)
+
+
 def _default(item: Field[Any], key: str, built: Parts) -> Any:
     """Return an option's default: that of the part's instance where a part declares it."""
     owners: tuple[Any, ...] = (built.subspace, built.moments, built.reconstruction)
