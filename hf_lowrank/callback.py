@@ -97,6 +97,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self._logged_seconds = optimizer.refresh_seconds
         states = optimizer.state.values()
         result["lowrank/skipped"] = sum(int(s["skipped"]) for s in states)
+        if optimizer.projected_grad_norm is not None:
+            result["lowrank/projected_grad_norm"] = round(float(optimizer.projected_grad_norm), 6)
         result["lowrank/state_mib"] = round(sum(map(_nbytes, states)) / MIB, 3)
         return result
 
@@ -104,7 +106,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
 def reports(optimizer: LowRankOptimizer) -> list[tuple[str, int, torch.Tensor]]:
     """Return (name, refreshes so far, last report) of every matrix that has had a refresh, in group order."""
     found = []
-    for name, p, _ in optimizer.declared():
+    for name, p, *_ in optimizer.declared():
         s = optimizer.state.get(p, {})
         if "refreshes" in s and s["refreshes"] > 0:
             found.append((name.removesuffix(".weight"), int(s["refreshes"]), s["report"]))
@@ -121,7 +123,7 @@ def summary(optimizer: LowRankOptimizer) -> str:
     """Describe in one line what is projected, at which rank and learning rates, and what the state costs."""
     matrices = [(p, group) for group in optimizer.param_groups if "rank" in group for p in group["params"]]
     everything = [p for group in optimizer.param_groups for p in group["params"]]
-    declared = sum(slot.nbytes for _, _, slots in optimizer.declared() for slot in slots.values())
+    declared = optimizer.declared_bytes()
     adamw = sum(8 * p.numel() for p in everything)
     ranks = sorted({clamp_rank(group["rank"], *p.shape[-2:]) for p, group in matrices})
     lr = optimizer.param_groups[0]["lr"]

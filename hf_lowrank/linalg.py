@@ -18,9 +18,9 @@ BLOCK = 2**20
 """Elements of the largest fp32 copy made of a low-precision weight or gradient."""
 
 
-def blocks(shape: torch.Size, dim: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) along `dim` so that each block holds at most `BLOCK` elements (at least one slice)."""
-    size = shape[dim]
+def blocks(shape: torch.Size) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) along the last axis: blocks of at most `BLOCK` elements, but at least one column."""
+    size = shape[-1]
     length = max(1, BLOCK * size // max(1, shape.numel()))
     for start in range(0, size, length):
         yield start, min(length, size - start)
@@ -37,7 +37,7 @@ def project(P: Tensor, G: Tensor) -> Tensor:
     if G.dtype == P.dtype:
         return P.mT @ G
     R = torch.empty(*G.shape[:-2], P.shape[-1], G.shape[-1], dtype=P.dtype, device=G.device)
-    for block in blocks(G.shape, -1):
+    for block in blocks(G.shape):
         R.narrow(-1, *block).copy_(P.mT @ G.narrow(-1, *block).to(P.dtype))
     return R
 
@@ -53,7 +53,7 @@ def add_product_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float) 
 def column_squared_norms(G: Tensor) -> Tensor:
     """Return ||G_j||^2 of every column, (..., n), in fp32, with one block of columns as the only temporary."""
     norms = torch.empty(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
-    for block in blocks(G.shape, -1):
+    for block in blocks(G.shape):
         norms.narrow(-1, *block).copy_(G.narrow(-1, *block).float().square().sum(-2))
     return norms
 
@@ -206,17 +206,16 @@ def overlap(C: Tensor) -> Tensor:
     return C.square().sum((-2, -1)).mean() / C.shape[-1]
 
 
-def rewrite_(W: Tensor, update_: Callable[[Tensor, int, int], None], gen: torch.Generator | None, *, dim: int) -> None:
-    """Let `update_(block, start, length)` change an fp32 image of W in place.
+def rewrite_(W: Tensor, update_: Callable[[Tensor, int, int], None], gen: torch.Generator | None) -> None:
+    """Let `update_(block, start, length)` change an fp32 image of some columns of W in place.
 
-    An fp32 weight is its own image, in one piece; one of lower precision is cast in blocks along `dim`, and rounded
-    back.
+    An fp32 weight is its own image, in one piece; one of lower precision is cast in blocks, and rounded back.
     """
     if W.dtype == torch.float32:
-        update_(W, 0, W.shape[dim])
+        update_(W, 0, W.shape[-1])
         return
-    for start, length in blocks(W.shape, dim):
-        target = W.narrow(dim, start, length)
+    for start, length in blocks(W.shape):
+        target = W.narrow(-1, start, length)
         image = target.float()
         update_(image, start, length)
         round_(target, image, gen)

@@ -28,6 +28,11 @@ class SharedOptions:
     seed: int = opt.integer(0, minimum=0, help="seed of the private generators")
     correct_bias: bool = opt.flag(True, help="Adam's bias correction")
     stochastic_rounding: bool = opt.flag(True, help="write bf16/fp16 weights by stochastic rounding, else to nearest")
+    state_format: str = opt.choice("fp32", "8bit", "4bit", help="number format of the moments of matrices")
+    basis_format: str = opt.choice("fp32", "bf16", "8bit", "4bit", help="number format of the bases")
+    dense_state_format: str = opt.choice("fp32", "8bit", help="number format of the moments of dense parameters")
+    layerwise: bool = opt.flag(False, help="free every gradient during backward; see LowRankOptimizer.train")
+    max_grad_norm: float = opt.number(0.0, help="layerwise only: clip by the norm of the projected gradients; 0: off")
 
 
 @dataclass(frozen=True)
@@ -106,15 +111,33 @@ class Parts:
     reconstruction: Reconstruction
 
 
-def find(name: str) -> Method:
-    """Return the row of a method.
+SUFFIXES: dict[str, dict[str, Any]] = {
+    "_8bit": {"state_format": "8bit", "dense_state_format": "8bit"},
+    "_layerwise": {"layerwise": True},
+}
+"""What the endings of a name stand for; they may be combined in this order."""
+
+
+def names() -> list[str]:
+    """Return every valid name: the rows of the table, each also with `_8bit`, `_layerwise` and `_8bit_layerwise`."""
+    return list(
+        dict.fromkeys(row + ending for row in METHODS for ending in ("", "_8bit", "_layerwise", "_8bit_layerwise"))
+    )
+
+
+def split(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the row of a name and the options that its endings stand for.
 
     Raises:
         ValueError: if there is no such method; the nearest name is suggested.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{opt.suggest(name, METHODS)}")
-    return METHODS[name]
+    row, given = name, dict[str, Any]()
+    for ending in reversed(SUFFIXES):
+        if row not in METHODS and row.endswith(ending):
+            row, given = row.removesuffix(ending), {**SUFFIXES[ending], **given}
+    if row not in METHODS:
+        raise ValueError(f"unknown method {name!r}{opt.suggest(name, METHODS)} (each also with _8bit and _layerwise)")
+    return row, given
 
 
 def parts(name: str, options: Mapping[str, Any]) -> Parts:
@@ -124,7 +147,7 @@ def parts(name: str, options: Mapping[str, Any]) -> Parts:
         name: a key of METHODS.
         options: typed values, for instance a parameter group.
     """
-    method = find(name)
+    method = METHODS[name]
     chosen = {kind: options.get(kind) if method.free else None for kind in KINDS}
     made = {kind: _prototype(kind, chosen[kind] or getattr(method, kind)) for kind in KINDS}
     return Parts(**{kind: _fill(prototype, options) for kind, prototype in made.items()})
@@ -134,26 +157,34 @@ def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> d
     """Return every option of a group, typed, with defaults where `given` has none.
 
     Args:
-        name: a key of METHODS.
+        name: a valid name.
         given: the options that the user set, as values or text.
         low_rank: False for a group of dense parameters.
 
     Raises:
         ValueError: for an option that does not exist (or does not apply) and for a value that is not valid.
     """
-    method, what = find(name), f"optimizer {name}"
+    row, implied = split(name)
+    method, what, given = METHODS[row], f"optimizer {name}", {**implied, **given}
     result: dict[str, Any] = {}
     owners: list[Any] = [SharedOptions, *([LowRankOptions] if low_rank else [])]
     if method.free:
         choices = _free_schema()
         result = {k: opt.parse(k, given.get(k, getattr(method, k)), choices, what=what) for k in choices}
-    built = parts(name, result)
+    built = parts(row, result)
     owners += [built.moments, *([built.subspace, built.reconstruction] if low_rank else [])]
     schema = opt.schema(*owners)
     valid = {**schema, **(_free_schema() if method.free else {})}
     for key in given:
         opt.parse(key, given[key], valid, what=what)
-    defaults = {"on_refresh": built.subspace.on_refresh, **method.defaults}
+    if built.reconstruction.needs_gradient and opt.parse(
+        "max_grad_norm", given.get("max_grad_norm", 0), schema, what=what
+    ):
+        raise ValueError(
+            f"{what} steps along the gradient itself, not along its projection alone: set max_grad_norm=0"
+        )
+    layerwise = opt.parse("layerwise", given.get("layerwise", False), schema, what=what)
+    defaults = {"on_refresh": built.subspace.on_refresh, "stagger": layerwise, **method.defaults}
     for key, item in schema.items():
         default = defaults.get(key, _default(item, key, built))
         result[key] = opt.parse(key, given.get(key, default), schema, what=what)
@@ -162,9 +193,14 @@ def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> d
 
 def table() -> str:
     """Return the methods as a Markdown table, as it stands in the README."""
-    rows = ["| name | subspace x moments x reconstruction | state per m x n matrix | what it is | paper |", "|---" * 5 + "|"]
+    rows = [
+        "| name | subspace x moments x reconstruction | state per m x n matrix | what it is | paper |",
+        "|---" * 5 + "|",
+    ]
     for name, row in METHODS.items():
-        made = " x ".join(part if isinstance(part, str) else type(part).__name__ for part in map(row.__getattribute__, KINDS))
+        made = " x ".join(
+            part if isinstance(part, str) else type(part).__name__ for part in map(row.__getattribute__, KINDS)
+        )
         rows.append(f"| `{name}` | {made} | {row.state} | {row.summary} | {row.paper} |")
     return "\n".join(rows)
 

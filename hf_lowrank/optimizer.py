@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import inf
 from time import perf_counter
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hf_lowrank import linalg, methods, state
-from hf_lowrank.state import FORMAT_VERSION, Slots
-from hf_lowrank.steps import DenseStep, MatrixStep, dense_slots, matrix_slots, refresh_cost, staggered_intervals
+from hf_lowrank import distributed, linalg, methods, state
+from hf_lowrank.methods import Parts
+from hf_lowrank.state import FORMAT_VERSION
+from hf_lowrank.steps import (
+    DenseStep,
+    MatrixStep,
+    adopt,
+    allocate,
+    check_weight,
+    declared_state,
+    refresh_cost,
+    staggered_intervals,
+)
 
 
 SYNC_ELEMENTS = 2**26
 """Elements of projected gradients held at once on an accelerator, where many matrices share one finite check."""
 
 _TORCH_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "name", "initial_lr"}
-_STRUCTURE = ("method", "rank", "proj_type", "subspace", "moments", "reconstruction")
+_STRUCTURE = (
+    *("method", "rank", "proj_type", "subspace", "moments", "reconstruction"),
+    *("state_format", "basis_format", "dense_state_format"),
+)
+_HOOK = "_hf_lowrank_hook"
+
+Unit = MatrixStep | DenseStep
 
 
 class LowRankOptimizer(Optimizer):
@@ -37,6 +57,8 @@ class LowRankOptimizer(Optimizer):
         lr: learning rate; the matrices see lr x scale.
         betas, eps, weight_decay: as torch.optim.AdamW's, weight decay decoupled.
         seed: seed of the private generators; the global ones are never used.
+        share_refreshes: under DistributedDataParallel, let every refresh be computed on one process and sent to the
+            others. All processes must hold the same parameters in the same order.
 
     Raises:
         ValueError: for an unknown method or option, a value that is not valid, or a parameter that cannot be trained.
@@ -57,9 +79,15 @@ class LowRankOptimizer(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         seed: int = 0,
+        share_refreshes: bool = False,
     ) -> None:
-        methods.find(method)
+        methods.split(method)
+        self.share_refreshes = share_refreshes
         self.refresh_seconds = 0.0
+        self.refreshes_here = 0
+        self.projected_grad_norm: Tensor | None = None
+        self._held: dict[int, MatrixStep] = {}  # layerwise: projected, waiting for step()
+        self._stepped: set[int] = set()  # layerwise: updated in the hook
         defaults = {"method": method, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults)
 
@@ -67,8 +95,9 @@ class LowRankOptimizer(Optimizer):
         """Add a group, its options checked and completed with the method's defaults."""
         given = {k: v for k, v in param_group.items() if k not in _TORCH_KEYS | {"method", "format"}}
         low_rank = "rank" in given
-        method = param_group.get("method", self.defaults["method"])
-        filled = methods.complete(method, {"seed": self.defaults["seed"], **given}, low_rank=low_rank)
+        name = param_group.get("method", self.defaults["method"])
+        filled = methods.complete(name, {"seed": self.defaults["seed"], **given}, low_rank=low_rank)
+        method = methods.split(name)[0]
         super().add_param_group({**param_group, **filled, "method": method, "format": FORMAT_VERSION})
         try:
             _check_group(self.param_groups[-1], low_rank)
@@ -90,21 +119,129 @@ class LowRankOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._allocate_missing()
-        work = list(self._work())
-        start = perf_counter()
-        for unit in work:
-            if unit.due:
-                unit.refresh_()
-        self.refresh_seconds += perf_counter() - start
+        matrices, dense = self._work()
+        self._refresh([unit for unit in matrices if unit.R is None and unit.due])
+        work: list[Unit] = [*matrices, *dense]
+        if max_norm := max(group["max_grad_norm"] for group in self.param_groups):
+            self._clip(work, max_norm)
         for bucket in _buckets(work):
-            readings = [unit.measure() for unit in bucket]
-            finite = iter(linalg.all_finite([x for reading in readings for x in reading]))
-            for unit, reading in zip(bucket, readings, strict=True):
-                unit.apply_([next(finite) for _ in reading])
+            self._update(bucket)
+        self._held.clear()
+        self._stepped.clear()
         return loss
 
-    def declared(self, options: Sequence[Mapping[str, Any]] | None = None) -> Iterator[tuple[str, Tensor, Slots]]:
-        """Yield (name, parameter, declared state) of every parameter in group order; the name is '' if unknown.
+    def _refresh(self, due: list[MatrixStep]) -> None:
+        """Choose new bases, each on one process where the work is shared, and carry the moments over."""
+        start = perf_counter()
+        rank, world = self._team(due[0].mesh) if due else (0, 1)
+        owner = distributed.owners([unit.cost for unit in due], world)
+        for unit, chooser in zip(due, owner, strict=True):
+            unit.collect_(chooser)
+        for unit, chooser in zip(due, owner, strict=True):
+            if chooser == rank:
+                unit.choose_()
+                self.refreshes_here += 1
+        for unit, chooser in zip(due, owner, strict=True):
+            unit.adopt_(chooser, None if world == 1 else self._group(unit.mesh))
+        self.refresh_seconds += perf_counter() - start
+
+    def _update(self, bucket: list[Unit]) -> None:
+        """Update moments and weights; under FSDP2 all flags travel in one collective, and so do all sums."""
+        mesh = bucket[0].mesh
+        readings = [unit.measure() for unit in bucket]
+        flags = linalg.all_finite([x for reading in readings for x in reading])
+        if mesh is not None:
+            flags = distributed.all_true(flags, mesh.get_group(), bucket[0].device)
+        finite = iter(flags)
+        sums = [unit.begin_([next(finite) for _ in reading]) for unit, reading in zip(bucket, readings, strict=True)]
+        asked = [i for i, total in enumerate(sums) if total is not None]
+        if mesh is not None and asked:
+            totals = distributed.sum_together([sums[i] for i in asked], mesh.get_group())  # type: ignore[misc]
+            sums = [totals[asked.index(i)] if i in asked else None for i in range(len(sums))]
+        for unit, total in zip(bucket, sums, strict=True):
+            unit.finish_(total)
+
+    def _team(self, mesh: Any) -> tuple[int, int]:
+        """Return (rank, world size) of the processes that share the refreshes of a weight on this mesh."""
+        if mesh is None and not self.share_refreshes:
+            return 0, 1
+        group = self._group(mesh)
+        return dist.get_rank(group), dist.get_world_size(group)
+
+    def _group(self, mesh: Any) -> Any:
+        return dist.group.WORLD if mesh is None else mesh.get_group()
+
+    def _clip(self, work: list[Unit], max_norm: float) -> None:
+        """Scale all gradients by the global norm of the projected ones and of the dense ones.
+
+        For methods whose step depends on the projected gradient alone this is exact clipping of what they see.
+        """
+        readings = [x for unit in work for x in unit.measure()]
+        squares = torch.stack([x.float().square().sum() for x in readings])
+        if (mesh := work[0].mesh) is not None:
+            (squares,) = distributed.sum_together([squares], mesh.get_group())
+        self.projected_grad_norm = squares.sum().sqrt()
+        coefficient = (max_norm / (self.projected_grad_norm + 1e-6)).clamp(max=1.0)
+        for x in readings:
+            x.mul_(coefficient)
+
+    def train(self) -> None:
+        """Register the hooks of the layerwise mode; Trainer calls it before every step, in your own loop call it once.
+
+        A hook projects a matrix's gradient during backward and frees it; `step` updates. Methods that need the
+        gradient at the write (Fira) update in the hook. Matrices whose refresh is due keep their gradient until
+        `step`.
+
+        Raises:
+            ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
+        """
+        if not any(group["layerwise"] for group in self.param_groups):
+            return
+        mine = weakref.ref(self)
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if not (group["layerwise"] and "rank" in group):
+                    continue
+                known = getattr(p, _HOOK, None)
+                if known is not None and known[0]() is self:
+                    continue
+                if known is not None:
+                    known[1].remove()
+                _refuse_replicas(p)
+                handle = p.register_post_accumulate_grad_hook(partial(_on_gradient, mine, g, i))
+                setattr(p, _HOOK, (mine, handle))
+
+    def eval(self) -> None:
+        """Do nothing; Trainer calls it before evaluation."""
+
+    @torch.no_grad()
+    def _take_gradient(self, g: int, i: int, p: Tensor) -> None:
+        """Project (or apply) one matrix's gradient and free it; the due ones are left for `step`."""
+        self._allocate_missing()
+        index = sum(len(group["params"]) for group in self.param_groups[:g]) + i
+        unit = self._held.get(index) or self._matrix(g, i, p)
+        unused = unit.R is None or not bool(unit.R.any())
+        if unit.due and (unit.s["refreshes"] > 0 or not unused):
+            return
+        if index in self._stepped:
+            raise RuntimeError(
+                f"{self.defaults['method']} updates a weight as soon as its gradient is there, and a second one came "
+                "before step(): set gradient_accumulation_steps=1, or leave out layerwise"
+            )
+        if unit.due:  # no basis yet: it comes from the first gradient there is
+            self._refresh([unit])
+        if unit.parts.reconstruction.needs_gradient:
+            self._update([unit])
+            self._stepped.add(index)
+        else:
+            unit.project_()
+            self._held[index] = unit
+        p.grad = None
+
+    def declared(
+        self, options: Sequence[Mapping[str, Any]] | None = None
+    ) -> Iterator[tuple[str, Tensor, Parts, Mapping[str, Any]]]:
+        """Yield (name, parameter, parts, options) of every parameter in group order; the name is '' if unknown.
 
         Args:
             options: groups whose options count instead of the present ones.
@@ -113,7 +250,12 @@ class LowRankOptimizer(Optimizer):
             parts = methods.parts(chosen["method"], chosen)
             names = group.get("param_names") or [""] * len(group["params"])
             for name, p in zip(names, group["params"], strict=True):
-                yield name, p, matrix_slots(parts, p.shape, chosen) if "rank" in group else dense_slots(parts, p.shape)
+                yield name, p, parts, chosen
+
+    def declared_bytes(self) -> int:
+        """Return the bytes that this process's state takes, known before the first step."""
+        declared = (state.stored(*declared_state(p, parts, group)) for _, p, parts, group in self.declared())
+        return sum(slot.nbytes for stored in declared for slot in stored.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, keeping every tensor's stored type.
@@ -136,14 +278,15 @@ class LowRankOptimizer(Optimizer):
         """Yield every parameter with its saved state, checked against the declared one."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         declared = self.declared(state_dict["param_groups"])
-        for saved_id, (name, p, slots) in zip(saved_ids, declared, strict=True):
+        for saved_id, (name, p, parts, group) in zip(saved_ids, declared, strict=True):
             saved = state_dict["state"].get(saved_id)
             if not saved:
                 continue
-            if difference := state.mismatch(slots, saved):
+            fresh = allocate(p, parts, group)
+            if difference := state.mismatch(fresh, saved):
                 what = name or f"parameter {saved_id}"
                 raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
-            yield p, {key: saved[key].detach().to(slot.device(p), copy=True) for key, slot in slots.items()}
+            yield p, {key: adopt(saved[key], fresh[key]) for key in fresh}
 
     def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another optimizer, method or structure."""
@@ -172,58 +315,76 @@ class LowRankOptimizer(Optimizer):
         """Create the state of every parameter that has none, whether or not it has a gradient."""
         if all(p in self.state for group in self.param_groups for p in group["params"]):
             return
-        for _, p, slots in self.declared():
+        for _, p, parts, group in self.declared():
             if not self.state[p]:
-                self.state[p] = state.allocate(slots, p)
+                check_weight(p, parts, group)
+                self.state[p] = allocate(p, parts, group)
 
-    def _work(self) -> Iterator[MatrixStep | DenseStep]:
-        """Yield the units of work of this step."""
+    def _work(self) -> tuple[list[MatrixStep], list[DenseStep]]:
+        """Return the units of work of this step."""
+        matrices, dense = [], []
         index = 0
-        for group in self.param_groups:
-            parts = methods.parts(group["method"], group)
-            indexed = [(index + i, p) for i, p in enumerate(group["params"])]
-            index += len(indexed)
+        for g, group in enumerate(self.param_groups):
+            with_grad = [(i, p) for i, p in enumerate(group["params"]) if _has_gradient(p) or index + i in self._held]
             if "rank" in group:
-                intervals = _first_intervals(group)
-                for (i, p), interval in zip(indexed, intervals, strict=True):
-                    if p.grad is not None:
-                        yield MatrixStep(p, _dense_grad(p), self.state[p], parts, group, i, interval)
-            elif with_grad := [(i, p) for i, p in indexed if p.grad is not None]:
-                indices, weights = [i for i, _ in with_grad], [p for _, p in with_grad]
-                states = [self.state[p] for p in weights]
-                yield DenseStep(weights, [_dense_grad(p) for p in weights], states, parts, group, indices)
+                matrices += [self._held.get(index + i) or self._matrix(g, i, p) for i, p in with_grad]
+            elif with_grad:
+                weights, indices = [p for _, p in with_grad], [index + i for i, _ in with_grad]
+                parts = methods.parts(group["method"], group)
+                dense.append(DenseStep(weights, [self.state[p] for p in weights], parts, group, indices))
+            index += len(group["params"])
+        return matrices, dense
+
+    def _matrix(self, g: int, i: int, p: Tensor) -> MatrixStep:
+        group = self.param_groups[g]
+        index = sum(len(before["params"]) for before in self.param_groups[:g]) + i
+        parts = methods.parts(group["method"], group)
+        interval = group["update_proj_gap"]
+        if group["stagger"] and self.state[p]["refreshes"] == 0:
+            world = self._team(None if not group["params"] else getattr(p, "device_mesh", None))[1]
+            interval = staggered_intervals([refresh_cost(q) for q in group["params"]], interval, world)[i]
+        return MatrixStep(p, self.state[p], parts, group, index, interval)
 
 
-def _buckets(work: list[Any]) -> Iterator[list[Any]]:
+def _on_gradient(owner: weakref.ref[LowRankOptimizer], g: int, i: int, p: Tensor) -> None:
+    """Hook of the layerwise mode; does nothing once the optimizer is gone or the group has been changed."""
+    optimizer = owner()
+    if optimizer is not None and p.grad is not None and optimizer.param_groups[g]["params"][i] is p:
+        optimizer._take_gradient(g, i, p)
+
+
+def _refuse_replicas(p: Tensor) -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not isinstance(p, DTensor):
+        raise ValueError(
+            "layerwise does not run under DistributedDataParallel, which reduces gradients after they are freed: "
+            "use FSDP2, or leave out layerwise"
+        )
+
+
+def _has_gradient(p: Tensor) -> bool:
+    if p.grad is None:
+        return False
+    if p.grad.layout != torch.strided:
+        raise ValueError("sparse gradients are not supported; build the embedding with sparse=False")
+    return True
+
+
+def _buckets(work: list[Unit]) -> Iterator[list[Unit]]:
     """Split the work: one unit at a time on the CPU, as many as SYNC_ELEMENTS allow where a finite check makes the
-    host wait.
+    host wait or processes talk.
     """
-    bucket: list[Any] = []
-    held = 0
+    bucket: list[Unit] = []
     for unit in work:
-        on_host = all(x.device.type == "cpu" for x in (unit.weights if isinstance(unit, DenseStep) else [unit.weight]))
-        bucket.append(unit)
-        held += unit.transient
-        if on_host or held >= SYNC_ELEMENTS:
+        if bucket and unit.mesh != bucket[0].mesh:
             yield bucket
-            bucket, held = [], 0
+            bucket = []
+        bucket.append(unit)
+        alone = unit.device.type == "cpu" and unit.mesh is None
+        if alone or sum(x.transient for x in bucket) >= SYNC_ELEMENTS:
+            yield bucket
+            bucket = []
     if bucket:
         yield bucket
-
-
-def _first_intervals(group: Mapping[str, Any]) -> list[int]:
-    gap = group["update_proj_gap"]
-    if not group["stagger"]:
-        return [gap] * len(group["params"])
-    return staggered_intervals([refresh_cost(p) for p in group["params"]], gap)
-
-
-def _dense_grad(p: Tensor) -> Tensor:
-    grad = p.grad
-    assert grad is not None
-    if grad.layout != torch.strided:
-        raise ValueError("sparse gradients are not supported; build the embedding with sparse=False")
-    return grad
 
 
 def _check_group(group: Mapping[str, Any], low_rank: bool) -> None:

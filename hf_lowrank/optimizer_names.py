@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from hf_lowrank.methods import METHODS
+from hf_lowrank import methods
 
 
 def add_to(names: type[Enum]) -> None:
@@ -19,7 +19,7 @@ def add_to(names: type[Enum]) -> None:
         ValueError: if transformers itself has a member of that name with another value.
     """
     existing = names._value2member_map_
-    for value in METHODS:
+    for value in methods.names():
         name = value.upper()
         if value in existing:
             continue
@@ -39,7 +39,7 @@ def add_to(names: type[Enum]) -> None:
 
 def remove_from(names: type[Enum]) -> None:
     """Take out every member that `add_to` put in."""
-    for value in METHODS:
+    for value in methods.names():
         member = names._value2member_map_.get(value)
         if member is None or "__reduce_ex__" not in vars(member):
             continue

@@ -14,8 +14,10 @@ def integer(default: int | None, *, minimum: int, help: str) -> Any:
     return _option(default, lambda v: _whole(v), lambda v: v >= minimum, f"an integer >= {minimum}", help)
 
 
-def number(default: float, *, above: float, help: str) -> Any:
-    """Declare a finite real option greater than `above`."""
+def number(default: float, *, above: float | None = None, minimum: float = 0.0, help: str) -> Any:
+    """Declare a finite real option greater than `above`, or of at least `minimum`."""
+    if above is None:
+        return _option(default, float, lambda v: isfinite(v) and v >= minimum, f"a number >= {minimum:g}", help)
     return _option(default, float, lambda v: isfinite(v) and v > above, f"a number > {above:g}", help)
 
 

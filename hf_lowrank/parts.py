@@ -12,7 +12,8 @@ Functions that end in an underscore write in place.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,7 +39,10 @@ class Context:
         scale: the factor alpha on the low-rank update.
         correct_bias: whether Adam's bias correction is applied.
         stochastic_rounding: how weights of low precision are written.
+        orthonormal: whether the stored basis is orthonormal; a quantised one is so only nearly.
+        full_rank: whether r is the short side, so that nothing lies outside the subspace.
         key: (seed, index of the parameter in group order).
+        offset: where this process's piece of the weight starts.
     """
 
     step: int
@@ -52,7 +56,10 @@ class Context:
     scale: float
     correct_bias: bool
     stochastic_rounding: bool
+    orthonormal: bool
+    full_rank: bool
     key: tuple[int, int]
+    offset: int
 
     def generator(self) -> torch.Generator:
         """Return the CPU generator of this refresh, keyed by (seed, parameter, refresh number)."""
@@ -60,7 +67,11 @@ class Context:
 
     def rounding(self, device: torch.device) -> torch.Generator | None:
         """Return the generator of this step's stochastic rounding, keyed by (seed, parameter, step), or None."""
-        return linalg.generator(_ROUNDING, *self.key, self.step, device=device) if self.stochastic_rounding else None
+        return (
+            linalg.generator(_ROUNDING, *self.key, self.step, self.offset, device=device)
+            if self.stochastic_rounding
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,10 @@ class Subspace(Part, ABC):
         """Return C = P_new^T P_old (..., r, r)."""
         return s["basis"].mT @ old["basis"]
 
+    def rows(self, s: State, take: Callable[[Tensor], Tensor]) -> State:
+        """Return the state for some rows of the matrix, as `project` and `write_` want it; `take` picks them."""
+        return ChainMap({"basis": take(s["basis"])}, s)  # type: ignore[arg-type]
+
     def project(self, s: State, G: Tensor) -> Tensor:
         """Return R (..., r, n) in fp32."""
         return linalg.project(s["basis"], G)
@@ -138,7 +153,14 @@ class Subspace(Part, ABC):
 
 
 class Moments(Part, ABC):
-    """The running statistics, and the direction that they give."""
+    """The running statistics, and the direction that they give.
+
+    Attributes:
+        elementwise: whether every element of a dense tensor is stepped for itself, so that pieces may be stepped
+            alone.
+    """
+
+    elementwise: ClassVar[bool] = False
 
     @abstractmethod
     def slots(self, shape: tuple[int, ...]) -> Slots:
@@ -159,26 +181,39 @@ class Moments(Part, ABC):
     def dense_step_(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], contexts: Sequence[Context]
     ) -> None:
-        """Step tensors that have no subspace, of one group; the default is `update`, one tensor at a time."""
+        """Step fp32 tensors that have no subspace, of one group; the default is `update`, one tensor at a time."""
         for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
-            N = self.update(s, G.float(), ctx)
-            beta, alpha = 1 - ctx.lr * ctx.weight_decay, -ctx.lr * self.step_scale(ctx)
-
-            def update_(
-                block: Tensor, start: int, length: int, N: Tensor = N, beta: float = beta, alpha: float = alpha
-            ) -> None:
-                block.mul_(beta).add_(N.narrow(0, start, length), alpha=alpha)
-
-            linalg.rewrite_(W, update_, ctx.rounding(W.device), dim=0)
+            N = self.update(s, G, ctx)
+            W.mul_(1 - ctx.lr * ctx.weight_decay).sub_(N, alpha=ctx.lr * self.step_scale(ctx))
 
 
 class Reconstruction(Part, ABC):
-    """From the direction in the subspace to the step of the whole matrix."""
+    """From the direction in the subspace to the step of the whole matrix.
+
+    Attributes:
+        needs_gradient: whether the step has a part G diag(d), so that G must live until the weight is written.
+    """
+
+    needs_gradient: ClassVar[bool] = False
 
     def slots(self, batch: tuple[int, ...], m: int, n: int, r: int) -> Slots:
         """Declare the state; the default is none."""
         return {}
 
     @abstractmethod
-    def combine(self, s: State, G: Tensor, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
-        """Return the step in units of lr c_t. N may be overwritten."""
+    def combine(
+        self, s: State, norms: Callable[[], Tensor], R: Tensor, N: Tensor, c_t: float, ctx: Context
+    ) -> Generator[Tensor, Tensor, Update]:
+        """Return the step in units of lr c_t.
+
+        A generator: where columns of R are held by other processes, it yields what is to be summed over all columns
+        and is sent the sum, so that the sums of many matrices travel together.
+
+        Args:
+            s: the state.
+            norms: gives ||G_j||^2 of the columns (..., n) that R holds.
+            R: the projected gradient (..., r, n).
+            N: the direction (..., r, n); may be overwritten.
+            c_t: the bias correction.
+            ctx: the step.
+        """

@@ -1,57 +1,112 @@
 """One step of one unit of work: a matrix with its subspace, or the dense parameters of a group.
 
-Both offer the same three moves, in the order in which the engine makes them: `refresh_` (if due), `measure` (the
-tensors from which one can tell whether the gradient is finite), `apply_` (moments and weights, where it is).
+Both offer the same moves, in the order in which the engine makes them: `measure` (the tensors from which one can tell
+whether the gradient is finite), `begin_` (the moments; what is to be summed over processes) and `finish_` (the
+weights). A matrix whose refresh is due goes through `collect_`, `choose_` and `adopt_` before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Generator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from hf_lowrank import linalg
-from hf_lowrank.matrices import clamp_rank, wide
+from hf_lowrank import distributed, linalg, state
+from hf_lowrank.matrices import Layout, check_sharding, chunks, clamp_rank, local
 from hf_lowrank.methods import Parts
-from hf_lowrank.parts import Context
-from hf_lowrank.state import Slot, Slots, State
+from hf_lowrank.parts import Context, Update
+from hf_lowrank.state import Forms, Raw, Slot, Slots, State, View, counter
 
 
 UNKNOWN = -1.0
 """Entry of a report that the rule does not know."""
 
-COUNTERS: Slots = {"step": Slot((), "counter"), "moment_step": Slot((), "counter"), "skipped": Slot((), "counter")}
+COUNTERS: Slots = {"step": counter(), "moment_step": counter(), "skipped": counter()}
 REFRESH: Slots = {
-    "refreshes": Slot((), "counter"),
-    "refresh_at": Slot((), "counter"),
+    "refreshes": counter(),
+    "refresh_at": counter(),
     "report": Slot((3,), "exact"),  # overlap with the basis before, captured energy, stable rank: of the last refresh
 }
 
 
-def matrix_slots(parts: Parts, shape: torch.Size, group: Mapping[str, Any]) -> Slots:
-    """Declare the state of a low-rank weight of this shape."""
-    view = wide(torch.empty(shape, device="meta"), group["proj_type"])
-    *batch, m, n = view.shape
-    r = clamp_rank(group["rank"], m, n)
-    size = (tuple(batch), m, n, r)
-    return {
-        **parts.subspace.slots(*size),
-        **parts.moments.slots((*batch, r, n)),
-        **parts.reconstruction.slots(*size),
+def matrix_state(parts: Parts, layout: Layout, group: Mapping[str, Any]) -> tuple[Slots, Forms]:
+    """Return the declared state of this process's piece of a low-rank weight, and its formats."""
+    r = clamp_rank(group["rank"], layout.m, layout.n)
+    return _matrix_state(
+        parts, layout.stack, layout.m, layout.columns, r, group["basis_format"], group["state_format"]
+    )
+
+
+@lru_cache(maxsize=4096)
+def _matrix_state(
+    parts: Parts, stack: tuple[int, ...], m: int, columns: int, r: int, basis: str, moments: str
+) -> tuple[Slots, Forms]:
+    slots = {
+        **parts.subspace.slots(stack, m, columns, r),
+        **parts.moments.slots((*stack, r, columns)),
+        **parts.reconstruction.slots(stack, m, columns, r),
         **COUNTERS,
         **REFRESH,
     }
+    return slots, state.forms(slots, basis=basis, moments=moments)
 
 
-def dense_slots(parts: Parts, shape: torch.Size) -> Slots:
-    """Declare the state of a parameter that has no subspace."""
-    return {**parts.moments.slots(tuple(shape)), **COUNTERS}
+@lru_cache(maxsize=4096)
+def dense_state(parts: Parts, shape: tuple[int, ...], form: str) -> tuple[Slots, Forms]:
+    """Return the declared state of a parameter that has no subspace, and its formats."""
+    slots = {**parts.moments.slots(shape), **COUNTERS}
+    return slots, state.forms(slots, moments=form)
 
 
-def context(s: State, group: Mapping[str, Any], index: int) -> Context:
+def declared_state(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> tuple[Slots, Forms]:
+    """Return the declared state of this process's piece of any parameter, and its formats."""
+    if "rank" in group:
+        return matrix_state(parts, Layout.of(weight, group["proj_type"]), group)
+    return dense_state(parts, tuple(local(weight).shape), group["dense_state_format"])
+
+
+def allocate(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> Raw:
+    """Return freshly initialised state: DTensors where the axis that is split over processes runs through it."""
+    raw = state.allocate(*declared_state(weight, parts, group), local(weight))
+    if not isinstance(weight, DTensor):
+        return raw
+    return {name: _distribute(weight, parts, group, name, tensor) for name, tensor in raw.items()}
+
+
+def sharded_axis(weight: DTensor, parts: Parts, group: Mapping[str, Any], name: str) -> tuple[int, int] | None:
+    """Return (axis, whole length) along which a state tensor is split over processes, or None if each holds all of it.
+
+    The axis is the one that grows with the split axis of the weight, so parts need not declare it.
+    """
+    if "rank" not in group:
+        grown = [dense_state(parts, (size, *weight.shape[1:]), "fp32")[0] for size in (2, 3)]
+        whole = weight.shape[0]
+    else:
+        layout = Layout.of(weight, group["proj_type"])
+        r = clamp_rank(group["rank"], layout.m, layout.n)
+        sizes = [
+            ((k,), layout.m, layout.n) if layout.along == "batch" else (layout.batch, layout.m, k) for k in (2, 3)
+        ]
+        grown = [_matrix_state(parts, *size, r, "fp32", "fp32")[0] for size in sizes]
+        whole = layout.batch[0] if layout.along == "batch" else layout.n
+    pairs = zip(grown[0][name].shape, grown[1][name].shape, strict=True) if name in grown[0] else ()
+    return next(((axis, whole) for axis, (a, b) in enumerate(pairs) if a != b), None)
+
+
+def _distribute(weight: DTensor, parts: Parts, group: Mapping[str, Any], name: str, tensor: Tensor) -> Tensor:
+    place = sharded_axis(weight, parts, group, name)
+    if place is None:
+        return tensor
+    layout = Layout((), 1, 1, False, "rows", weight.device_mesh)
+    return layout.sharded(tensor, *place)
+
+
+def context(s: State, group: Mapping[str, Any], index: int, **place: Any) -> Context:
     """Gather what the parts may know of this step of parameter `index`."""
     beta1, beta2 = group["betas"]
     return Context(
@@ -66,164 +121,326 @@ def context(s: State, group: Mapping[str, Any], index: int) -> Context:
         scale=group.get("scale", 1.0),
         correct_bias=group["correct_bias"],
         stochastic_rounding=group["stochastic_rounding"],
+        orthonormal=group["basis_format"] == "fp32",
         key=(group["seed"], index),
+        **place,
     )
 
 
-@dataclass
 class MatrixStep:
     """The step of one low-rank weight.
 
-    Attributes:
-        weight, grad, state: the parameter's.
+    Args:
+        weight: the parameter.
+        raw: its stored state.
         parts: its method.
         group: its options.
         index: its place in group order.
         first_interval: steps between the first refresh and the second (shorter than the gap when staggered).
     """
 
-    weight: Tensor
-    grad: Tensor
-    state: State
-    parts: Parts
-    group: Mapping[str, Any]
-    index: int
-    first_interval: int
+    def __init__(
+        self, weight: Tensor, raw: Raw, parts: Parts, group: Mapping[str, Any], index: int, first_interval: int
+    ) -> None:
+        self.weight, self.parts, self.group, self.index = weight, parts, group, index
+        self.first_interval = first_interval
+        self.layout = Layout.of(weight, group["proj_type"])
+        held = {name: local(tensor) for name, tensor in raw.items()} if self.layout.along else raw
+        self.s = View(held, *matrix_state(parts, self.layout, group))
+        self.R: Tensor | None = None  # (..., r, n), not yet summed over processes
+        self.measured: Tensor | None = None  # (..., r, columns)
 
-    def __post_init__(self) -> None:
-        self.W = wide(self.weight, self.group["proj_type"])  # (..., m, n)
-        self.G = wide(self.grad, self.group["proj_type"])  # (..., m, n)
-        self.R: Tensor | None = None  # (..., r, n)
+    @property
+    def G(self) -> Tensor:
+        """This process's piece of the gradient, seen wide."""
+        assert self.weight.grad is not None
+        return self.layout.wide(self.weight.grad)
 
     @property
     def due(self) -> bool:
         """Whether the subspace is to be refreshed at this step."""
-        return bool(self.state["step"] >= self.state["refresh_at"])
+        return bool(self.s["step"] >= self.s["refresh_at"])
+
+    @property
+    def mesh(self) -> Any:
+        """The mesh over which the weight is split, or None."""
+        return self.layout.mesh
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        return self.weight.device
 
     @property
     def transient(self) -> int:
-        """Elements that `measure` makes and `apply_` frees: those of R, at most."""
-        return self.grad.numel() // max(self.W.shape[-2], 1) * clamp_rank(self.group["rank"], *self.W.shape[-2:])
+        """Elements that `measure` makes and `finish_` frees: those of R."""
+        return clamp_rank(self.group["rank"], self.layout.m, self.layout.n) * self.layout.columns
 
-    def refresh_(self) -> bool:
-        """Choose a new basis and carry the moments over, unless the gradient is zero or not finite (it stays due)."""
-        s, G, parts = self.state, self.G, self.parts
-        total = linalg.squared_norm(G)
+    @property
+    def cost(self) -> float:
+        """Work of a refresh: the Gram product on the short side dominates."""
+        return refresh_cost(self.weight)
+
+    def collect_(self, owner: int) -> None:
+        """Bring the whole gradient to the process that chooses, and a copy of the whole basis to all."""
+        assert self.weight.grad is not None
+        self.whole = self.layout.whole(self.weight.grad, owner)
+        self.new = {}
+        for name in self.s.names("basis"):
+            self.new[name] = self.s[name].clone()
+            if self.layout.along == "batch":
+                place = self.layout.sharded(self.s[name], 0, self.layout.batch[0])
+                self.new[name] = place.full_tensor()  # type: ignore[attr-defined]
+        self.choice = torch.zeros(3, device=self.device)  # changed, energy, stable rank
+
+    def choose_(self) -> None:
+        """Choose a new basis from the whole gradient, unless that is zero or not finite."""
+        G = self.whole
+        assert G is not None
+        self.whole = None
+        total = linalg.squared_norm(G)  # (...)
         live = total > 0
         if not bool(torch.isfinite(total).all() & live.any()):
-            return False
-        ctx = context(s, self.group, self.index)
-        stored = [name for name, slot in self._slots().items() if slot.kind == "basis"]
-        old = {name: s[name].clone() for name in stored}
-        sigma = parts.subspace.refresh_(s, G, ctx)
-        for name in stored:  # a slice of zeros (an expert that saw no token) keeps its basis
-            s[name].copy_(torch.where(live[(...,) + (None,) * (s[name].dim() - live.dim())], s[name], old[name]))
-        overlap = torch.tensor(UNKNOWN)
+            return
+        old = {name: tensor.clone() for name, tensor in self.new.items()} if not bool(live.all()) else {}
+        s = ChainMap(self.new, self.s)  # type: ignore[arg-type]
+        sigma = self.parts.subspace.refresh_(s, G, self._context())
+        for name, tensor in old.items():  # a slice of zeros (an expert that saw no token) keeps its basis
+            keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
+            self.new[name].copy_(torch.where(keep, self.new[name], tensor))
+        energy = linalg.squared_norm(self.parts.subspace.project(s, G)).sum() / total.sum()
+        stable_rank = torch.tensor(UNKNOWN) if sigma is None else (total / sigma[..., 0].square())[live].mean()
+        self.choice.copy_(torch.stack([torch.ones_like(energy), energy, stable_rank.to(energy)]))
+
+    def adopt_(self, owner: int, group: Any) -> None:
+        """Take over the basis that the owner chose, if it did, and carry the moments into it."""
+        if group is not None:
+            distributed.broadcast_([self.choice, *self.new.values()], owner, group)
+        new, self.new = self.new, {}
+        changed, energy, stable_rank = self.choice.tolist()
+        if not changed:
+            return
+        if self.layout.along == "batch":
+            new = {name: x.narrow(0, self.layout.offset, self.layout.stack[0]) for name, x in new.items()}
+        s, ctx, overlap = self.s, self._context(), UNKNOWN
         if ctx.refreshes:
-            C = parts.subspace.change(s, old)  # (..., r, r)
-            overlap = linalg.overlap(C)
-            parts.moments.transport_(s, C, self.group["on_refresh"], ctx)
-        energy = linalg.squared_norm(parts.subspace.project(s, G)).sum() / total.sum()
-        stable_rank = torch.tensor(UNKNOWN) if sigma is None else _stable_rank(total, sigma, live)
-        s["report"].copy_(torch.stack([x.to(s["report"]) for x in (overlap, energy, stable_rank)]))
+            C = self.parts.subspace.change(ChainMap(new, s), s)  # type: ignore[arg-type] # (..., r, r)
+            overlap = float(linalg.overlap(C))
+            self.parts.moments.transport_(s, C, self.group["on_refresh"], ctx)
+        for name, tensor in new.items():
+            s[name].copy_(tensor)
+        s.commit("basis", "moment", "variance")
+        s["report"].copy_(torch.tensor([overlap, energy, stable_rank]))
         self._schedule_next()
-        return True
+
+    def project_(self) -> None:
+        """Add the projection of the gradient to R; the gradient is not needed for R any more."""
+        R = self.parts.subspace.project(self._rows(), self.G)
+        self.R = R if self.R is None else self.R.add_(R)
 
     def measure(self) -> list[Tensor]:
-        """Project the gradient; a non-finite gradient makes the projection non-finite."""
-        self.R = self.parts.subspace.project(self.state, self.G)
-        return [self.R]
+        """Return the projected gradient; a gradient that is not finite makes it so. Twice is the same as once."""
+        if self.measured is None:
+            if self.R is None:
+                self.project_()
+            assert self.R is not None
+            self.measured, self.R = self.layout.scatter(self.R), None
+        return [self.measured]
 
-    def apply_(self, finite: list[bool]) -> None:
-        """Update the moments and write the weight, or count the step as skipped."""
-        s, R, self.R = self.state, self.R, None
+    def begin_(self, finite: Sequence[bool]) -> Tensor | None:
+        """Update the moments, or count the step as skipped; return what is to be summed over processes."""
+        R, self.measured = self.measured, None
         assert R is not None, "measure() comes first"
+        self.combining: Generator[Tensor, Tensor, Update] | None = None
         if not finite[0]:
-            s["skipped"] += 1
+            self.s["skipped"].add_(1)
+            return None
+        self.ctx = self._context()
+        N = self.parts.moments.update(self.s, R, self.ctx)
+        self.c_t = self.parts.moments.step_scale(self.ctx)
+        self.combining = self.parts.reconstruction.combine(self.s, self._norms, R, N, self.c_t, self.ctx)
+        asked = self._combine(None)
+        if asked is None or self.layout.along in ("rows", "columns"):
+            return asked
+        return self._combine(asked)  # this process holds all columns
+
+    def finish_(self, total: Tensor | None) -> None:
+        """Write the weight."""
+        if self.combining is None:
             return
-        parts, G, ctx = self.parts, self.G, context(s, self.group, self.index)
-        N = parts.moments.update(s, R, ctx)  # (..., r, n)
-        c_t = parts.moments.step_scale(ctx)
-        update = parts.reconstruction.combine(s, G, R, N, c_t, ctx)
-        beta, alpha = 1 - ctx.lr * ctx.weight_decay, -ctx.lr * c_t
+        if total is not None:
+            self._combine(total)
+        beta, alpha = 1 - self.ctx.lr * self.ctx.weight_decay, -self.ctx.lr * self.c_t
+        Z, d = self._gathered(self.update)
+        subspace, s = self.parts.subspace, self._rows()
+        G = self.G if d is not None else None
 
         def write_(block: Tensor, start: int, length: int) -> None:
-            if update.Z is None:
+            if Z is None:
                 block.mul_(beta)
             else:
-                parts.subspace.write_(s, block, update.Z.narrow(-1, start, length), beta=beta, alpha=alpha)
-            if update.d is not None:
+                subspace.write_(s, block, Z.narrow(-1, start, length), beta=beta, alpha=alpha)
+            if G is not None and d is not None:
                 columns = G.narrow(-1, start, length).to(block.dtype)
-                block.addcmul_(columns, update.d.narrow(-1, start, length).unsqueeze(-2), value=alpha)
+                block.addcmul_(columns, d.narrow(-1, start, length).unsqueeze(-2), value=alpha)
 
-        linalg.rewrite_(self.W, write_, ctx.rounding(self.W.device), dim=-1)
-        _advance_(s)
+        W = self.layout.wide(self.weight)
+        linalg.rewrite_(W, write_, self.ctx.rounding(W.device))
+        self.s.commit("moment", "variance", "exact")
+        _advance_(self.s)
+        self.combining = None
+
+    def _combine(self, total: Tensor | None) -> Tensor | None:
+        """Let the reconstruction go on until it asks for a sum (returned) or has the update (kept)."""
+        assert self.combining is not None
+        try:
+            return self.combining.send(total)  # type: ignore[arg-type]
+        except StopIteration as stop:
+            self.update: Update = stop.value
+            return None
+
+    def _context(self) -> Context:
+        full = clamp_rank(self.group["rank"], self.layout.m, self.layout.n) == self.layout.m
+        return context(self.s, self.group, self.index, full_rank=full, offset=self.layout.offset)
+
+    def _rows(self) -> State:
+        if self.layout.along != "rows":
+            return self.s
+        return self.parts.subspace.rows(self.s, self.layout.rows_of)
+
+    def _norms(self) -> Tensor:
+        return self.layout.scatter(linalg.column_squared_norms(self.G))
+
+    def _gathered(self, update: Update) -> tuple[Tensor | None, Tensor | None]:
+        """Return Z and d for all columns of this process's piece of the weight, in at most one collective."""
+        if self.layout.along != "rows" or update.Z is None or update.d is None:
+            return tuple(None if x is None else self.layout.gather(x) for x in (update.Z, update.d))  # type: ignore[return-value]
+        together = self.layout.gather(torch.cat([update.Z, update.d.unsqueeze(-2)], -2))
+        return together[..., :-1, :], together[..., -1, :]
 
     def _schedule_next(self) -> None:
-        s = self.state
+        s = self.s
         interval = self.parts.subspace.interval(s, self.group["update_proj_gap"])
-        s["refresh_at"] += interval if s["refreshes"] else self.first_interval
+        s["refresh_at"].add_(interval if s["refreshes"] else self.first_interval)
         while s["refresh_at"] <= s["step"]:  # it came late
-            s["refresh_at"] += interval
-        s["refreshes"] += 1
-
-    def _slots(self) -> Slots:
-        return matrix_slots(self.parts, self.weight.shape, self.group)
+            s["refresh_at"].add_(interval)
+        s["refreshes"].add_(1)
 
 
-@dataclass
+def adopt(saved: Tensor, fresh: Tensor) -> Tensor:
+    """Return a saved state tensor as this process wants it: its type kept, on the right device, split like `fresh`."""
+    if isinstance(fresh, DTensor) and not isinstance(saved, DTensor):  # a checkpoint of an unsharded run
+        axis = fresh.placements[0].dim  # type: ignore[attr-defined]
+        lengths = chunks(fresh.shape[axis], fresh.device_mesh.size())
+        rank = fresh.device_mesh.get_local_rank()
+        fresh.to_local().copy_(saved.narrow(axis, sum(lengths[:rank]), lengths[rank]))
+        return fresh
+    return saved.detach().to(fresh.device, copy=True)
+
+
 class DenseStep:
     """The step of all dense parameters of one group: the same moments with no subspace."""
 
-    weights: list[Tensor]
-    grads: list[Tensor]
-    states: list[State]
-    parts: Parts
-    group: Mapping[str, Any]
-    indices: list[int]
-
-    due = False
     transient = 0
+    due = False
 
-    def refresh_(self) -> bool:
-        """Nothing to refresh."""
-        return False
+    def __init__(
+        self, weights: list[Tensor], raws: list[Raw], parts: Parts, group: Mapping[str, Any], indices: list[int]
+    ) -> None:
+        self.weights, self.parts, self.group, self.indices = weights, parts, group, indices
+        self.mesh = next((w.device_mesh for w in weights if isinstance(w, DTensor)), None)
+        self.device = weights[0].device
+        self.views = []
+        for weight, raw in zip(weights, raws, strict=True):
+            held = {name: local(tensor) for name, tensor in raw.items()}
+            self.views.append(View(held, *declared_state(weight, parts, group)))
 
     def measure(self) -> list[Tensor]:
         """Return the gradients."""
-        return self.grads
+        return [local(w.grad) for w in self.weights if w.grad is not None]
 
-    def apply_(self, finite: list[bool]) -> None:
+    def begin_(self, finite: Sequence[bool]) -> None:
         """Step the parameters whose gradient is finite; count the others as skipped."""
-        good = [i for i, ok in enumerate(finite) if ok]
-        for i in set(range(len(finite))) - set(good):
-            self.states[i]["skipped"] += 1
-        if not good:
+        together = []
+        for i, (weight, s) in enumerate(zip(self.weights, self.views, strict=True)):
+            if not finite[i]:
+                s["skipped"].add_(1)
+            elif weight.dtype == torch.float32 and s.plain:
+                together.append(i)
+            else:
+                self._step_in_blocks(i)
+        if together:
+            rule = self.parts.moments
+            weights, grads = [local(self.weights[i]) for i in together], [self._grad(i) for i in together]
+            rule.dense_step_(weights, grads, [self.views[i] for i in together], [self._context(i) for i in together])
+        for s, good in zip(self.views, finite, strict=True):
+            if good:
+                _advance_(s)
+
+    def finish_(self, total: Tensor | None) -> None:
+        """Nothing is left to do."""
+
+    def _step_in_blocks(self, i: int) -> None:
+        """Step a tensor of low precision or with encoded state: cast, step, round, one block at a time if possible."""
+        rule, W, G, s, ctx = self.parts.moments, local(self.weights[i]), self._grad(i), self.views[i], self._context(i)
+        gen = ctx.rounding(W.device)
+        if not rule.elementwise or not W.is_contiguous():
+            image = W.float()
+            rule.dense_step_([image], [G.float()], [s], [ctx])
+            linalg.round_(W, image, gen)
+            s.commit("moment", "variance")
             return
-        states = [self.states[i] for i in good]
-        contexts = [context(self.states[i], self.group, self.indices[i]) for i in good]
-        weights, grads = [self.weights[i] for i in good], [self.grads[i] for i in good]
-        self.parts.moments.dense_step_(weights, grads, states, contexts)
-        for s in states:
-            _advance_(s)
+        flat, grad = W.view(-1), G.reshape(-1)
+        for start, length in linalg.blocks(flat.shape):
+            part, image = s.narrow(start, length), flat.narrow(0, start, length).float()
+            rule.dense_step_([image], [grad.narrow(0, start, length).float()], [part], [ctx])
+            part.commit("moment", "variance")
+            linalg.round_(flat.narrow(0, start, length), image, gen)
+
+    def _grad(self, i: int) -> Tensor:
+        grad = self.weights[i].grad
+        assert grad is not None
+        return local(grad)
+
+    def _context(self, i: int) -> Context:
+        weight = self.weights[i]
+        offset = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else 0
+        return context(self.views[i], self.group, self.indices[i], full_rank=True, offset=offset)
+
+
+def check_weight(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> None:
+    """Refuse a sharded weight that cannot be trained so.
+
+    Raises:
+        ValueError: naming the way out.
+    """
+    if not isinstance(weight, DTensor):
+        return
+    check_sharding(weight)
+    if {group["basis_format"], group["state_format"], group["dense_state_format"]} != {"fp32"}:
+        raise ValueError(
+            "states of sharded weights (FSDP2) are kept in fp32: leave out _8bit and the *_format options"
+        )
 
 
 def _advance_(s: State) -> None:
-    s["step"] += 1
-    s["moment_step"] += 1
+    s["step"].add_(1)
+    s["moment_step"].add_(1)
 
 
-def _stable_rank(total: Tensor, sigma: Tensor, live: Tensor) -> Tensor:
-    """Return ||G||_F^2 / ||G||_2^2, averaged over the slices that are not zero (GaLore, section 3.2)."""
-    return (total / sigma[..., 0].square())[live].mean()
+def staggered_intervals(costs: list[float], gap: int, together: int = 1) -> list[int]:
+    """Return for every matrix the first interval, 1 .. gap, that spreads later refreshes evenly by cost.
 
-
-def staggered_intervals(costs: list[float], gap: int) -> list[int]:
-    """Return for every matrix the first interval, 1 .. gap, that spreads later refreshes evenly by cost."""
+    Args:
+        costs: work of every refresh.
+        gap: steps between refreshes of one matrix.
+        together: how many matrices are refreshed at once: one per process.
+    """
     intervals, done, total = [], 0.0, sum(costs)
-    for cost in costs:
-        done += cost
-        intervals.append(max(1, round(gap * done / total)))
+    for start in range(0, len(costs), together):
+        some = costs[start : start + together]
+        done += sum(some)
+        intervals += [max(1, round(gap * done / total))] * len(some)
     return intervals
 
 

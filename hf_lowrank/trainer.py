@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainingArguments, trainer, trainer_utils
 from transformers.training_args import OptimizerNames as OptimizerNames
@@ -19,7 +21,6 @@ from transformers.training_args import OptimizerNames as OptimizerNames
 from hf_lowrank import methods, optimizer_names
 from hf_lowrank.callback import RUN_FILE, LowRankCallback, summary
 from hf_lowrank.groups import param_groups
-from hf_lowrank.methods import METHODS
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.options import split_assignments
 
@@ -33,7 +34,7 @@ def register() -> None:
     optimizer_names.add_to(OptimizerNames)
     handlers = getattr(trainer, "_OPTIMIZER_HANDLERS", None)  # transformers 5.2 and later
     if handlers is not None:
-        handlers.update({OptimizerNames(name): _handler for name in METHODS})
+        handlers.update({OptimizerNames(name): _handler for name in methods.names()})
     if _undo:
         return
     _replace(
@@ -51,7 +52,7 @@ def unregister() -> None:
     while _undo:
         _undo.pop()()
     handlers = getattr(trainer, "_OPTIMIZER_HANDLERS", {})
-    for name in METHODS:
+    for name in methods.names():
         handlers.pop(name, None)
     optimizer_names.remove_from(OptimizerNames)
 
@@ -101,7 +102,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that `args.optim` names."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and _name(self.args) in METHODS:
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and _name(self.args) in methods.names():
             cls, kwargs = _from_arguments(self.args, self.model if model is None else model)
             self.optimizer: torch.optim.Optimizer | None = cls(**kwargs)
             return self.optimizer
@@ -133,11 +134,52 @@ def _from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[t
     for option, argument in _TRAINING_ARGUMENTS.items():
         if option in options:
             raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")
+    options |= _layerwise_options(args, options)
     cls, kwargs = optimizer_cls_and_kwargs(
         model, _name(args), args=args, target_modules=args.optim_target_modules, **options
     )
+    kwargs["share_refreshes"] = _replicated(args)
     logger.info(summary(cls(**kwargs)))
     return cls, kwargs
+
+
+def _fsdp_version(args: TrainingArguments) -> int | None:
+    """Return 1 or 2 under FSDP, else None (Trainer ignores --fsdp where there is no accelerator)."""
+    shared = AcceleratorState._shared_state
+    if shared:
+        fsdp = shared.get("distributed_type") == DistributedType.FSDP
+        return int(shared["fsdp_plugin"].fsdp_version) if fsdp else None
+    if not getattr(args, "fsdp", None):
+        return None
+    config = getattr(args, "fsdp_config", None) or {}
+    return int(config.get("version", config.get("fsdp_version", 2)))
+
+
+def _replicated(args: TrainingArguments) -> bool:
+    """Tell whether this is DistributedDataParallel."""
+    return bool(args.world_size > 1 and _fsdp_version(args) is None)
+
+
+def _layerwise_options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the layerwise mode adds, having refused what it cannot honour."""
+    filled = methods.complete(_name(args), {"rank": 128, **options})
+    if not filled["layerwise"]:
+        return {}
+    name = _name(args)
+    in_hook = methods.parts(methods.split(name)[0], filled).reconstruction.needs_gradient
+    if args.fp16:
+        raise ValueError(f"{name} frees gradients before --fp16's scaler has unscaled them: use --bf16, or fp32")
+    if _replicated(args):
+        raise ValueError(f"{name} does not run under DistributedDataParallel: use FSDP2, or leave out layerwise")
+    if in_hook and args.gradient_accumulation_steps > 1:
+        raise ValueError(f"{name} updates as soon as a gradient is there: set --gradient_accumulation_steps 1")
+    if not args.max_grad_norm:
+        return {}
+    if in_hook:
+        raise ValueError(f"{name} updates before the norm of all gradients is known: set --max_grad_norm 0")
+    norm, args.max_grad_norm = args.max_grad_norm, 0.0  # Trainer would clip what is left of the gradients
+    logger.info("max_grad_norm=%g clips by the norm of the projected gradients, logged as projected_grad_norm", norm)
+    return {"max_grad_norm": norm}
 
 
 _TRAINING_ARGUMENTS = {
@@ -149,6 +191,7 @@ _TRAINING_ARGUMENTS = {
     "eps": "adam_epsilon",
     "weight_decay": "weight_decay",
     "target_modules": "optim_target_modules",
+    "max_grad_norm": "max_grad_norm",
     "args": "optim",
     "model": "optim",
     "method": "optim",
@@ -162,9 +205,10 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
             f"{_name(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. "
             "Remove --deepspeed and use DDP (torchrun)."
         )
-    if getattr(args, "fsdp", None):
+    if _fsdp_version(args) == 1:
         raise ValueError(
-            f"{_name(args)} does not run under FSDP: it needs whole matrices. Remove --fsdp and use DDP (torchrun)."
+            f"{_name(args)} does not run under FSDP1, which flattens the matrices that are projected. "
+            'Use FSDP2: --fsdp with {"version": 2} in --fsdp_config.'
         )
 
 
@@ -176,7 +220,7 @@ def _handler(context: Any) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
 def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Any:
-        return _from_arguments(args, model) if _name(args) in METHODS else original(args, model)
+        return _from_arguments(args, model) if _name(args) in methods.names() else original(args, model)
 
     return get_optimizer_cls_and_kwargs
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_lowrank import linalg
 from hf_lowrank.moments.transport import rotated_variance
 from hf_lowrank.parts import Context, Moments
 from hf_lowrank.state import Slot, Slots, State
@@ -31,6 +31,8 @@ class Adam(Moments, name="adam"):
     Differs from the authors' code: GaLore and Fira add eps to the uncorrected sqrt(V); here it sits where torch puts
     it. Moments are fp32 whatever the weights are.
     """
+
+    elementwise: ClassVar[bool] = True
 
     def slots(self, shape: tuple[int, ...]) -> Slots:
         """See `Moments.slots`."""
@@ -64,21 +66,8 @@ class Adam(Moments, name="adam"):
     def dense_step_(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], contexts: Sequence[Context]
     ) -> None:
-        """Step fp32 tensors in one fused call, those of lower precision in blocks of rows."""
-        lr, weight_decay = contexts[0].lr, contexts[0].weight_decay
-        items = list(zip(weights, grads, states, contexts, strict=True))
-        if whole := [item for item in items if item[0].dtype == torch.float32]:
-            W_, G_, s_, c_ = zip(*whole, strict=True)
-            _adamw_(W_, G_, s_, c_, lr=lr, weight_decay=weight_decay)
-        for W, G, s, ctx in (item for item in items if item[0].dtype != torch.float32):
-            W, G = (x.view(x.shape or (1,)) for x in (W, G))  # a scalar is one row
-            s = {name: s[name].view(W.shape) for name in self.slots(())}
-
-            def update_(block: Tensor, start: int, length: int, G=G, s=s, ctx=ctx) -> None:  # type: ignore[no-untyped-def]
-                part = {name: x.narrow(0, start, length) for name, x in s.items()}
-                _adamw_([block], [G.narrow(0, start, length).float()], [part], [ctx], lr=lr, weight_decay=weight_decay)
-
-            linalg.rewrite_(W, update_, ctx.rounding(W.device), dim=0)
+        """Step all tensors in one fused call."""
+        _adamw_(weights, grads, states, contexts, lr=contexts[0].lr, weight_decay=contexts[0].weight_decay)
 
 
 def _adamw_(

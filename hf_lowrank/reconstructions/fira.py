@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ class Fira(Reconstruction, name="fira"):
     * `paper` (as the Fira paper prints it): U = alpha (P N + phi (G - P R) / L), phi and L from the corrected N
 
     All are U = P Z + G diag(d): two matrix products, no residual is ever formed. Its column norms follow from
-    ||G_j - a P R_j||^2 = ||G_j||^2 - (2a - a^2) ||R_j||^2 for orthonormal P.
+    ||G_j - a P R_j||^2 = ||G_j||^2 - 2a ||R_j||^2 + a^2 R_j^T (P^T P) R_j.
 
     References:
         Fira, arXiv 2410.01623, Algorithm 1; I3S, arXiv 2502.05790, section 2.2.
@@ -37,6 +39,8 @@ class Fira(Reconstruction, name="fira"):
     (growth of 1 % a step from zero takes some 1850 steps to recover), and nothing waits for the device.
     """
 
+    needs_gradient: ClassVar[bool] = True
+
     fira_form: str = choice("released", "i3s", "paper", help="which of the three published forms")
     limiter: float = number(1.01, above=1.0, help="largest growth of the residual's norm from one step to the next")
 
@@ -44,30 +48,33 @@ class Fira(Reconstruction, name="fira"):
         """See `Reconstruction.slots`: the limited norm of the last residual, 0 while unset."""
         return {"residual_norm": Slot(batch, "exact")}
 
-    def combine(self, s: State, G: Tensor, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
+    def combine(
+        self, s: State, norms: Callable[[], Tensor], R: Tensor, N: Tensor, c_t: float, ctx: Context
+    ) -> Generator[Tensor, Tensor, Update]:
         """See `Reconstruction.combine`."""
         within = ctx.scale if self.fira_form == "released" else 1.0  # share of P R that the residual leaves out
-        if R.shape[-2] == G.shape[-2] and within == 1.0:  # r = m: no residual
+        if ctx.full_rank and within == 1.0:  # no residual
             return Update(N.mul_(ctx.scale))
-        eps = ctx.eps if self.fira_form == "paper" else 1e-8
         corrected = c_t if self.fira_form == "paper" else 1.0
-        r_squared = R.square().sum(-2)
-        g_squared = linalg.column_squared_norms(G)
-        residual = (g_squared - (2 * within - within**2) * r_squared).clamp_min_(0)
+        eps = ctx.eps if self.fira_form == "paper" else 1e-8
+        r_squared = R.square().sum(-2)  # (..., n)
+        g_squared = norms()
+        pr_squared = r_squared if ctx.orthonormal else (R * ((s["basis"].mT @ s["basis"]) @ R)).sum(-2)
+        residual = (g_squared - 2 * within * r_squared + within**2 * pr_squared).clamp_min_(0)
         phi = linalg.column_norms(N) * corrected / (r_squared.sqrt() + eps)
-        phi = phi / self._limit_(s["residual_norm"], phi, residual, g_squared).unsqueeze(-1) / corrected
-        if self.fira_form == "released":
-            Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale)
-            return Update(Z, phi)
+        totals = yield torch.stack([(phi.square() * residual).sum(-1), residual.sum(-1), g_squared.sum(-1)])
+        phi = phi / self._limit_(s["residual_norm"], totals).unsqueeze(-1) / corrected
         if self.fira_form == "i3s":
             return Update(N.mul_(ctx.scale).addcmul_(R, phi.unsqueeze(-2), value=-1), phi)
-        return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale), phi * ctx.scale)
+        Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale)
+        return Update(Z, phi if self.fira_form == "released" else phi * ctx.scale)
 
-    def _limit_(self, last: Tensor, phi: Tensor, residual: Tensor, g_squared: Tensor) -> Tensor:
+    def _limit_(self, last: Tensor, totals: Tensor) -> Tensor:
         """Return L (...,), infinite where there is no residual, and store the limited norm."""
-        norm = (phi.square() * residual).sum(-1).sqrt()
+        scaled, residual, gradient = totals.unbind(0)
+        norm = scaled.sqrt()
         growth = (norm / (last + 1e-8)).clamp_min(self.limiter) / self.limiter
         L = torch.where(last > 0, growth, 1.0)
-        none = residual.sum(-1) <= NO_RESIDUAL * g_squared.sum(-1)
+        none = residual <= NO_RESIDUAL * gradient
         last.copy_(torch.where(none, last, norm / L))
         return torch.where(none, torch.inf, L)

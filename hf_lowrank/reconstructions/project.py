@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,6 +19,9 @@ class Project(Reconstruction, name="project"):
         GaLore, arXiv 2403.03507, Algorithm 2; I3S, arXiv 2502.05790, eq. 1.
     """
 
-    def combine(self, s: State, G: Tensor, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
+    def combine(
+        self, s: State, norms: Callable[[], Tensor], R: Tensor, N: Tensor, c_t: float, ctx: Context
+    ) -> Generator[Tensor, Tensor, Update]:
         """See `Reconstruction.combine`."""
+        yield from ()
         return Update(N.mul_(ctx.scale))

@@ -1,0 +1,40 @@
+"""Who refreshes what, and flags and sums over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def owners(costs: list[float], world: int) -> list[int]:
+    """Return who does what: the costliest first, each to the process with the least so far; the same everywhere."""
+    load = [0.0] * world
+    owner = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owner[i] = min(range(world), key=lambda rank: (load[rank], rank))
+        load[owner[i]] += costs[i]
+    return owner
+
+
+def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:
+    """Send the owner's tensors to every process of the group, in place."""
+    for tensor in tensors:
+        dist.broadcast(tensor, group=group, group_src=owner)
+
+
+def all_true(flags: list[bool], group: Any, device: torch.device) -> list[bool]:
+    """Return for every flag whether it holds on all processes, in one collective."""
+    together = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(together, op=dist.ReduceOp.MIN, group=group)
+    return [bool(flag) for flag in together.tolist()]
+
+
+def sum_together(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """Sum every tensor over the processes, in one collective."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
