@@ -110,7 +110,7 @@ class MatrixStep:
         s, G, parts = self.state, self.G, self.parts
         total = linalg.squared_norm(G)
         live = total > 0
-        if not bool(torch.isfinite(total).all() & live.any()):
+        if not bool(torch.isfinite(total.sum()) & live.any()):
             return False
         ctx = context(s, self.group, self.index)
         stored = [name for name, slot in self._slots().items() if slot.kind == "basis"]
@@ -215,7 +215,8 @@ def _advance_(s: State) -> None:
 
 def _stable_rank(total: Tensor, sigma: Tensor, live: Tensor) -> Tensor:
     """Return ||G||_F^2 / ||G||_2^2, averaged over the slices that are not zero (GaLore, section 3.2)."""
-    return (total / sigma[..., 0].square())[live].mean()
+    largest = sigma[..., 0].square()
+    return torch.where(largest > 0, total / largest, UNKNOWN)[live].mean()
 
 
 def staggered_intervals(costs: list[float], gap: int) -> list[int]:

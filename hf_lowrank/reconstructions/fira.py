@@ -16,6 +16,9 @@ from hf_lowrank.state import Slot, Slots, State
 NO_RESIDUAL = 1e-5
 """Share of the gradient's squared norm under which the residual is rounding noise and counts as none."""
 
+NO_PROJECTION = 1e-12
+"""Share of a column's squared norm under which its projection is rounding noise: no factor can be had from it."""
+
 
 @dataclass(frozen=True)
 class Fira(Reconstruction, name="fira"):
@@ -55,7 +58,8 @@ class Fira(Reconstruction, name="fira"):
         g_squared = linalg.column_squared_norms(G)
         residual = (g_squared - (2 * within - within**2) * r_squared).clamp_min_(0)
         phi = linalg.column_norms(N) * corrected / (r_squared.sqrt() + eps)
-        phi = phi / self._limit_(s["residual_norm"], phi, residual, g_squared).unsqueeze(-1) / corrected
+        phi = torch.where(r_squared > NO_PROJECTION * g_squared, phi, 0.0)
+        phi = phi / self._limit_(s["residual_norm"], phi, residual, g_squared, eps).unsqueeze(-1) / corrected
         if self.fira_form == "released":
             Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale)
             return Update(Z, phi)
@@ -63,10 +67,10 @@ class Fira(Reconstruction, name="fira"):
             return Update(N.mul_(ctx.scale).addcmul_(R, phi.unsqueeze(-2), value=-1), phi)
         return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale), phi * ctx.scale)
 
-    def _limit_(self, last: Tensor, phi: Tensor, residual: Tensor, g_squared: Tensor) -> Tensor:
+    def _limit_(self, last: Tensor, phi: Tensor, residual: Tensor, g_squared: Tensor, eps: float) -> Tensor:
         """Return L (...,), infinite where there is no residual, and store the limited norm."""
         norm = (phi.square() * residual).sum(-1).sqrt()
-        growth = (norm / (last + 1e-8)).clamp_min(self.limiter) / self.limiter
+        growth = (norm / (last + eps)).clamp_min(self.limiter) / self.limiter
         L = torch.where(last > 0, growth, 1.0)
         none = residual.sum(-1) <= NO_RESIDUAL * g_squared.sum(-1)
         last.copy_(torch.where(none, last, norm / L))
