@@ -70,7 +70,12 @@ def all_finite(tensors: list[Tensor]) -> list[bool]:
     """
     if not tensors:
         return []
-    sums = [torch.dot(x.reshape(-1), x.reshape(-1)).float() for x in tensors]
+    sums = [
+        torch.dot(x.reshape(-1), x.reshape(-1)).float()
+        if x.dtype != torch.float16
+        else torch.linalg.vector_norm(x, dtype=torch.float32).square()
+        for x in tensors
+    ]
     return torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()
 
 
@@ -237,10 +242,10 @@ def round_(target: Tensor, value: Tensor, gen: torch.Generator | None) -> None:
         target.copy_(value)
         return
     bits = value.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << dropped, bits.shape, dtype=torch.int32, device=bits.device, generator=gen)
-    rounded = ((bits + noise) >> dropped << dropped).view(torch.float32)
+    noise = torch.randint(0, 1 << 24, bits.shape, dtype=torch.int32, device=bits.device, generator=gen)
+    rounded = ((bits + (noise >> 24 - dropped)) >> dropped << dropped).view(torch.float32)
     if dropped == 13:  # below 2^-14 fp16 has a fixed grid of 2^-24
-        grid = torch.floor(value * 2.0**24 + noise / (1 << dropped)) * 2.0**-24
+        grid = torch.floor(value * 2.0**24 + noise * 2.0**-24) * 2.0**-24
         rounded = torch.where(value.abs() < 2.0**-14, grid, rounded)
     target.copy_(rounded)
 

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from math import inf
+from math import inf, nan
 from time import perf_counter
 from typing import Any, overload
 
@@ -389,7 +389,8 @@ def _buckets(work: list[Unit]) -> Iterator[list[Unit]]:
 
 def _check_group(group: Mapping[str, Any], low_rank: bool) -> None:
     """Refuse values and parameters that cannot be trained."""
-    beta1, beta2 = group["betas"]
+    betas = group["betas"]
+    beta1, beta2 = betas if isinstance(betas, (tuple, list)) and len(betas) == 2 else (nan, nan)
     for name, value, below in (
         ("lr", group["lr"], inf),
         ("eps", group["eps"], inf),
@@ -397,7 +398,11 @@ def _check_group(group: Mapping[str, Any], low_rank: bool) -> None:
         ("betas", beta1, 1.0),
         ("betas", beta2, 1.0),
     ):
-        if not 0 <= float(value) < below:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = nan
+        if not 0 <= number < below:
             raise ValueError(f"{name} must be in [0, {below:g}), got {group[name]!r}")
     for i, p in enumerate(group["params"]):
         name = group["param_names"][i] if "param_names" in group else f"of shape {tuple(p.shape)}"

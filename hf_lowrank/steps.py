@@ -200,7 +200,7 @@ class MatrixStep:
         self.whole = None
         total = linalg.squared_norm(G)  # (...)
         live = total > 0
-        if not bool(torch.isfinite(total).all() & live.any()):
+        if not bool(torch.isfinite(total.sum()) & live.any()):
             return
         old = {name: tensor.clone() for name, tensor in self.new.items()} if not bool(live.all()) else {}
         s = ChainMap(self.new, self.s)  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ class MatrixStep:
             keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
             self.new[name].copy_(torch.where(keep, self.new[name], tensor))
         energy = linalg.squared_norm(self.parts.subspace.project(s, G)).sum() / total.sum()
-        stable_rank = torch.tensor(UNKNOWN) if sigma is None else (total / sigma[..., 0].square())[live].mean()
+        stable_rank = torch.tensor(UNKNOWN) if sigma is None else _stable_rank(total, sigma, live)
         self.choice.copy_(torch.stack([torch.ones_like(energy), energy, stable_rank.to(energy)]))
 
     def adopt_(self, owner: int, group: Any) -> None:
@@ -426,6 +426,12 @@ def check_weight(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> None
 def _advance_(s: State) -> None:
     s["step"].add_(1)
     s["moment_step"].add_(1)
+
+
+def _stable_rank(total: Tensor, sigma: Tensor, live: Tensor) -> Tensor:
+    """Return ||G||_F^2 / ||G||_2^2, averaged over the slices that are not zero (GaLore, section 3.2)."""
+    largest = sigma[..., 0].square()
+    return torch.where(largest > 0, total / largest, UNKNOWN)[live].mean()
 
 
 def staggered_intervals(costs: list[float], gap: int, together: int = 1) -> list[int]:

@@ -18,6 +18,9 @@ from hf_lowrank.state import Slot, Slots, State
 NO_RESIDUAL = 1e-5
 """Share of the gradient's squared norm under which the residual is rounding noise and counts as none."""
 
+NO_PROJECTION = 1e-12
+"""Share of a column's squared norm under which its projection is rounding noise: no factor can be had from it."""
+
 
 @dataclass(frozen=True)
 class Fira(Reconstruction, name="fira"):
@@ -62,18 +65,19 @@ class Fira(Reconstruction, name="fira"):
         pr_squared = r_squared if ctx.orthonormal else (R * ((s["basis"].mT @ s["basis"]) @ R)).sum(-2)
         residual = (g_squared - 2 * within * r_squared + within**2 * pr_squared).clamp_min_(0)
         phi = linalg.column_norms(N) * corrected / (r_squared.sqrt() + eps)
+        phi = torch.where(r_squared > NO_PROJECTION * g_squared, phi, 0.0)
         totals = yield torch.stack([(phi.square() * residual).sum(-1), residual.sum(-1), g_squared.sum(-1)])
-        phi = phi / self._limit_(s["residual_norm"], totals).unsqueeze(-1) / corrected
+        phi = phi / self._limit_(s["residual_norm"], totals, eps).unsqueeze(-1) / corrected
         if self.fira_form == "i3s":
             return Update(N.mul_(ctx.scale).addcmul_(R, phi.unsqueeze(-2), value=-1), phi)
         Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale)
         return Update(Z, phi if self.fira_form == "released" else phi * ctx.scale)
 
-    def _limit_(self, last: Tensor, totals: Tensor) -> Tensor:
+    def _limit_(self, last: Tensor, totals: Tensor, eps: float) -> Tensor:
         """Return L (...,), infinite where there is no residual, and store the limited norm."""
         scaled, residual, gradient = totals.unbind(0)
         norm = scaled.sqrt()
-        growth = (norm / (last + 1e-8)).clamp_min(self.limiter) / self.limiter
+        growth = (norm / (last + eps)).clamp_min(self.limiter) / self.limiter
         L = torch.where(last > 0, growth, 1.0)
         none = residual <= NO_RESIDUAL * gradient
         last.copy_(torch.where(none, last, norm / L))

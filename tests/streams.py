@@ -1,0 +1,93 @@
+"""Gradients with a known spectrum, and the few lines that every test runs the optimizer with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowrank import METHODS, LowRankOptimizer
+
+
+NAMES = sorted(METHODS)
+WIDE, TALL, SQUARE, STACK = (6, 11), (11, 6), (7, 7), (3, 5, 9)
+
+
+def orthonormal(rows: int, columns: int, gen: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(rows, columns, generator=gen, dtype=torch.float64))[0]
+
+
+def gradients(
+    shape: Sequence[int], steps: int, *, seed: int = 0, drift: float = 0.1, decay: float | None = None
+) -> list[Tensor]:
+    """A fixed stream: singular values k, k-1, ..., 1 times a varying size, both singular bases turning slowly.
+
+    Squared singular values are at least 3 apart, so single vectors are known to fp32 accuracy from a Gram matrix
+    too; the bases turn by little within a few steps, so the sign rule across a refresh is never close to a tie. With
+    `decay` the singular values are its powers instead.
+    """
+    if len(shape) == 3:
+        slices = [gradients(shape[1:], steps, seed=seed + 100 * i, drift=drift, decay=decay) for i in range(shape[0])]
+        return [torch.stack(group) for group in zip(*slices, strict=True)]
+    gen = torch.Generator().manual_seed(seed)
+    m, n = shape
+    k = min(m, n)
+    U, V = orthonormal(m, m, gen), orthonormal(n, n, gen)
+    turn_left, turn_right = (torch.randn(d, d, generator=gen, dtype=torch.float64) for d in (m, n))
+    turn_left, turn_right = turn_left - turn_left.T, turn_right - turn_right.T
+    sizes = 1 + 0.6 * torch.rand(steps, generator=gen, dtype=torch.float64)
+    sizes[0] = 2  # a large first residual: Fira's limiter acts later, not at every step
+    sigma = torch.arange(k, 0, -1, dtype=torch.float64)
+    if decay is not None:
+        sigma = decay ** torch.arange(k, dtype=torch.float64)
+    left, right = (torch.matrix_exp(drift * a / a.shape[0]) for a in (turn_left, 3 * turn_right))
+    stream = []
+    for size in sizes:
+        stream.append((size * U[:, :k] * sigma @ V[:, :k].T).float())
+        U, V = left @ U, right @ V
+    return stream
+
+
+def weight(shape: Sequence[int], *, seed: int = 7, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
+    """Small, like an initialised layer: fp32 rounding of the weights stays under 1e-6 of the displacement."""
+    values = 0.02 * torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    return torch.nn.Parameter(values.to(dtype))
+
+
+def optimizer(p: Any, method: str, *, rank: float | None = 3, lr: float = 1e-2, **options: Any) -> LowRankOptimizer:
+    """One group, low-rank unless rank is None; options of the group and of the optimizer as they come."""
+    common = {k: options.pop(k) for k in ("betas", "eps", "weight_decay", "seed") if k in options}
+    group = {
+        "params": [p] if isinstance(p, Tensor) else list(p),
+        **({} if rank is None else {"rank": rank}),
+        **options,
+    }
+    return LowRankOptimizer([group], method, lr=lr, **common)
+
+
+def run(opt: torch.optim.Optimizer, p: Tensor, stream: Sequence[Tensor | None]) -> Iterator[int]:
+    """Step through a stream of gradients, yielding the step's number after each."""
+    for t, G in enumerate(stream):
+        p.grad = None if G is None else G.to(p.dtype).clone()
+        opt.step()
+        yield t
+
+
+def finish(opt: torch.optim.Optimizer, p: Tensor, stream: Sequence[Tensor | None]) -> Tensor:
+    """Step through a whole stream and return the weight."""
+    for _ in run(opt, p, stream):
+        pass
+    return p.detach().clone()
+
+
+def displacement(a: Tensor, b: Tensor, start: Tensor) -> float:
+    """||W_a - W_b|| / ||W_a - W_0||: the distance of two runs in units of how far they went."""
+    a, b, start = (x.detach().double() for x in (a, b, start))
+    return float((a - b).norm() / (a - start).norm())
+
+
+def wide(x: Tensor) -> Tensor:
+    """The view short side first; square ones transposed (proj_type=std)."""
+    return x.mT if x.shape[-2] >= x.shape[-1] else x
