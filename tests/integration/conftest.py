@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_lowrank
+import hf_lowrank.methods
 
 
 hf_lowrank.register()
@@ -40,7 +41,7 @@ def arguments(output_dir: Path, optim: str, **overrides):
     values = {
         "output_dir": str(output_dir),
         "optim": optim,
-        "optim_args": OPTIONS if optim in hf_lowrank.METHODS else None,
+        "optim_args": OPTIONS if optim in hf_lowrank.methods.names() else None,
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
         "max_steps": 8,
