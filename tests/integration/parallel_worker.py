@@ -1,0 +1,91 @@
+"""Trainer on several gloo processes: under DDP, or under accelerate's FSDP2 path.
+
+Trainer ignores --fsdp where there is no accelerator, so the FSDP2 path is switched on by hand.
+
+torchrun --nproc_per_node N parallel_worker.py ddp|SHARDED_STATE_DICT|FULL_STATE_DICT OPTIM FOLDER
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from transformers import Trainer
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import arguments, engine, tiny_data, tiny_llama  # noqa: E402
+
+
+STEPS = 6
+OPTIONS = "rank=4,update_proj_gap=2,stagger=false"
+
+
+class FSDP2Trainer(Trainer):
+    """A Trainer that shards on the CPU."""
+
+    state_dict_type = "SHARDED_STATE_DICT"
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type=self.state_dict_type,
+        )
+        self.accelerator.state.fsdp_plugin = plugin
+        self.accelerator.state.distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+
+def whole(model):
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in model.parameters()]
+
+
+def main():
+    kind, optim, folder = sys.argv[1:]
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    trainer_class = Trainer if kind == "ddp" else type("T", (FSDP2Trainer,), {"state_dict_type": kind})
+
+    def train(output, resume=None, **overrides):
+        rows = 4 // int(os.environ["WORLD_SIZE"])
+        args = arguments(
+            Path(folder) / output,
+            optim,
+            optim_args=OPTIONS,
+            max_steps=STEPS,
+            per_device_train_batch_size=rows,
+            max_grad_norm=0.0,
+            **overrides,
+        )
+        trainer = trainer_class(tiny_llama(), args, train_dataset=tiny_data())
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    first = train("first", save_strategy="steps", save_steps=3)
+    weights = whole(first.accelerator.unwrap_model(first.model))
+    resumed = train("resumed", resume=str(Path(folder) / "first" / "checkpoint-3"))
+    again = whole(resumed.accelerator.unwrap_model(resumed.model))
+    kinds = sorted({type(p).__name__ for g in engine(first).param_groups for p in g["params"]})
+    if int(os.environ["RANK"]) == 0:
+        torch.save(weights, Path(folder) / "weights.pt")
+        report = {
+            "resumed exactly": all(torch.equal(a, b) for a, b in zip(weights, again, strict=True)),
+            "optimizer": type(engine(first)).__name__,
+            "parameters": kinds,
+            "shared": engine(first).share_refreshes,
+            "logged": sum("lowrank/refreshes" in row for row in first.state.log_history),
+        }
+        (Path(folder) / "report.json").write_text(json.dumps(report))
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort a normal exit
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Trainer on two processes: equal to one process with the same global batch, and resumed exactly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import arguments, tiny_llama, train
+
+
+pytestmark = pytest.mark.processes
+WORKER = Path(__file__).parent / "parallel_worker.py"
+OPTIONS = "rank=4,update_proj_gap=2,stagger=false"
+
+
+@pytest.mark.parametrize(
+    ("kind", "optim"),
+    [
+        ("ddp", "galore_dominant_adamw"),
+        ("ddp", "fira_adamw"),
+        ("SHARDED_STATE_DICT", "galore_dominant_adamw"),
+        ("SHARDED_STATE_DICT", "fira_adamw"),
+        ("SHARDED_STATE_DICT", "galore_dominant_adamw_layerwise"),
+    ],
+)
+def test_two_processes_equal_one(kind, optim, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29761"]
+    result = subprocess.run(
+        [*command, str(WORKER), kind, optim, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (tmp_path / "report.json").exists(), result.stderr[-4000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["optimizer"] == "LowRankOptimizer" and report["resumed exactly"]
+    assert report["parameters"] == (["Parameter"] if kind == "ddp" else ["DTensor"])
+    assert report["shared"] == (kind == "ddp")
+    assert report["logged"] == 6
+    alone = train(arguments(tmp_path / "alone", optim, optim_args=OPTIONS, max_steps=6, max_grad_norm=0.0))
+    moved = torch.load(tmp_path / "weights.pt")
+    for a, b, zero in zip(moved, alone.model.parameters(), tiny_llama().parameters(), strict=True):
+        # sums of gradients in another order, amplified by Adam
+        assert (a - b).norm() <= 1e-3 * (b - zero).norm() + 1e-7
