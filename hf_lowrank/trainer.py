@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,7 @@ def register() -> None:
     wrapped = _skipping_incomplete(trainer_utils.get_last_checkpoint)
     _replace(trainer_utils, "get_last_checkpoint", wrapped)
     _replace(trainer, "get_last_checkpoint", wrapped)
+    _replace(Trainer, "_load_optimizer_and_scheduler", _naming_what_is_wrong(Trainer._load_optimizer_and_scheduler))
     trainer.DEFAULT_CALLBACKS.append(LowRankCallback)
     _undo.append(lambda: trainer.DEFAULT_CALLBACKS.remove(LowRankCallback))
 
@@ -243,6 +245,26 @@ def _skipping_incomplete(original: Callable[[str], str | None]) -> Callable[[str
     return get_last_checkpoint
 
 
+def _naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors of an optimizer file that cannot be read into sentences; loading itself stays as it is."""
+
+    @functools.wraps(original)
+    def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
+        if checkpoint is None or _name(self.args) not in methods.names():
+            return original(self, checkpoint)
+        if fault := checkpoint_fault(Path(checkpoint)):
+            raise ValueError(f"cannot resume from {checkpoint}: {fault}. Name an earlier checkpoint.")
+        try:
+            return original(self, checkpoint)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"cannot resume from {checkpoint}: its optimizer state holds Python objects, so it was written by another "
+                "optimizer (transformers' galore_adamw and apollo_adamw keep such)"
+            ) from error
+
+    return _load_optimizer_and_scheduler
+
+
 def checkpoint_fault(path: Path) -> str | None:
     """Say what keeps a checkpoint folder from being resumed, or None: its trainer state and optimizer are readable."""
     try:
@@ -250,7 +272,8 @@ def checkpoint_fault(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{trainer.TRAINER_STATE_NAME} is missing or unreadable ({type(error).__name__})"
     file = path / trainer.OPTIMIZER_NAME
-    if not file.exists() or not zipfile.is_zipfile(file):
+    sharded = any((folder / ".metadata").exists() for folder in path.glob("optimizer_*"))  # FSDP's own format
+    if not sharded and not (file.exists() and zipfile.is_zipfile(file)):
         return f"{trainer.OPTIMIZER_NAME} is missing or unreadable"
     return None
 

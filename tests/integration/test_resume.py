@@ -1,12 +1,13 @@
 """A resumed run is the uninterrupted run, bit for bit; what cannot be resumed is refused and nothing is lost."""
 
 import json
+import pathlib
 import shutil
 import warnings
 
 import pytest
 import torch
-from conftest import arguments, engine, tiny_llama, train
+from conftest import arguments, engine, tiny_data, tiny_llama, train
 
 from hf_lowrank import METHODS
 
@@ -129,3 +130,47 @@ def test_the_run_folder_holds_the_resolved_options(tmp_path):
     assert described["optimizer"] == "galore_hybrid_adamw"
     assert described["groups"][0]["rank"] == 4 and described["groups"][0]["on_refresh"] == "rotate"
     assert "model.layers.0.self_attn.q_proj.weight" in described["groups"][0]["param_names"]
+
+
+def test_a_damaged_checkpoint_is_a_readable_error_and_stays_as_it_is(tmp_path):
+    path = checkpoint(tmp_path)
+    file = tmp_path / "run" / "checkpoint-3" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"optimizer.pt is missing or unreadable. Name an earlier checkpoint"):
+        train(arguments(tmp_path / "new", "galore_i3s_adamw"), resume=path)
+    assert file.stat().st_size == 500
+
+
+def test_a_checkpoint_of_python_objects_is_a_readable_error(tmp_path):
+    path = checkpoint(tmp_path)  # as transformers' galore_adamw leaves it: an object in the state
+    file = tmp_path / "run" / "checkpoint-3" / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    saved["state"][0]["projector"] = pathlib.PurePosixPath("projector")
+    torch.save(saved, file)
+    with pytest.raises(ValueError, match="written by another optimizer"):
+        train(arguments(tmp_path / "new", "galore_i3s_adamw"), resume=path)
+
+
+@pytest.mark.parametrize("name", ["fira_i3s_adamw_8bit", "galore_dominant_adamw_8bit_layerwise"])
+def test_eight_bit_runs_resume_bit_for_bit(name, tmp_path):
+    wide = {"hidden_size": 96, "intermediate_size": 128}  # large enough that moments are quantised
+    common = {"optim_args": "rank=64,update_proj_gap=3", "max_grad_norm": 0.0}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = train(arguments(tmp_path / "a", name, **common, **saving), tiny_llama(**wide))
+    dtypes = {value.dtype for s in engine(whole).state.values() for value in s.values()}
+    assert torch.uint8 in dtypes
+    path = str(tmp_path / "a" / "checkpoint-3")
+    resumed = train(arguments(tmp_path / "b", name, **common), tiny_llama(**wide), resume=path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    same_state(engine(whole), engine(resumed))
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    args = arguments(tmp_path, "galore_i3s_adamw", load_best_model_at_end=True, learning_rate=0.3, **saving)
+    t = train(args, eval_dataset=tiny_data(8))
+    best = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["best_model_checkpoint"]
+    from safetensors.torch import load_file
+
+    saved = load_file(f"{best}/model.safetensors")
+    assert all(torch.equal(saved[name], p) for name, p in t.model.named_parameters() if name in saved)
