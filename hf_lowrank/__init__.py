@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_lowrank.callback import LowRankCallback
+    from hf_lowrank.formats import Slot
     from hf_lowrank.groups import param_groups, target_parameters
     from hf_lowrank.methods import METHODS, Method
     from hf_lowrank.optimizer import LowRankOptimizer
     from hf_lowrank.parts import Context, Moments, Reconstruction, Subspace, Update
-    from hf_lowrank.state import Slot
     from hf_lowrank.trainer import LowRankTrainer, optimizer_cls_and_kwargs, register, unregister
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ _LAZY = {
     "Reconstruction": "parts",
     "Update": "parts",
     "Context": "parts",
-    "Slot": "state",
+    "Slot": "formats",
 }
 
 __all__ = [

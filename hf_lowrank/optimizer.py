@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from math import inf, nan
 from time import perf_counter
 from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hf_lowrank import distributed, linalg, methods, state
+from hf_lowrank import distributed, layerwise, linalg, methods, state
+from hf_lowrank.allocation import adopt, allocate, check_weight, declared_state
+from hf_lowrank.checks import check_checkpoint, check_group, warn_changed
+from hf_lowrank.dense import DenseStep
 from hf_lowrank.methods import Parts
 from hf_lowrank.state import FORMAT_VERSION
-from hf_lowrank.steps import (
-    DenseStep,
-    MatrixStep,
-    adopt,
-    allocate,
-    check_weight,
-    declared_state,
-    refresh_cost,
-    staggered_intervals,
-)
+from hf_lowrank.steps import MatrixStep, refresh_cost, staggered_intervals
 
 
 SYNC_ELEMENTS = 2**26
 """Elements of projected gradients held at once on an accelerator, where many matrices share one finite check."""
 
 _TORCH_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "name", "initial_lr"}
-_STRUCTURE = (
-    *("method", "rank", "proj_type", "subspace", "moments", "reconstruction"),
-    *("state_format", "basis_format", "dense_state_format"),
-)
-_HOOK = "_hf_lowrank_hook"
-
 Unit = MatrixStep | DenseStep
 
 
@@ -100,7 +83,7 @@ class LowRankOptimizer(Optimizer):
         method = methods.split(name)[0]
         super().add_param_group({**param_group, **filled, "method": method, "format": FORMAT_VERSION})
         try:
-            _check_group(self.param_groups[-1], low_rank)
+            check_group(self.param_groups[-1], low_rank)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -189,34 +172,20 @@ class LowRankOptimizer(Optimizer):
         """Register the hooks of the layerwise mode; Trainer calls it before every step, in your own loop call it once.
 
         A hook projects a matrix's gradient during backward and frees it; `step` updates. Methods that need the
-        gradient at the write (Fira) update in the hook. Matrices whose refresh is due keep their gradient until
-        `step`.
+        gradient at the write (Fira) update in the hook. A matrix whose refresh is due keeps its gradient until `step`.
 
         Raises:
             ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
         """
-        if not any(group["layerwise"] for group in self.param_groups):
-            return
-        mine = weakref.ref(self)
-        for g, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                if not (group["layerwise"] and "rank" in group):
-                    continue
-                known = getattr(p, _HOOK, None)
-                if known is not None and known[0]() is self:
-                    continue
-                if known is not None:
-                    known[1].remove()
-                _refuse_replicas(p)
-                handle = p.register_post_accumulate_grad_hook(partial(_on_gradient, mine, g, i))
-                setattr(p, _HOOK, (mine, handle))
+        if any(group["layerwise"] for group in self.param_groups):
+            layerwise.register_hooks(self)
 
     def eval(self) -> None:
         """Do nothing; Trainer calls it before evaluation."""
 
     @torch.no_grad()
-    def _take_gradient(self, g: int, i: int, p: Tensor) -> None:
-        """Project (or apply) one matrix's gradient and free it; the due ones are left for `step`."""
+    def take_gradient(self, g: int, i: int, p: Tensor) -> None:
+        """Project (or apply) one matrix's gradient and free it; one whose refresh is due is left for `step`."""
         self._allocate_missing()
         index = sum(len(group["params"]) for group in self.param_groups[:g]) + i
         unit = self._held.get(index) or self._matrix(g, i, p)
@@ -266,13 +235,13 @@ class LowRankOptimizer(Optimizer):
         Raises:
             ValueError: if the checkpoint does not fit; nothing has been changed then.
         """
-        self._check_groups(state_dict)
+        check_checkpoint(state_dict, self.param_groups)
         loaded = dict(self._load_states(state_dict))
         before = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(loaded)
         for now, old in zip(self.param_groups, before, strict=True):
-            _warn_changed(now, old)
+            warn_changed(now, old)
 
     def _load_states(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield every parameter with its saved state, checked against the declared one."""
@@ -287,29 +256,6 @@ class LowRankOptimizer(Optimizer):
                 what = name or f"parameter {saved_id}"
                 raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
             yield p, {key: adopt(saved[key], fresh[key]) for key in fresh}
-
-    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another optimizer, method or structure."""
-        saved_groups = state_dict.get("param_groups", [])
-        if any("format" not in group or "method" not in group for group in saved_groups):
-            keys = sorted({k for s in state_dict.get("state", {}).values() for k in s})
-            raise ValueError(
-                "this checkpoint was written by another optimizer, not by hf_lowrank (its state holds: "
-                f"{', '.join(map(str, keys)) or 'nothing'}). Resume with the optimizer that wrote it, or start from "
-                "its weights alone."
-            )
-        if any(group["format"] > FORMAT_VERSION for group in saved_groups):
-            raise ValueError("this checkpoint was written by a newer hf_lowrank; upgrade to read it")
-        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(
-                "the checkpoint's parameter groups hold "
-                f"{[len(g['params']) for g in saved_groups]} parameters, this optimizer's "
-                f"{[len(g['params']) for g in self.param_groups]}: another model, rank or set of target modules"
-            )
-        for saved, now in zip(saved_groups, self.param_groups, strict=True):
-            for key in _STRUCTURE:
-                if saved.get(key) != now.get(key):
-                    raise ValueError(f"the checkpoint has {key}={saved.get(key)}, this optimizer {key}={now.get(key)}")
 
     def _allocate_missing(self) -> None:
         """Create the state of every parameter that has none, whether or not it has a gradient."""
@@ -346,21 +292,6 @@ class LowRankOptimizer(Optimizer):
         return MatrixStep(p, self.state[p], parts, group, index, interval)
 
 
-def _on_gradient(owner: weakref.ref[LowRankOptimizer], g: int, i: int, p: Tensor) -> None:
-    """Hook of the layerwise mode; does nothing once the optimizer is gone or the group has been changed."""
-    optimizer = owner()
-    if optimizer is not None and p.grad is not None and optimizer.param_groups[g]["params"][i] is p:
-        optimizer._take_gradient(g, i, p)
-
-
-def _refuse_replicas(p: Tensor) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not isinstance(p, DTensor):
-        raise ValueError(
-            "layerwise does not run under DistributedDataParallel, which reduces gradients after they are freed: "
-            "use FSDP2, or leave out layerwise"
-        )
-
-
 def _has_gradient(p: Tensor) -> bool:
     if p.grad is None:
         return False
@@ -385,41 +316,3 @@ def _buckets(work: list[Unit]) -> Iterator[list[Unit]]:
             bucket = []
     if bucket:
         yield bucket
-
-
-def _check_group(group: Mapping[str, Any], low_rank: bool) -> None:
-    """Refuse values and parameters that cannot be trained."""
-    betas = group["betas"]
-    beta1, beta2 = betas if isinstance(betas, (tuple, list)) and len(betas) == 2 else (nan, nan)
-    for name, value, below in (
-        ("lr", group["lr"], inf),
-        ("eps", group["eps"], inf),
-        ("weight_decay", group["weight_decay"], inf),
-        ("betas", beta1, 1.0),
-        ("betas", beta2, 1.0),
-    ):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = nan
-        if not 0 <= number < below:
-            raise ValueError(f"{name} must be in [0, {below:g}), got {group[name]!r}")
-    for i, p in enumerate(group["params"]):
-        name = group["param_names"][i] if "param_names" in group else f"of shape {tuple(p.shape)}"
-        if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"parameter {name} is {p.dtype}; train it in float32, bfloat16 or float16, or freeze it")
-        if low_rank and (p.dim() not in (2, 3) or 0 in p.shape):
-            raise ValueError(
-                f"parameter {name} has shape {tuple(p.shape)}; only matrices and stacks of matrices are projected. "
-                "Put it in a group without 'rank'. (FSDP1 and ZeRO flatten parameters: use FSDP2.)"
-            )
-
-
-def _warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Warn about options that differ from the checkpoint's; the schedule's lr aside."""
-    for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params"}):
-        if loaded[key] != given[key]:
-            warnings.warn(
-                f"{key}={given[key]} was given, the checkpoint has {loaded[key]}: the checkpoint's value is used",
-                stacklevel=3,
-            )

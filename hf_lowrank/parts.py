@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank import linalg
-from hf_lowrank.state import Slot, Slots, State
+from hf_lowrank.formats import Slot, Slots, State
 
 
 _SUBSPACE, _ROUNDING = 0, 1  # keep the streams of the two uses apart

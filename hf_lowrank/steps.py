@@ -1,4 +1,4 @@
-"""One step of one unit of work: a matrix with its subspace, or the dense parameters of a group.
+"""One step of one unit of work: here a matrix with its subspace; the dense parameters of a group are in dense.py.
 
 Both offer the same moves, in the order in which the engine makes them: `measure` (the tensors from which one can tell
 whether the gradient is finite), `begin_` (the moments; what is to be summed over processes) and `finish_` (the
@@ -9,101 +9,22 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Generator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from hf_lowrank import distributed, linalg, state
-from hf_lowrank.matrices import Layout, check_sharding, chunks, clamp_rank, local
+from hf_lowrank import distributed, linalg
+from hf_lowrank.allocation import matrix_state
+from hf_lowrank.formats import Raw, State
+from hf_lowrank.matrices import Layout, clamp_rank, local
 from hf_lowrank.methods import Parts
 from hf_lowrank.parts import Context, Update
-from hf_lowrank.state import Forms, Raw, Slot, Slots, State, View, counter
+from hf_lowrank.state import View
 
 
 UNKNOWN = -1.0
 """Entry of a report that the rule does not know."""
-
-COUNTERS: Slots = {"step": counter(), "moment_step": counter(), "skipped": counter()}
-REFRESH: Slots = {
-    "refreshes": counter(),
-    "refresh_at": counter(),
-    "report": Slot((3,), "exact"),  # overlap with the basis before, captured energy, stable rank: of the last refresh
-}
-
-
-def matrix_state(parts: Parts, layout: Layout, group: Mapping[str, Any]) -> tuple[Slots, Forms]:
-    """Return the declared state of this process's piece of a low-rank weight, and its formats."""
-    r = clamp_rank(group["rank"], layout.m, layout.n)
-    return _matrix_state(
-        parts, layout.stack, layout.m, layout.columns, r, group["basis_format"], group["state_format"]
-    )
-
-
-@lru_cache(maxsize=4096)
-def _matrix_state(
-    parts: Parts, stack: tuple[int, ...], m: int, columns: int, r: int, basis: str, moments: str
-) -> tuple[Slots, Forms]:
-    slots = {
-        **parts.subspace.slots(stack, m, columns, r),
-        **parts.moments.slots((*stack, r, columns)),
-        **parts.reconstruction.slots(stack, m, columns, r),
-        **COUNTERS,
-        **REFRESH,
-    }
-    return slots, state.forms(slots, basis=basis, moments=moments)
-
-
-@lru_cache(maxsize=4096)
-def dense_state(parts: Parts, shape: tuple[int, ...], form: str) -> tuple[Slots, Forms]:
-    """Return the declared state of a parameter that has no subspace, and its formats."""
-    slots = {**parts.moments.slots(shape), **COUNTERS}
-    return slots, state.forms(slots, moments=form)
-
-
-def declared_state(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> tuple[Slots, Forms]:
-    """Return the declared state of this process's piece of any parameter, and its formats."""
-    if "rank" in group:
-        return matrix_state(parts, Layout.of(weight, group["proj_type"]), group)
-    return dense_state(parts, tuple(local(weight).shape), group["dense_state_format"])
-
-
-def allocate(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> Raw:
-    """Return freshly initialised state: DTensors where the axis that is split over processes runs through it."""
-    raw = state.allocate(*declared_state(weight, parts, group), local(weight))
-    if not isinstance(weight, DTensor):
-        return raw
-    return {name: _distribute(weight, parts, group, name, tensor) for name, tensor in raw.items()}
-
-
-def sharded_axis(weight: DTensor, parts: Parts, group: Mapping[str, Any], name: str) -> tuple[int, int] | None:
-    """Return (axis, whole length) along which a state tensor is split over processes, or None if each holds all of it.
-
-    The axis is the one that grows with the split axis of the weight, so parts need not declare it.
-    """
-    if "rank" not in group:
-        grown = [dense_state(parts, (size, *weight.shape[1:]), "fp32")[0] for size in (2, 3)]
-        whole = weight.shape[0]
-    else:
-        layout = Layout.of(weight, group["proj_type"])
-        r = clamp_rank(group["rank"], layout.m, layout.n)
-        sizes = [
-            ((k,), layout.m, layout.n) if layout.along == "batch" else (layout.batch, layout.m, k) for k in (2, 3)
-        ]
-        grown = [_matrix_state(parts, *size, r, "fp32", "fp32")[0] for size in sizes]
-        whole = layout.batch[0] if layout.along == "batch" else layout.n
-    pairs = zip(grown[0][name].shape, grown[1][name].shape, strict=True) if name in grown[0] else ()
-    return next(((axis, whole) for axis, (a, b) in enumerate(pairs) if a != b), None)
-
-
-def _distribute(weight: DTensor, parts: Parts, group: Mapping[str, Any], name: str, tensor: Tensor) -> Tensor:
-    place = sharded_axis(weight, parts, group, name)
-    if place is None:
-        return tensor
-    layout = Layout((), 1, 1, False, "rows", weight.device_mesh)
-    return layout.sharded(tensor, *place)
 
 
 def context(s: State, group: Mapping[str, Any], index: int, **place: Any) -> Context:
@@ -287,7 +208,7 @@ class MatrixStep:
         W = self.layout.wide(self.weight)
         linalg.rewrite_(W, write_, self.ctx.rounding(W.device))
         self.s.commit("moment", "variance", "exact")
-        _advance_(self.s)
+        advance_(self.s)
         self.combining = None
 
     def _combine(self, total: Tensor | None) -> Tensor | None:
@@ -327,103 +248,8 @@ class MatrixStep:
         s["refreshes"].add_(1)
 
 
-def adopt(saved: Tensor, fresh: Tensor) -> Tensor:
-    """Return a saved state tensor as this process wants it: its type kept, on the right device, split like `fresh`."""
-    if isinstance(fresh, DTensor) and not isinstance(saved, DTensor):  # a checkpoint of an unsharded run
-        axis = fresh.placements[0].dim  # type: ignore[attr-defined]
-        lengths = chunks(fresh.shape[axis], fresh.device_mesh.size())
-        rank = fresh.device_mesh.get_local_rank()
-        fresh.to_local().copy_(saved.narrow(axis, sum(lengths[:rank]), lengths[rank]))
-        return fresh
-    return saved.detach().to(fresh.device, copy=True)
-
-
-class DenseStep:
-    """The step of all dense parameters of one group: the same moments with no subspace."""
-
-    transient = 0
-    due = False
-
-    def __init__(
-        self, weights: list[Tensor], raws: list[Raw], parts: Parts, group: Mapping[str, Any], indices: list[int]
-    ) -> None:
-        self.weights, self.parts, self.group, self.indices = weights, parts, group, indices
-        self.mesh = next((w.device_mesh for w in weights if isinstance(w, DTensor)), None)
-        self.device = weights[0].device
-        self.views = []
-        for weight, raw in zip(weights, raws, strict=True):
-            held = {name: local(tensor) for name, tensor in raw.items()}
-            self.views.append(View(held, *declared_state(weight, parts, group)))
-
-    def measure(self) -> list[Tensor]:
-        """Return the gradients."""
-        return [local(w.grad) for w in self.weights if w.grad is not None]
-
-    def begin_(self, finite: Sequence[bool]) -> None:
-        """Step the parameters whose gradient is finite; count the others as skipped."""
-        together = []
-        for i, (weight, s) in enumerate(zip(self.weights, self.views, strict=True)):
-            if not finite[i]:
-                s["skipped"].add_(1)
-            elif weight.dtype == torch.float32 and s.plain:
-                together.append(i)
-            else:
-                self._step_in_blocks(i)
-        if together:
-            rule = self.parts.moments
-            weights, grads = [local(self.weights[i]) for i in together], [self._grad(i) for i in together]
-            rule.dense_step_(weights, grads, [self.views[i] for i in together], [self._context(i) for i in together])
-        for s, good in zip(self.views, finite, strict=True):
-            if good:
-                _advance_(s)
-
-    def finish_(self, total: Tensor | None) -> None:
-        """Nothing is left to do."""
-
-    def _step_in_blocks(self, i: int) -> None:
-        """Step a tensor of low precision or with encoded state: cast, step, round, one block at a time if possible."""
-        rule, W, G, s, ctx = self.parts.moments, local(self.weights[i]), self._grad(i), self.views[i], self._context(i)
-        gen = ctx.rounding(W.device)
-        if not rule.elementwise or not W.is_contiguous():
-            image = W.float()
-            rule.dense_step_([image], [G.float()], [s], [ctx])
-            linalg.round_(W, image, gen)
-            s.commit("moment", "variance")
-            return
-        flat, grad = W.view(-1), G.reshape(-1)
-        for start, length in linalg.blocks(flat.shape):
-            part, image = s.narrow(start, length), flat.narrow(0, start, length).float()
-            rule.dense_step_([image], [grad.narrow(0, start, length).float()], [part], [ctx])
-            part.commit("moment", "variance")
-            linalg.round_(flat.narrow(0, start, length), image, gen)
-
-    def _grad(self, i: int) -> Tensor:
-        grad = self.weights[i].grad
-        assert grad is not None
-        return local(grad)
-
-    def _context(self, i: int) -> Context:
-        weight = self.weights[i]
-        offset = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else 0
-        return context(self.views[i], self.group, self.indices[i], full_rank=True, offset=offset)
-
-
-def check_weight(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> None:
-    """Refuse a sharded weight that cannot be trained so.
-
-    Raises:
-        ValueError: naming the way out.
-    """
-    if not isinstance(weight, DTensor):
-        return
-    check_sharding(weight)
-    if {group["basis_format"], group["state_format"], group["dense_state_format"]} != {"fp32"}:
-        raise ValueError(
-            "states of sharded weights (FSDP2) are kept in fp32: leave out _8bit and the *_format options"
-        )
-
-
-def _advance_(s: State) -> None:
+def advance_(s: State) -> None:
+    """Count one more update."""
     s["step"].add_(1)
     s["moment_step"].add_(1)
 

@@ -258,8 +258,8 @@ def _naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, checkpoint)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"cannot resume from {checkpoint}: its optimizer state holds Python objects, so it was written by another "
-                "optimizer (transformers' galore_adamw and apollo_adamw keep such)"
+                f"cannot resume from {checkpoint}: its optimizer state holds Python objects, so it was written by "
+                "another optimizer (transformers' galore_adamw and apollo_adamw keep such)"
             ) from error
 
     return _load_optimizer_and_scheduler

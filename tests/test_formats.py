@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from hf_lowrank import METHODS, LowRankOptimizer, state
-from hf_lowrank.state import FORMATS, Slot, View
+from hf_lowrank.formats import FORMATS, Slot
+from hf_lowrank.state import View
 
 
 def round_trip(name, kind, x):

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_lowrank.formats import Slot, Slots, State
 from hf_lowrank.moments.transport import rotated_variance
 from hf_lowrank.parts import Context, Moments
-from hf_lowrank.state import Slot, Slots, State
 
 
 NO_CORRECTION = 1e9  # a step count at which 1 - beta^t is 1 in floating point

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_lowrank import linalg
+from hf_lowrank.formats import Slot, Slots, State
 from hf_lowrank.options import choice, number
 from hf_lowrank.parts import Context, Reconstruction, Update
-from hf_lowrank.state import Slot, Slots, State
 
 
 NO_RESIDUAL = 1e-5

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_lowrank.formats import State
 from hf_lowrank.parts import Context, Reconstruction, Update
-from hf_lowrank.state import State
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,226 @@
+"""Number formats of the state: what is stored for an fp32 tensor, and the way there and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+Kind = Literal["basis", "moment", "variance", "exact", "counter"]
+Slots = Mapping[str, "Slot"]
+State = Mapping[str, Tensor]
+Raw = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a parameter's state.
+
+    Attributes:
+        shape: its shape.
+        kind: what it holds. `basis` tensors change at refreshes only; `moment` (signed) and `variance` (non-negative)
+            change at every step; `exact` is kept as declared in every format; `counter` is an int64 scalar that lives
+            on the CPU, so that the host may read it without waiting for the device.
+        axes: start as the first axes (ones on the diagonal) instead of zeros.
+        dtype: how it is stored.
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind = "moment"
+    axes: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.numel * self.dtype.itemsize
+
+    def device(self, weight: Tensor) -> torch.device:
+        """Where the tensor lives for a parameter `weight`."""
+        return torch.device("cpu") if self.kind == "counter" else weight.device
+
+    def allocate(self, weight: Tensor) -> Tensor:
+        """Return the initial tensor for a parameter `weight`."""
+        tensor = torch.zeros(self.shape, dtype=self.dtype, device=self.device(weight))
+        if self.axes:
+            tensor.diagonal(dim1=-2, dim2=-1).fill_(1)
+        return tensor
+
+
+def counter() -> Slot:
+    """Declare a counter."""
+    return Slot((), "counter", dtype=torch.int64)
+
+
+class Format(ABC):
+    """A number format: what is stored for a slot, and the way there and back."""
+
+    @abstractmethod
+    def stored(self, name: str, slot: Slot) -> Slots:
+        """Declare the stored tensors."""
+
+    @abstractmethod
+    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
+        """Return the slot's fp32 tensor."""
+
+    @abstractmethod
+    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
+        """Store an fp32 tensor."""
+
+    @abstractmethod
+    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
+        """Return views of what is stored of `length` elements from `start` (a multiple of 256) in memory order."""
+
+
+class Plain(Format):
+    """Stored as declared: the tensor that a part writes is the one that is kept."""
+
+    def stored(self, name: str, slot: Slot) -> Slots:
+        """See `Format.stored`."""
+        return {name: slot}
+
+    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
+        """See `Format.decode`."""
+        return raw[name]
+
+    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
+        """See `Format.encode_`."""
+
+    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
+        """See `Format.narrow`."""
+        return {name: raw[name].view(-1).narrow(0, start, length)}
+
+
+class BFloat16(Plain):
+    """bf16, rounded to nearest: for bases, which are not accumulated."""
+
+    def stored(self, name: str, slot: Slot) -> Slots:
+        """See `Format.stored`."""
+        return {name: replace(slot, dtype=torch.bfloat16)}
+
+    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
+        """See `Format.decode`."""
+        return raw[name].float()
+
+    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
+        """See `Format.encode_`."""
+        raw[name].copy_(value)
+
+
+class EightBit(Format):
+    """bitsandbytes' block-wise dynamic 8-bit: one code per element, one absmax per 256 elements in memory order.
+
+    References:
+        8-bit optimizers via block-wise quantization, arXiv 2110.02861.
+    """
+
+    block = 256
+
+    def stored(self, name: str, slot: Slot) -> Slots:
+        """See `Format.stored`."""
+        codes = Slot(slot.shape, slot.kind, dtype=torch.uint8)
+        return {name: codes, f"{name}.absmax": Slot((-(-slot.numel // self.block),), "exact")}
+
+    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
+        """See `Format.decode`."""
+        functional = _bitsandbytes()
+        code = _dynamic_code(slot.kind != "variance", raw[name].device)
+        absmax = raw[f"{name}.absmax"]
+        value: Tensor = functional.dequantize_blockwise(raw[name], absmax=absmax, code=code, blocksize=self.block)
+        return value.view(slot.shape)
+
+    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
+        """See `Format.encode_`."""
+        functional = _bitsandbytes()
+        code = _dynamic_code(slot.kind != "variance", value.device)
+        codes, quantized = functional.quantize_blockwise(value.contiguous(), code=code, blocksize=self.block)
+        raw[name].copy_(codes.view(slot.shape))
+        raw[f"{name}.absmax"].copy_(quantized.absmax)
+
+    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
+        """See `Format.narrow`."""
+        return {
+            name: raw[name].view(-1).narrow(0, start, length),
+            f"{name}.absmax": raw[f"{name}.absmax"].narrow(0, start // self.block, -(-length // self.block)),
+        }
+
+
+class FourBit(Format):
+    """Block-wise linear 4-bit, two codes to a byte, one absmax per 128 elements in memory order.
+
+    Signed values take the 15 levels -7/7 .. 7/7, which hold zero exactly and do not collapse on a block of one sign. A
+    second moment takes 1/16 .. 16/16: zero is left out, since it would be divided by.
+
+    References:
+        Memory-efficient optimizers with 4-bit states, arXiv 2309.01507 (the second moment without a zero point).
+    """
+
+    block = 128
+
+    def stored(self, name: str, slot: Slot) -> Slots:
+        """See `Format.stored`."""
+        packed = Slot((-(-slot.numel // 2),), slot.kind, dtype=torch.uint8)
+        return {name: packed, f"{name}.absmax": Slot((-(-slot.numel // self.block),), "exact")}
+
+    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
+        """See `Format.decode`."""
+        packed = raw[name]
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten().float()
+        levels = (codes + 1) / 16 if slot.kind == "variance" else (codes - 7) / 7
+        scales = raw[f"{name}.absmax"].repeat_interleave(self.block)[: codes.numel()]
+        return (levels * scales)[: slot.numel].view(slot.shape)
+
+    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
+        """See `Format.encode_`."""
+        blocks = raw[f"{name}.absmax"].numel()
+        flat = torch.zeros(blocks * self.block, device=value.device)
+        flat[: slot.numel] = value.reshape(-1)
+        rows = flat.view(blocks, self.block)
+        absmax = rows.abs().amax(1)
+        ratio = rows / torch.where(absmax > 0, absmax, 1.0).unsqueeze(1)
+        codes = (ratio * 16).round().sub(1).clamp_(0, 15) if slot.kind == "variance" else (ratio * 7).round().add(7)
+        pairs = codes.to(torch.uint8).view(-1, 2)
+        raw[name].copy_((pairs[:, 0] | pairs[:, 1] << 4)[: raw[name].numel()])
+        raw[f"{name}.absmax"].copy_(absmax)
+
+    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
+        """See `Format.narrow`."""
+        return {
+            name: raw[name].narrow(0, start // 2, -(-length // 2)),
+            f"{name}.absmax": raw[f"{name}.absmax"].narrow(0, start // self.block, -(-length // self.block)),
+        }
+
+
+FORMATS: dict[str, Format] = {"fp32": Plain(), "bf16": BFloat16(), "8bit": EightBit(), "4bit": FourBit()}
+
+
+@lru_cache
+def _dynamic_code(signed: bool, device: torch.device) -> Tensor:
+    """Return bitsandbytes' table of 256 dynamic codes; one per device serves all tensors."""
+    code: Tensor = _bitsandbytes().create_dynamic_map(signed=signed)
+    return code.to(device)
+
+
+def _bitsandbytes() -> Any:
+    """Import the kernels where they are used.
+
+    Raises:
+        ValueError: if bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise ValueError("8-bit states need bitsandbytes: pip install bitsandbytes") from None
+    return functional
