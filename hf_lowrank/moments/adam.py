@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.formats import Slot, Slots, State
-from hf_lowrank.moments.transport import rotated_variance
+from hf_lowrank.moments.transport import largest_direction, rotated_variance
 from hf_lowrank.parts import Context, Moments
 
+
+RUNAWAY = 100.0
 
 NO_CORRECTION = 1e9  # a step count at which 1 - beta^t is 1 in floating point
 
@@ -24,6 +26,9 @@ class Adam(Moments, name="adam"):
     """M <- b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R∘R;  N = M / (sqrt(V) + eps sqrt(1 - b2^t)).
 
     With the bias correction c_t = sqrt(1 - b2^t) / (1 - b1^t) outside, c_t N is exactly torch.optim.AdamW's direction.
+
+    Where a refresh rotates M into a slot whose V is next to nothing, M is kept within RUNAWAY times the largest
+    direction that Adam's own moments can reach; it would be divided by that nothing otherwise.
 
     References:
         Adam, arXiv 1412.6980, Algorithm 1; GaLore, arXiv 2403.03507, Algorithm 2.
@@ -61,7 +66,8 @@ class Adam(Moments, name="adam"):
             rotated = C @ M
             if how != "rotate":
                 V.copy_(rotated_variance(C, M, rotated, V, complete=how == "rotate_variance_complete", ctx=ctx))
-            M.copy_(rotated)
+            limit = RUNAWAY * largest_direction(ctx.beta1, ctx.beta2) * V.sqrt()
+            M.copy_(rotated.clamp_(min=-limit, max=limit))
 
     def dense_step_(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], contexts: Sequence[Context]

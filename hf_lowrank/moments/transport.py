@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf, sqrt
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,13 @@ def rotated_variance(C: Tensor, M: Tensor, CM: Tensor, V: Tensor, *, complete: b
         lost = (1 - squares.sum(-1, keepdim=True)).clamp_min_(0)
         rotated += lost * V.mean(-2, keepdim=True)
     return rotated
+
+
+def largest_direction(beta1: float, beta2: float) -> float:
+    """Return B such that |M| <= B sqrt(V) for any sequence of gradients: B^2 = (1-b1)^2 / ((1-b2) (1 - b1^2/b2)).
+
+    By Cauchy-Schwarz; a pair within the bound stays within it. There is no bound, and infinity is returned, for b1^2
+    >= b2.
+    """
+    rest = 1 - beta1**2 / beta2 if beta2 > 0 else 0.0
+    return (1 - beta1) / sqrt((1 - beta2) * rest) if rest > 0 else inf
