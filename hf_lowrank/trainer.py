@@ -205,7 +205,7 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
     if getattr(args, "deepspeed", None):
         raise ValueError(
             f"{_name(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. "
-            "Remove --deepspeed and use DDP (torchrun)."
+            "Use FSDP2 (--fsdp) or DDP (torchrun) instead of --deepspeed."
         )
     if _fsdp_version(args) == 1:
         raise ValueError(

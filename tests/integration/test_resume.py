@@ -46,6 +46,27 @@ def test_resumed_at_every_step_of_an_interval_it_equals_the_uninterrupted_run(na
         assert lines[0] == lines[1]  # no gap, no doubled line
 
 
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "galore_i3s_adamw_layerwise", "fira_adamw"])
+def test_resumed_at_an_accumulation_boundary(name, tmp_path):
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    whole = train(arguments(tmp_path / "whole", name, **split, **saving))
+    for step in (3, 4):
+        path = str(tmp_path / "whole" / f"checkpoint-{step}")
+        resumed = train(arguments(tmp_path / f"from-{step}", name, **split), resume=path)
+        assert history(resumed) == history(whole)
+        same_state(engine(whole), engine(resumed))
+
+
+def test_state_of_another_shape_is_a_readable_error(tmp_path):
+    saved = engine(train(arguments(tmp_path / "a", "galore_i3s_adamw", max_steps=1))).state_dict()
+    wider = engine(train(arguments(tmp_path / "b", "galore_i3s_adamw", max_steps=1), tiny_llama(intermediate_size=40)))
+    with pytest.raises(
+        ValueError, match=r"gate_proj.weight does not fit: exp_avg is torch.float32 \(4, 24\), expected"
+    ):
+        wider.load_state_dict(saved)
+
+
 def test_the_checkpoint_loads_with_weights_only(tmp_path):
     train(arguments(tmp_path, "fira_i3s_adamw", save_strategy="steps", save_steps=4, max_steps=4))
     saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
