@@ -107,6 +107,11 @@ def adopt(saved: Tensor, fresh: Tensor) -> Tensor:
     return saved.detach().to(fresh.device, copy=True)
 
 
+def whole_if_needed(saved: Any, weight: Tensor) -> Any:
+    """Return a saved tensor, as a whole where the checkpoint of a sharded run meets a weight that is not sharded."""
+    return saved.full_tensor() if isinstance(saved, DTensor) and not isinstance(weight, DTensor) else saved
+
+
 def check_weight(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> None:
     """Refuse a sharded weight that cannot be trained so.
 

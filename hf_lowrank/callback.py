@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_lowrank import state
+from hf_lowrank.layerwise import remove_hooks
 from hf_lowrank.matrices import clamp_rank
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.steps import UNKNOWN
@@ -41,6 +42,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.optimizer: LowRankOptimizer | None = None
         self._logged_seconds = 0.0
+        self._clipping: float | None = None
         self._written: dict[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -57,6 +59,21 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RUN_FILE).write_text(json.dumps(resolved_options(self.optimizer), indent=2) + "\n")
             _keep_lines_up_to(folder / REFRESH_FILE, state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep Trainer from clipping what is left of the gradients where the optimizer clips the projected ones."""
+        if self.optimizer is not None and any(group["max_grad_norm"] for group in self.optimizer.param_groups):
+            self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give Trainer its argument back: it is part of what is saved."""
+        if self._clipping is not None:
+            args.max_grad_norm, self._clipping = self._clipping, None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the hooks of the layerwise mode off the model."""
+        if self.optimizer is not None:
+            remove_hooks(self.optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the refreshes of this step."""
@@ -98,7 +115,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         states = optimizer.state.values()
         result["lowrank/skipped"] = sum(int(s["skipped"]) for s in states)
         if optimizer.projected_grad_norm is not None:
-            result["lowrank/projected_grad_norm"] = round(float(optimizer.projected_grad_norm), 6)
+            result["lowrank/projected_grad_norm"] = round(optimizer.projected_grad_norm, 6)
         result["lowrank/state_mib"] = round(sum(map(_nbytes, states)) / MIB, 3)
         return result
 

@@ -81,7 +81,7 @@ class DenseStep:
     def _grad(self, i: int) -> Tensor:
         grad = self.weights[i].grad
         assert grad is not None
-        return local(grad)
+        return local(grad).to(self.weights[i].dtype)  # a gradient may be kept in another type than its weight
 
     def _context(self, i: int) -> Context:
         weight = self.weights[i]

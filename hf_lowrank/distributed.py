@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 def owners(costs: list[float], world: int) -> list[int]:
@@ -17,6 +21,14 @@ def owners(costs: list[float], world: int) -> list[int]:
         owner[i] = min(range(world), key=lambda rank: (load[rank], rank))
         load[owner[i]] += costs[i]
     return owner
+
+
+def waves(items: list[T], owner: list[int]) -> list[list[tuple[T, int]]]:
+    """Split work into waves in which every process owns one item at most, so that no more is held at once."""
+    queues: dict[int, list[tuple[T, int]]] = {}
+    for item, rank in zip(items, owner, strict=True):
+        queues.setdefault(rank, []).append((item, rank))
+    return [[pair for pair in wave if pair is not None] for wave in zip_longest(*queues.values())]
 
 
 def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:

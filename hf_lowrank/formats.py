@@ -146,6 +146,8 @@ class EightBit(Format):
         functional = _bitsandbytes()
         code = _dynamic_code(slot.kind != "variance", value.device)
         codes, quantized = functional.quantize_blockwise(value.contiguous(), code=code, blocksize=self.block)
+        if slot.kind == "variance":  # code 0 is zero, which would be divided by
+            codes.clamp_(min=1)
         raw[name].copy_(codes.view(slot.shape))
         raw[f"{name}.absmax"].copy_(quantized.absmax)
 

@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import MutableMapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 if TYPE_CHECKING:
     from hf_lowrank.optimizer import LowRankOptimizer
 
-_HOOK = "_hf_lowrank_hook"
-"""Attribute of a parameter: (reference to the optimizer, handle) of the hook it has from us."""
+_hooks: MutableMapping[Tensor, tuple[weakref.ref[LowRankOptimizer], Any]] = WeakIdKeyDictionary()
+"""By parameter: (reference to the optimizer, handle) of the hook it has from us."""
 
 
 def register_hooks(optimizer: LowRankOptimizer) -> None:
-    """Give every matrix of a layerwise group a hook, in place of one that another optimizer of ours left there.
+    """Give every matrix of a layerwise group a hook; remove those that another optimizer of ours left on its
+    parameters.
 
-    The hook holds no reference that would keep the optimizer alive.
+    A hook holds no reference that would keep the optimizer alive.
 
     Raises:
         ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
     """
     for g, group in enumerate(optimizer.param_groups):
-        if not (group["layerwise"] and "rank" in group):
-            continue
+        wanted = group["layerwise"] and "rank" in group
         for i, p in enumerate(group["params"]):
-            known = getattr(p, _HOOK, None)
-            if known is not None and known[0]() is optimizer:
+            owner, handle = _hooks.get(p, (None, None))
+            if owner is not None and owner() is optimizer:
                 continue
-            if known is not None:
-                known[1].remove()
-            _refuse_replicas(p)
-            mine = weakref.ref(optimizer)
-            setattr(p, _HOOK, (mine, p.register_post_accumulate_grad_hook(partial(_on_gradient, mine, g, i))))
+            if handle is not None:
+                handle.remove()
+                del _hooks[p]
+            if wanted:
+                _refuse_replicas(p)
+                mine = weakref.ref(optimizer)
+                _hooks[p] = mine, p.register_post_accumulate_grad_hook(partial(_on_gradient, mine, g, i))
+
+
+def remove_hooks(optimizer: LowRankOptimizer) -> None:
+    """Take the hooks off again, so that another optimizer finds the gradients."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            owner, handle = _hooks.get(p, (None, None))
+            if owner is not None and handle is not None and owner() is optimizer:
+                handle.remove()
+                del _hooks[p]
 
 
 def _on_gradient(owner: weakref.ref[LowRankOptimizer], g: int, i: int, p: Tensor) -> None:

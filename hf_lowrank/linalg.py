@@ -70,13 +70,17 @@ def all_finite(tensors: list[Tensor]) -> list[bool]:
     """
     if not tensors:
         return []
-    sums = [
-        torch.dot(x.reshape(-1), x.reshape(-1)).float()
-        if x.dtype != torch.float16
-        else torch.linalg.vector_norm(x, dtype=torch.float32).square()
-        for x in tensors
-    ]
+    sums = [sum_of_squares(x) for x in tensors]
     return torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Return the sum of squares of all elements in fp32, without a copy of x."""
+    if x.dtype == torch.float32 and x.numel() < 2**31:
+        return torch.dot(x.reshape(-1), x.reshape(-1))
+    # the norm is accumulated in fp32; fp16 could not hold it, bf16 can
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=None if x.dtype == torch.bfloat16 else torch.float32)
+    return norm.float().square()
 
 
 def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +215,9 @@ def overlap(C: Tensor) -> Tensor:
     return C.square().sum((-2, -1)).mean() / C.shape[-1]
 
 
-def rewrite_(W: Tensor, update_: Callable[[Tensor, int, int], None], gen: torch.Generator | None) -> None:
+def rewrite_(
+    W: Tensor, update_: Callable[[Tensor, int, int], None], rounding: Callable[[], torch.Generator | None]
+) -> None:
     """Let `update_(block, start, length)` change an fp32 image of some columns of W in place.
 
     An fp32 weight is its own image, in one piece; one of lower precision is cast in blocks, and rounded back.
@@ -219,6 +225,7 @@ def rewrite_(W: Tensor, update_: Callable[[Tensor, int, int], None], gen: torch.
     if W.dtype == torch.float32:
         update_(W, 0, W.shape[-1])
         return
+    gen = rounding()
     for start, length in blocks(W.shape):
         target = W.narrow(-1, start, length)
         image = target.float()

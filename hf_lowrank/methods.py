@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hf_lowrank import options as opt
@@ -32,7 +33,7 @@ class SharedOptions:
     basis_format: str = opt.choice("fp32", "bf16", "8bit", "4bit", help="number format of the bases")
     dense_state_format: str = opt.choice("fp32", "8bit", help="number format of the moments of dense parameters")
     layerwise: bool = opt.flag(False, help="free every gradient during backward; see LowRankOptimizer.train")
-    max_grad_norm: float = opt.number(0.0, help="layerwise only: clip by the norm of the projected gradients; 0: off")
+    max_grad_norm: float = opt.number(0.0, help="clip by the global norm of the projected gradients; 0: off")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Method:
         paper: where it comes from.
         state: elements of state per m x n matrix (m <= n) at rank r.
         defaults: options whose default differs from the common one.
+        limits: what it cannot do, in one line.
         free: whether the parts may be chosen by options (the row `lowrank`).
     """
 
@@ -69,12 +71,14 @@ class Method:
     paper: str
     state: str = "mr + 2nr"
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    limits: str = ""
     free: bool = False
 
 
 _GALORE = "arXiv 2403.03507"
 _I3S = "arXiv 2502.05790"
 _FIRA = "arXiv 2410.01623"
+_UPDATES_IN_HOOK = "layerwise: no accumulation, no max_grad_norm"
 
 METHODS: dict[str, Method] = {
     "galore_dominant_adamw": Method(
@@ -93,9 +97,23 @@ METHODS: dict[str, Method] = {
         "random", "adam", "project", "uniformly random subspace, blind to the gradient", "arXiv 2410.11289"
     ),
     "fira_adamw": Method(
-        "dominant", "adam", "fira", "Fira: GaLore plus the scaled, limited residual", _FIRA, "mr + 2nr + 1"
+        "dominant",
+        "adam",
+        "fira",
+        "Fira: GaLore plus the scaled, limited residual",
+        _FIRA,
+        "mr + 2nr + 1",
+        limits=_UPDATES_IN_HOOK,
     ),
-    "fira_i3s_adamw": Method("i3s", "adam", "fira", "Fira in an I3S subspace", f"{_I3S}; {_FIRA}", "mr + 2nr + 1"),
+    "fira_i3s_adamw": Method(
+        "i3s",
+        "adam",
+        "fira",
+        "Fira in an I3S subspace",
+        f"{_I3S}; {_FIRA}",
+        "mr + 2nr + 1",
+        limits=_UPDATES_IN_HOOK,
+    ),
     "lowrank": Method(
         "dominant", "adam", "project", "any parts by name: subspace=, moments=, reconstruction=", "-", free=True
     ),
@@ -148,9 +166,10 @@ def parts(name: str, options: Mapping[str, Any]) -> Parts:
         options: typed values, for instance a parameter group.
     """
     method = METHODS[name]
-    chosen = {kind: options.get(kind) if method.free else None for kind in KINDS}
-    made = {kind: _prototype(kind, chosen[kind] or getattr(method, kind)) for kind in KINDS}
-    return Parts(**{kind: _fill(prototype, options) for kind, prototype in made.items()})
+    chosen = [options.get(kind) or getattr(method, kind) if method.free else getattr(method, kind) for kind in KINDS]
+    made = [_prototype(kind, part) for kind, part in zip(KINDS, chosen, strict=True)]
+    given = tuple((f.name, options[f.name]) for part in made for f in fields(part) if f.name in options)
+    return _fill(tuple(made), given)
 
 
 def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> dict[str, Any]:
@@ -193,15 +212,12 @@ def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> d
 
 def table() -> str:
     """Return the methods as a Markdown table, as it stands in the README."""
-    rows = [
-        "| name | subspace x moments x reconstruction | state per m x n matrix | what it is | paper |",
-        "|---" * 5 + "|",
-    ]
+    head = ("name", "subspace x moments x reconstruction", "state per m x n matrix", "what it is", "paper", "cannot")
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in METHODS.items():
-        made = " x ".join(
-            part if isinstance(part, str) else type(part).__name__ for part in map(row.__getattribute__, KINDS)
-        )
-        rows.append(f"| `{name}` | {made} | {row.state} | {row.summary} | {row.paper} |")
+        made = (getattr(row, kind) for kind in KINDS)
+        shown = " x ".join(part if isinstance(part, str) else type(part).__name__ for part in made)
+        rows.append(f"| `{name}` | {shown} | {row.state} | {row.summary} | {row.paper} | {row.limits or '-'} |")
     return "\n".join(rows)
 
 
@@ -214,8 +230,11 @@ def _default(item: Field[Any], key: str, built: Parts) -> Any:
     return item.default
 
 
-def _fill(prototype: Any, options: Mapping[str, Any]) -> Any:
-    return replace(prototype, **{f.name: options[f.name] for f in fields(prototype) if f.name in options})
+@lru_cache(maxsize=1024)
+def _fill(prototypes: tuple[Any, ...], given: tuple[tuple[str, Any], ...]) -> Parts:
+    values = dict(given)
+    filled = [replace(x, **{f.name: values[f.name] for f in fields(x) if f.name in values}) for x in prototypes]
+    return Parts(*filled)
 
 
 def _prototype(kind: str, part: Any) -> Any:
@@ -234,11 +253,16 @@ def dense_options() -> set[str]:
 
 
 def _registry(kind: str) -> dict[str, type[Any]]:
-    """Return the parts of one kind by name, having imported every file of its folder."""
+    """Return the parts of one kind by name."""
+    return _owner(kind).registry  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _owner(kind: str) -> Any:
+    """Return the base class of one kind of parts, having imported every file of its folder."""
     from hf_lowrank import parts as base
 
     package = importlib.import_module(f"hf_lowrank.{kind if kind == 'moments' else kind + 's'}")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-    owner: Any = getattr(base, kind.capitalize())
-    return owner.registry  # type: ignore[no-any-return]
+    return getattr(base, kind.capitalize())

@@ -11,7 +11,7 @@ from typing import Any
 
 def integer(default: int | None, *, minimum: int, help: str) -> Any:
     """Declare an integer option of at least `minimum`; the default None means 'derived from other options'."""
-    return _option(default, lambda v: _whole(v), lambda v: v >= minimum, f"an integer >= {minimum}", help)
+    return _option(default, lambda v: _whole(v), lambda v: minimum <= v < 2**63, f"an integer >= {minimum}", help)
 
 
 def number(default: float, *, above: float | None = None, minimum: float = 0.0, help: str) -> Any:

@@ -92,6 +92,11 @@ class View(Mapping[str, Tensor]):
             if name in self._decoded:
                 self.forms[name].encode_(self.raw, name, self.slots[name], self._decoded.pop(name))
 
+    def forget(self, *kinds: Kind) -> None:
+        """Drop what was decoded of these kinds and not changed."""
+        for name in self.names(*kinds):
+            self._decoded.pop(name, None)
+
     def narrow(self, start: int, length: int) -> View:
         """Return the moments of `length` elements from `start` in memory order, for rules that act on each alone."""
         names = self.names("moment", "variance")

@@ -70,6 +70,9 @@ class MatrixStep:
         self.s = View(held, *matrix_state(parts, self.layout, group))
         self.R: Tensor | None = None  # (..., r, n), not yet summed over processes
         self.measured: Tensor | None = None  # (..., r, columns)
+        self.whole: Tensor | None = None  # the gradient of all processes, on the one that chooses
+        self.new: dict[str, Tensor] = {}  # a basis on its way in
+        self.combining: Generator[Tensor, Tensor, Update] | None = None
 
     @property
     def G(self) -> Tensor:
@@ -94,8 +97,8 @@ class MatrixStep:
 
     @property
     def transient(self) -> int:
-        """Elements that `measure` makes and `finish_` frees: those of R."""
-        return clamp_rank(self.group["rank"], self.layout.m, self.layout.n) * self.layout.columns
+        """Elements of the whole R, which `measure` makes and `finish_` frees: the same number on every process."""
+        return clamp_rank(self.group["rank"], self.layout.m, self.layout.n) * self.layout.n
 
     @property
     def cost(self) -> float:
@@ -172,7 +175,6 @@ class MatrixStep:
         """Update the moments, or count the step as skipped; return what is to be summed over processes."""
         R, self.measured = self.measured, None
         assert R is not None, "measure() comes first"
-        self.combining: Generator[Tensor, Tensor, Update] | None = None
         if not finite[0]:
             self.s["skipped"].add_(1)
             return None
@@ -206,8 +208,9 @@ class MatrixStep:
                 block.addcmul_(columns, d.narrow(-1, start, length).unsqueeze(-2), value=alpha)
 
         W = self.layout.wide(self.weight)
-        linalg.rewrite_(W, write_, self.ctx.rounding(W.device))
+        linalg.rewrite_(W, write_, lambda: self.ctx.rounding(W.device))
         self.s.commit("moment", "variance", "exact")
+        self.s.forget("basis")
         advance_(self.s)
         self.combining = None
 

@@ -179,7 +179,7 @@ def _layerwise_options(args: TrainingArguments, options: dict[str, Any]) -> dict
         return {}
     if in_hook:
         raise ValueError(f"{name} updates before the norm of all gradients is known: set --max_grad_norm 0")
-    norm, args.max_grad_norm = args.max_grad_norm, 0.0  # Trainer would clip what is left of the gradients
+    norm = args.max_grad_norm
     logger.info("max_grad_norm=%g clips by the norm of the projected gradients, logged as projected_grad_norm", norm)
     return {"max_grad_norm": norm}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import sqrt
+from math import inf, sqrt
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_lowrank.formats import Slot, Slots, State
+from hf_lowrank.methods import TRANSPORTS
 from hf_lowrank.moments.transport import largest_direction, rotated_variance
 from hf_lowrank.parts import Context, Moments
 
@@ -58,16 +59,23 @@ class Adam(Moments, name="adam"):
     def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
         """See `Moments.transport_`."""
         M, V = s["exp_avg"], s["exp_avg_sq"]
+        if how == "keep":
+            return
         if how == "reset":
             M.zero_()
             V.zero_()
             s["moment_step"].zero_()
-        elif how != "keep":
-            rotated = C @ M
-            if how != "rotate":
-                V.copy_(rotated_variance(C, M, rotated, V, complete=how == "rotate_variance_complete", ctx=ctx))
-            limit = RUNAWAY * largest_direction(ctx.beta1, ctx.beta2) * V.sqrt()
-            M.copy_(rotated.clamp_(min=-limit, max=limit))
+            return
+        rotated = C @ M
+        if how in ("rotate_variance", "rotate_variance_complete"):
+            V.copy_(rotated_variance(C, M, rotated, V, complete=how == "rotate_variance_complete", ctx=ctx))
+        elif how != "rotate":
+            raise ValueError(f"on_refresh must be one of {', '.join(TRANSPORTS)}, got {how!r}")
+        bound = largest_direction(ctx.beta1, ctx.beta2)
+        if bound < inf:
+            limit = RUNAWAY * bound * V.sqrt()
+            rotated = rotated.clamp_(min=-limit, max=limit)
+        M.copy_(rotated)
 
     def dense_step_(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], contexts: Sequence[Context]

@@ -29,7 +29,7 @@ def test_max_grad_norm_is_taken_over_and_logged(tmp_path):
     free = train(arguments(tmp_path / "a", "galore_i3s_adamw_layerwise", max_grad_norm=0.0))
     args = arguments(tmp_path / "b", "galore_i3s_adamw_layerwise", max_grad_norm=0.1)
     clipped = train(args)
-    assert engine(clipped).param_groups[0]["max_grad_norm"] == 0.1 and args.max_grad_norm == 0
+    assert engine(clipped).param_groups[0]["max_grad_norm"] == 0.1 and args.max_grad_norm == 0.1
     norms = [row["lowrank/projected_grad_norm"] for row in clipped.state.log_history if "loss" in row]
     assert len(norms) == 8 and all(norm > 0.1 for norm in norms)
     assert not equal(free, clipped)

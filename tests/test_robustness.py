@@ -1,0 +1,241 @@
+"""What people do around an optimizer: copy it, edit it, replace it, clip, autocast, load the wrong thing."""
+
+import copy
+import io
+
+import pytest
+import torch
+from distributed import models
+from torch import nn
+
+from hf_lowrank import METHODS, LowRankOptimizer
+
+
+def finite(opt):
+    return all(torch.isfinite(v.float()).all() for s in opt.state.values() for v in s.values())
+
+
+def pair(name="galore_i3s_adamw", **options):
+    gen = torch.Generator().manual_seed(0)
+    w, b = (nn.Parameter(torch.randn(shape, generator=gen)) for shape in ((8, 16), (5,)))
+    group = {"params": [w], "rank": 2, "update_proj_gap": 2, **options}
+    return LowRankOptimizer([group, {"params": [b]}], name, lr=1e-2), w, b
+
+
+def give(w, b, seed):
+    gen = torch.Generator().manual_seed(seed)
+    w.grad, b.grad = torch.randn(w.shape, generator=gen), torch.randn(b.shape, generator=gen)
+
+
+@pytest.mark.parametrize("how", ["rotate", "rotate_variance", "rotate_variance_complete"])
+@pytest.mark.parametrize("betas", [(0.9, 0.8), (0.9, 0.0), (0.0, 0.999)])
+def test_moments_that_know_no_bound_stay_finite(how, betas):
+    w = nn.Parameter(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
+    opt = LowRankOptimizer([{"params": [w], "rank": 2, "update_proj_gap": 2, "on_refresh": how}], betas=betas)
+    for seed in range(6):
+        w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(seed))
+        w.grad[:, 3] = 0  # V stays zero there
+        opt.step()
+    assert torch.isfinite(w).all() and finite(opt)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_copy_goes_on_as_the_original(name):
+    net = models.model(experts=2)
+    opt = models.optimizer(net, name)
+    models.train(net, opt, 2)
+    net_2, opt_2 = copy.deepcopy((net, opt))
+    models.train(net, opt, 3, start=2)
+    models.train(net_2, opt_2, 3, start=2)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), net_2.parameters(), strict=True))
+
+
+def test_a_model_with_hooks_can_be_saved_whole():
+    net = models.model()
+    models.train(net, models.optimizer(net, "galore_i3s_adamw_layerwise"), 1)
+    torch.save(net.state_dict(), io.BytesIO())
+    assert not any("hf_lowrank" in key for p in net.parameters() for key in vars(p))
+
+
+@pytest.mark.parametrize("other", ["plain", "layerwise"])
+def test_another_optimizer_of_ours_takes_over_a_model_while_the_first_lives(other):
+    net = models.model()
+    first = models.optimizer(net, "galore_i3s_adamw_layerwise")
+    models.train(net, first, 2)
+    second = models.optimizer(net, "galore_i3s_adamw" + ("_layerwise" if other == "layerwise" else ""))
+    before = [p.detach().clone() for p in net.parameters()]
+    models.train(net, second, 1)
+    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert {int(s["step"]) for s in first.state.values()} == {2}
+
+
+def test_zero_grad_discards_what_was_projected():
+    runs = []
+    for name in ("galore_i3s_adamw", "galore_i3s_adamw_layerwise"):
+        net = models.model()
+        opt = models.optimizer(net, name, stagger=False)
+        models.train(net, opt, 2)
+        models.loss_of(net, 7).backward()  # thought better of
+        opt.zero_grad()
+        models.train(net, opt, 2, start=2)
+        runs.append(list(net.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_loading_discards_what_was_projected():
+    net = models.model()
+    opt = models.optimizer(net, "galore_i3s_adamw_layerwise")
+    models.train(net, opt, 1)
+    saved = copy.deepcopy(opt.state_dict())
+    models.loss_of(net, 1).backward()
+    opt.load_state_dict(saved)
+    opt.step()  # what still has a gradient: dense parameters and the matrices that are due
+    assert all(int(s["step"]) <= 2 for s in opt.state.values())
+    assert any(int(s["step"]) == 1 for s in opt.state.values())
+
+
+def test_clipping_leaves_a_bad_gradient_out_of_the_norm():
+    opt, w, b = pair(max_grad_norm=0.5)
+    for seed in range(4):
+        give(w, b, seed)
+        if seed == 2:
+            b.grad[0] = float("inf")
+            before = w.detach().clone()
+        opt.step()
+        if seed == 2:
+            assert not torch.equal(before, w)  # the matrix was stepped, by a gradient of its own norm
+    assert int(opt.state[b]["skipped"]) == 1 and int(opt.state[w]["skipped"]) == 0 and finite(opt)
+
+
+def test_a_step_without_gradients_changes_nothing():
+    opt, w, b = pair(max_grad_norm=0.5)
+    before = w.detach().clone()
+    opt.step()
+    assert torch.equal(before, w) and int(opt.state[w]["step"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("update_proj_gap", 0, "update_proj_gap must be"),
+        ("update_proj_gap", 2.5, "update_proj_gap must be"),
+        ("on_refresh", "kepe", "on_refresh must be one of"),
+        ("scale", float("nan"), "scale must be"),
+        ("lr", -1.0, "lr must be"),
+        ("betas", (0.9,), "betas must be"),
+        ("rank", 4, "rank cannot be changed while training"),
+        ("state_format", "8bit", "state_format cannot be changed"),
+    ],
+)
+def test_an_edit_that_is_not_valid_is_refused_at_the_next_step(key, value, message):
+    opt, w, b = pair()
+    give(w, b, 0)
+    opt.step()
+    opt.param_groups[0][key] = value
+    before = w.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        opt.step()
+    assert torch.equal(before, w)
+
+
+def test_clipping_of_a_method_that_steps_along_the_gradient_is_refused_as_an_edit_too():
+    opt, w, b = pair("fira_adamw")
+    opt.param_groups[0]["max_grad_norm"] = 1.0
+    give(w, b, 0)
+    with pytest.raises(ValueError, match="set max_grad_norm=0"):
+        opt.step()
+
+
+def test_a_checkpoint_that_lacks_a_parameter_or_its_state_is_refused():
+    opt, w, b = pair()
+    give(w, b, 0)
+    opt.step()
+    saved = opt.state_dict()
+    with pytest.raises(ValueError, match="does not fit: it lacks"):
+        opt.load_state_dict({**saved, "state": {1: saved["state"][1]}})
+    with pytest.raises(ValueError, match="no optimizer checkpoint: it holds param_groups"):
+        opt.load_state_dict({"param_groups": saved["param_groups"]})
+
+
+def test_an_older_checkpoint_without_an_option_takes_it_from_the_run():
+    opt, w, b = pair(correct_bias=False)
+    give(w, b, 0)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    for group in saved["param_groups"]:
+        del group["correct_bias"]
+    opt.load_state_dict(saved)
+    opt.step()
+    assert opt.param_groups[0]["correct_bias"] is False
+
+
+def test_another_order_of_the_same_parameters_is_refused():
+    net = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    orders = [[("a", net["a"].weight), ("b", net["b"].weight)], [("b", net["b"].weight), ("a", net["a"].weight)]]
+    first, second = (LowRankOptimizer([{"params": order, "rank": 2}]) for order in orders)
+    with pytest.raises(ValueError, match="other names, or another order"):
+        second.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_inside_autocast_is_a_step_outside(name):
+    nets = []
+    for inside in (False, True):
+        net = models.model()
+        opt = models.optimizer(net, name)
+        for step in range(4):
+            opt.train()
+            opt.zero_grad()
+            models.loss_of(net, step).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                opt.step()
+        nets.append(list(net.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*nets, strict=True))
+
+
+def test_a_grad_scaler_is_refused_by_the_layerwise_mode():
+    net = models.model()
+    opt = models.optimizer(net, "galore_i3s_adamw_layerwise")
+    scaler = torch.amp.GradScaler("cpu")
+    opt.train()
+    scaler.scale(models.loss_of(net, 0)).backward()
+    with pytest.raises(ValueError, match="GradScaler"):
+        scaler.step(opt)
+
+
+def test_looking_at_the_state_before_the_first_step_does_no_harm():
+    opt, w, b = pair()
+    assert opt.state[w] == {}
+    give(w, b, 0)
+    opt.step()
+    assert int(opt.state[w]["step"]) == 1
+
+
+def test_sharing_refreshes_needs_processes():
+    with pytest.raises(ValueError, match="torch.distributed"):
+        LowRankOptimizer([nn.Parameter(torch.zeros(2))], share_refreshes=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_large_tensors_in_blocks_equal_small_ones(dtype, monkeypatch):
+    from hf_lowrank import linalg
+
+    finals = []
+    for block in (2**20, 512):
+        monkeypatch.setattr(linalg, "BLOCK", block)
+        gen = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(shape, generator=gen).to(dtype) for shape in ((40, 50), (50, 40), (2, 30, 41), (4500,))]
+        params = [nn.Parameter(t) for t in tensors]
+        groups = [{"params": params[:3], "rank": 4}, {"params": params[3:], "dense_state_format": "8bit"}]
+        opt = LowRankOptimizer(groups, "fira_adamw", lr=1e-2)
+        for group in opt.param_groups:
+            group["stochastic_rounding"] = False  # the draws of a block are its own
+        for seed in range(3):
+            gen = torch.Generator().manual_seed(seed)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=gen).to(dtype)
+            opt.step()
+        finals.append(params)
+    for a, b in zip(*finals, strict=True):
+        # products of blocks add in another order: at most one rounding of the weight
+        torch.testing.assert_close(a, b, rtol={torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 1e-5), atol=1e-5)
