@@ -196,7 +196,7 @@ def gumbel_top_r(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
     uniform = torch.rand(weights.shape, generator=gen, dtype=torch.float64).clamp_min_(torch.finfo(torch.float64).tiny)
     noise = -torch.log(-torch.log(uniform))
     filler = -1e30 - torch.arange(weights.shape[-1], dtype=torch.float64) * 1e25
-    logs = weights.double().cpu().log()
+    logs = weights.cpu().double().log()
     keys = torch.where(logs.isneginf(), filler, logs + noise)
     return keys.topk(r, dim=-1).indices.sort(-1).values.to(weights.device)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import Trainer
+from transformers import trainer as transformer_trainer
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -40,6 +41,11 @@ class FSDP2Trainer(Trainer):
         self.accelerator.state.fsdp_plugin = plugin
         self.accelerator.state.distributed_type = DistributedType.FSDP
         self.is_fsdp_enabled = True
+
+
+def can_resume(kind):
+    """transformers 4.57 cannot load any optimizer under DDP on the CPU: it asks torch for the device 'cpu:0'."""
+    return kind != "ddp" or hasattr(transformer_trainer, "_OPTIMIZER_HANDLERS")
 
 
 def whole(model):
@@ -69,13 +75,16 @@ def main():
 
     first = train("first", save_strategy="steps", save_steps=3)
     weights = whole(first.accelerator.unwrap_model(first.model))
-    resumed = train("resumed", resume=str(Path(folder) / "first" / "checkpoint-3"))
-    again = whole(resumed.accelerator.unwrap_model(resumed.model))
+    exactly = None
+    if can_resume(kind):
+        resumed = train("resumed", resume=str(Path(folder) / "first" / "checkpoint-3"))
+        again = whole(resumed.accelerator.unwrap_model(resumed.model))
+        exactly = all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
     kinds = sorted({type(p).__name__ for g in engine(first).param_groups for p in g["params"]})
     if int(os.environ["RANK"]) == 0:
         torch.save(weights, Path(folder) / "weights.pt")
         report = {
-            "resumed exactly": all(torch.equal(a, b) for a, b in zip(weights, again, strict=True)),
+            "resumed exactly": exactly,
             "optimizer": type(engine(first)).__name__,
             "parameters": kinds,
             "shared": engine(first).share_refreshes,

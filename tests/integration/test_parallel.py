@@ -37,7 +37,8 @@ def test_two_processes_equal_one(kind, optim, tmp_path):
     )
     assert (tmp_path / "report.json").exists(), result.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["optimizer"] == "LowRankOptimizer" and report["resumed exactly"]
+    assert report["optimizer"] == "LowRankOptimizer"
+    assert report["resumed exactly"] or (report["resumed exactly"] is None and kind == "ddp")  # see can_resume
     assert report["parameters"] == (["Parameter"] if kind == "ddp" else ["DTensor"])
     assert report["shared"] == (kind == "ddp")
     assert report["logged"] == 6

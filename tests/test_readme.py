@@ -1,0 +1,32 @@
+"""The README says what the code says."""
+
+import re
+from pathlib import Path
+
+from hf_lowrank import METHODS, methods
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_methods_is_the_generated_one():
+    assert methods.table() in README
+
+
+def test_every_option_is_in_the_readme_with_its_default_and_no_other():
+    documented = set(re.findall(r"^\| `(\w+)` \|", README, re.M)) - set(METHODS)
+    real = {key for name in METHODS for key in methods.complete(name, {"rank": 128})}
+    shown_elsewhere = {"layerwise", "max_grad_norm", "subspace", "moments", "reconstruction"}
+    assert documented == real - shown_elsewhere
+
+
+def test_every_file_that_is_linked_or_named_exists():
+    linked = re.findall(r"\]\((?!http)([\w./-]+)\)", README)
+    named = re.findall(r"`((?:tests|recipes)/[\w./-]+)`", README)
+    assert linked and named
+    assert all((ROOT / path).exists() for path in linked + named)
+
+
+def test_no_placeholder_is_left():
+    assert not re.search(r"@\w+@", README)
