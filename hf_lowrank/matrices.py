@@ -1,4 +1,4 @@
-"""How a weight becomes a matrix seen wide. The only file that knows orientation, batch dimensions and shards.
+"""How a weight becomes a matrix seen wide: orientation, batch dimensions, and the piece that a process holds.
 
 Legend: a weight (..., rows, columns) is seen as (..., m, n), transposed where that puts the short side first. Under
 FSDP2 its first dimension is split over processes. Seen wide that splits

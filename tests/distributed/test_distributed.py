@@ -65,6 +65,13 @@ def test_fsdp2_equals_the_unsharded_run(processes, tmp_path):
         assert figures["collectives"] == expected(wide, along_gradient), name
 
 
+def test_sharded_and_whole_weights_go_together(tmp_path):
+    results = launch("mixed", 3, tmp_path, "29749")
+    for name, figures in results.items():
+        assert figures["displacement"] < TOLERANCE.get(name, 1e-3), name
+        assert figures["norm"] < 1e-3, name  # of the last step: what is replicated counts once
+
+
 def expected(wide, along_gradient):
     """Collectives of an ordinary step: R and, with a residual, the norms of columns; Z (and d); flags; limiters."""
     return {

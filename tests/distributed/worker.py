@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
 
-from hf_lowrank import METHODS  # noqa: E402
+from hf_lowrank import METHODS, methods  # noqa: E402
 
 
 STEPS = 8  # refreshes before steps 1, 4 and 7
@@ -113,6 +113,24 @@ def fsdp(name):
         "same bases": same_everywhere(
             [s["basis"] for s in opt.state.values() if "basis" in s and not hasattr(s["basis"], "placements")]
         ),
+    }
+
+
+def mixed(name):
+    """One block sharded unevenly, the rest whole on every process; buckets so small that they end anywhere."""
+    from hf_lowrank import optimizer as engine
+
+    engine.SYNC_ELEMENTS = 40
+    clip = {} if methods.parts(name, {}).reconstruction.needs_gradient else {"max_grad_norm": 0.1}
+    alone, reference = single(name, **clip)
+    net = models.model(experts=2)
+    fully_shard(net.blocks[0])
+    opt = models.optimizer(net, name, **exact(name), **clip)
+    models.train(net, opt, STEPS)  # the same batch everywhere: its mean over processes is itself
+    norms = [x.projected_grad_norm or 1.0 for x in (opt, reference)]
+    return {
+        "displacement": models.displacement(whole(net), whole(alone), start()),
+        "norm": abs(norms[0] / norms[1] - 1),
     }
 
 
