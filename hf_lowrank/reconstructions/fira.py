@@ -35,7 +35,7 @@ class Fira(Reconstruction, name="fira"):
     All are U = P Z + G diag(d): two matrix products, no residual is ever formed. Its column norms follow from
     ||G_j - a P R_j||^2 = ||G_j||^2 - 2a ||R_j||^2 + a^2 R_j^T (P^T P) R_j.
 
-    At r = m nothing is left over in `i3s` and `paper`; `released` keeps (1 - alpha) G there, as the authors' code does.
+    At r = m nothing is left over in `i3s` and `paper`; `released` keeps (1 - alpha) G, as the authors' code does.
 
     References:
         Fira, arXiv 2410.01623, Algorithm 1; I3S, arXiv 2502.05790, section 2.2.
