@@ -52,6 +52,10 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self.optimizer = optimizer if isinstance(optimizer, LowRankOptimizer) else None
         if self.optimizer is None:
             return
+        if getattr(self.optimizer, "_reported_in", None) is state:  # a second callback: the first one reports
+            self.optimizer = None
+            return
+        self.optimizer._reported_in = state
         self._logged_seconds = self.optimizer.refresh_seconds
         self._written = {name: refreshes for name, refreshes, _ in reports(self.optimizer)}
         if state.is_world_process_zero:

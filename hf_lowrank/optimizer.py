@@ -79,6 +79,7 @@ class LowRankOptimizer(Optimizer):
         self.projected_grad_norm: float | None = None
         self._held: dict[int, MatrixStep] = {}  # layerwise: projected, waiting for step()
         self._stepped: set[int] = set()  # layerwise: updated in the hook
+        self._reported_in: Any = None  # the run whose callback reports on this optimizer
         self._checked: list[dict[str, Any]] = []  # options of every group as they were when last checked
 
     def __getstate__(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_overlap_and_energy_are_those_of_the_bases(tmp_path):
 
 
 def test_a_line_per_refresh_and_none_doubled_by_a_second_callback(tmp_path):
-    train(arguments(tmp_path, "galore_random_adamw"))
+    train(arguments(tmp_path, "galore_random_adamw"), callbacks=[LowRankCallback()])
     rows = lines(tmp_path)
     assert [row["step"] for row in rows] == [1] * 14 + [4] * 14 + [7] * 14
     assert all("stable_rank" not in row for row in rows)  # this rule does not look at the gradient
