@@ -91,7 +91,12 @@ METHODS: dict[str, Method] = {
         "hybrid", "adam", "project", "the first r0 singular vectors, the others uniform; M rotated at a refresh", _I3S
     ),
     "galore_uniform_adamw": Method(
-        "uniform", "adam", "project", "singular vectors sampled uniformly", f"{_I3S}, section 4.5"
+        "uniform",
+        "adam",
+        "project",
+        "singular vectors sampled uniformly",
+        f"{_I3S}, section 4.5",
+        limits="several processes equal one to 2e-2 only",
     ),
     "galore_random_adamw": Method(
         "random", "adam", "project", "uniformly random subspace, blind to the gradient", "arXiv 2410.11289"

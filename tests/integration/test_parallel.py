@@ -1,4 +1,4 @@
-"""Trainer on two processes: equal to one process with the same global batch, and resumed exactly."""
+"""Trainer on several processes: equal to one process with the same global batch, and resumed exactly."""
 
 import json
 import os
@@ -17,17 +17,26 @@ OPTIONS = "rank=4,update_proj_gap=2,stagger=false"
 
 
 @pytest.mark.parametrize(
-    ("kind", "optim"),
+    ("kind", "optim", "processes"),
     [
-        ("ddp", "galore_dominant_adamw"),
-        ("ddp", "fira_adamw"),
-        ("SHARDED_STATE_DICT", "galore_dominant_adamw"),
-        ("SHARDED_STATE_DICT", "fira_adamw"),
-        ("SHARDED_STATE_DICT", "galore_dominant_adamw_layerwise"),
+        ("ddp", "galore_dominant_adamw", 2),
+        ("ddp", "fira_adamw", 2),
+        pytest.param("ddp", "galore_dominant_adamw", 4, marks=pytest.mark.full),
+        ("SHARDED_STATE_DICT", "galore_dominant_adamw", 2),
+        ("SHARDED_STATE_DICT", "fira_adamw", 2),
+        ("SHARDED_STATE_DICT", "galore_dominant_adamw_layerwise", 2),
     ],
 )
-def test_two_processes_equal_one(kind, optim, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29761"]
+def test_several_processes_equal_one(kind, optim, processes, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        "29761",
+    ]
     result = subprocess.run(
         [*command, str(WORKER), kind, optim, str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
