@@ -19,7 +19,7 @@ TOLERANCE = {"galore_uniform_adamw": 2e-2}
 has there is the rounding of its sums, which differs between one process and several, and Adam blows it up."""
 
 
-def launch(check, processes, tmp_path, port):
+def launch(check, processes, tmp_path):
     output = tmp_path / f"{check}-{processes}.json"
     command = [
         sys.executable,
@@ -27,8 +27,7 @@ def launch(check, processes, tmp_path, port):
         "torch.distributed.run",
         "--nproc_per_node",
         str(processes),
-        "--master_port",
-        port,
+        "--standalone",
     ]
     result = subprocess.run(
         [*command, str(WORKER), check, str(output)],
@@ -43,7 +42,7 @@ def launch(check, processes, tmp_path, port):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_ddp_equals_one_process_and_shares_the_refreshes(processes, tmp_path):
-    results = launch("ddp", processes, tmp_path, str(29730 + processes))
+    results = launch("ddp", processes, tmp_path)
     assert set(results) == set(METHODS)
     for name, figures in results.items():
         assert figures["displacement"] < TOLERANCE.get(name, 1e-3), name
@@ -55,7 +54,7 @@ def test_ddp_equals_one_process_and_shares_the_refreshes(processes, tmp_path):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_fsdp2_equals_the_unsharded_run(processes, tmp_path):
-    results = launch("fsdp", processes, tmp_path, str(29740 + processes))  # 3: pieces of 4, 4, 2 rows and empty ones
+    results = launch("fsdp", processes, tmp_path)  # 3: pieces of 4, 4, 2 rows and empty ones
     for name, figures in results.items():
         assert figures["displacement"] < TOLERANCE.get(name, 1e-3), name
         assert figures["layerwise"] < TOLERANCE.get(name, 1e-3), name
@@ -66,7 +65,7 @@ def test_fsdp2_equals_the_unsharded_run(processes, tmp_path):
 
 
 def test_sharded_and_whole_weights_go_together(tmp_path):
-    results = launch("mixed", 3, tmp_path, "29749")
+    results = launch("mixed", 3, tmp_path)
     for name, figures in results.items():
         assert figures["displacement"] < TOLERANCE.get(name, 1e-3), name
         assert figures["norm"] < 1e-3, name  # of the last step: what is replicated counts once
@@ -83,6 +82,6 @@ def expected(wide, along_gradient):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_sharded_and_full_state_dicts_resume_exactly(processes, tmp_path):
-    results = launch("resume", processes, tmp_path, str(29750 + processes))
+    results = launch("resume", processes, tmp_path)
     for name, figures in results.items():
         assert figures == {"sharded": True, "full": True}, name

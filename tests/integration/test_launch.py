@@ -74,7 +74,7 @@ def reports(out, result, count=1):
 
 
 PYTHON = [sys.executable, "-m", "hf_lowrank"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
 
 
@@ -104,7 +104,7 @@ def test_a_json_configuration(script, tmp_path):
 
 def test_torchrun_with_two_processes_keeps_them_identical(script, tmp_path):
     out = tmp_path / "out"
-    result = launch([*TORCHRUN, "29713", "-m", "hf_lowrank", script, *flags(out, "fira_i3s_adamw")], tmp_path)
+    result = launch([*TORCHRUN, "-m", "hf_lowrank", script, *flags(out, "fira_i3s_adamw")], tmp_path)
     first, second = reports(out, result, count=2)
     assert first["world"] == 2 and first["optimizer"] == second["optimizer"] == "LowRankOptimizer"
     assert first["bases"] == second["bases"] and first["weights"] == second["weights"]

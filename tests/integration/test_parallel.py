@@ -34,8 +34,7 @@ def test_several_processes_equal_one(kind, optim, processes, tmp_path):
         "torch.distributed.run",
         "--nproc_per_node",
         str(processes),
-        "--master_port",
-        "29761",
+        "--standalone",
     ]
     result = subprocess.run(
         [*command, str(WORKER), kind, optim, str(tmp_path)],
