@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_lowrank import state
 from hf_lowrank.formats import Raw, Slot, Slots, counter
-from hf_lowrank.matrices import Layout, check_sharding, chunks, clamp_rank, local
+from hf_lowrank.matrices import Layout, check_sharding, chunks, clamp_rank, local, sharded
 from hf_lowrank.methods import Parts
 from hf_lowrank.state import Forms
 
@@ -90,10 +90,7 @@ def sharded_axis(weight: DTensor, parts: Parts, group: Mapping[str, Any], name: 
 
 def _distribute(weight: DTensor, parts: Parts, group: Mapping[str, Any], name: str, tensor: Tensor) -> Tensor:
     place = sharded_axis(weight, parts, group, name)
-    if place is None:
-        return tensor
-    layout = Layout((), 1, 1, False, "rows", weight.device_mesh)
-    return layout.sharded(tensor, *place)
+    return tensor if place is None else sharded(tensor, weight.device_mesh, *place)
 
 
 def adopt(saved: Tensor, fresh: Tensor) -> Tensor:

@@ -166,16 +166,17 @@ class Layout:
         full = torch.cat([x[:length] for x, length in zip(pieces, lengths, strict=True)])
         return full.mT if self.transposed else full
 
-    def sharded(self, tensor: Tensor, axis: int, size: int) -> Tensor:
-        """Return a process's piece of state as a DTensor split along `axis`, whose whole length is `size`."""
-        shape = list(tensor.shape)
-        shape[axis] = size
-        stride = [1] * len(shape)
-        for i in reversed(range(len(shape) - 1)):
-            stride[i] = stride[i + 1] * max(shape[i + 1], 1)
-        return DTensor.from_local(
-            tensor, self.mesh, [Shard(axis)], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
-        )
+
+def sharded(tensor: Tensor, mesh: Any, axis: int, size: int) -> DTensor:
+    """Return a process's piece of state as a DTensor split over the mesh along `axis`, `size` long as a whole."""
+    shape = list(tensor.shape)
+    shape[axis] = size
+    stride = [1] * len(shape)
+    for i in reversed(range(len(shape) - 1)):
+        stride[i] = stride[i + 1] * max(shape[i + 1], 1)
+    return DTensor.from_local(
+        tensor, mesh, [Shard(axis)], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+    )
 
 
 def check_sharding(weight: DTensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_lowrank import distributed, linalg
 from hf_lowrank.allocation import matrix_state
 from hf_lowrank.formats import Raw, State
-from hf_lowrank.matrices import Layout, clamp_rank, local
+from hf_lowrank.matrices import Layout, clamp_rank, local, sharded
 from hf_lowrank.methods import Parts
 from hf_lowrank.parts import Context, Update
 from hf_lowrank.state import View
@@ -113,8 +113,7 @@ class MatrixStep:
         for name in self.s.names("basis"):
             self.new[name] = self.s[name].clone()
             if self.layout.along == "batch":
-                place = self.layout.sharded(self.s[name], 0, self.layout.batch[0])
-                self.new[name] = place.full_tensor()  # type: ignore[attr-defined]
+                self.new[name] = sharded(self.s[name], self.mesh, 0, self.layout.batch[0]).full_tensor()
         self.choice = torch.zeros(3, device=self.device)  # changed, energy, stable rank
 
     def choose_(self) -> None:

@@ -1,12 +1,10 @@
 """DistributedDataParallel and FSDP2 on gloo: equal to one process, with the work shared as promised."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import torchrun
 
 from hf_lowrank import METHODS, methods
 
@@ -21,21 +19,7 @@ has there is the rounding of its sums, which differs between one process and sev
 
 def launch(check, processes, tmp_path):
     output = tmp_path / f"{check}-{processes}.json"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--standalone",
-    ]
-    result = subprocess.run(
-        [*command, str(WORKER), check, str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = torchrun(processes, WORKER, check, output)
     assert output.exists(), result.stderr[-4000:]
     return json.loads(output.read_text())
 

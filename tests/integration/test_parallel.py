@@ -1,14 +1,12 @@
 """Trainer on several processes: equal to one process with the same global batch, and resumed exactly."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import arguments, tiny_llama, train
+from processes import torchrun
 
 
 pytestmark = pytest.mark.processes
@@ -28,21 +26,7 @@ OPTIONS = "rank=4,update_proj_gap=2,stagger=false"
     ],
 )
 def test_several_processes_equal_one(kind, optim, processes, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--standalone",
-    ]
-    result = subprocess.run(
-        [*command, str(WORKER), kind, optim, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = torchrun(processes, WORKER, kind, optim, tmp_path)
     assert (tmp_path / "report.json").exists(), result.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["optimizer"] == "LowRankOptimizer"
