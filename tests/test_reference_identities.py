@@ -1,0 +1,318 @@
+"""What the references of references/ must satisfy by themselves, without the package. float64 throughout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import LowRankAdam, dominant
+from references.base import Adam, LowRank, Matrix
+from references.factored import CAME, Adafactor, AdamMini
+from references.golore import GoLore, uniform_stiefel
+from references.ldadam import LDAdam
+from references.momentum import Momentum
+from references.rows import largest, rows, weights
+from references.scaled import Apollo
+from references.subtrack import SubTrack, geodesic
+
+
+WIDE, TALL, SQUARE = (6, 11), (11, 6), (7, 7)
+SHAPES = [WIDE, TALL, SQUARE]
+ROUNDING = 1e-9  # float64, at most some hundred operations with factors up to 1e3
+SETTING = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95}
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def stream(shape, steps=12, *, seed=1):
+    """A fixed matrix of decaying spectrum that drifts, and noise."""
+    k = min(shape)
+    U, V = torch.linalg.qr(randn(shape[0], k, seed=seed))[0], torch.linalg.qr(randn(shape[1], k, seed=seed + 1))[0]
+    drift = [torch.matrix_exp(0.1 * t * (randn(k, k, seed=3) - randn(k, k, seed=3).T)) for t in range(steps)]
+    return [
+        U @ turn @ torch.diag(2.0 ** -torch.arange(k)).double() @ V.T + 0.05 * randn(*shape, seed=50 + t)
+        for t, turn in enumerate(drift)
+    ]
+
+
+def finish(ref, gradients):
+    for G in gradients:
+        ref.step(G)
+    return ref.weight
+
+
+def same(a, b, tolerance=ROUNDING):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["galore", "released", "i3s", "paper"])
+@pytest.mark.parametrize("how", ["keep", "rotate", "rotate_variance", "rotate_variance_complete", "reset"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_shared_loop_with_adam_is_the_first_reference(form, how, shape):
+    options = {"rank": 3, "gap": 4, "form": form, "on_refresh": how, "scale": 0.5, **SETTING}
+    W, gradients = randn(*shape, seed=9), stream(shape)
+    for correct_bias in (True, False):
+        one = LowRankAdam(W, correct_bias=correct_bias, **options)
+        two = LowRank(W, correct_bias=correct_bias, **options)
+        same(finish(one, gradients), finish(two, gradients))
+
+
+def test_options_are_shared_by_no_two_references():
+    W, gradients = randn(*WIDE), stream(WIDE)
+    for moments in (Adam(), Adafactor(), CAME(), AdamMini(), Momentum()):
+        first = finish(LowRank(W, rank=3, gap=4, moments=moments, on_refresh="rotate"), gradients)
+        same(first, finish(LowRank(W, rank=3, gap=4, moments=moments, on_refresh="rotate"), gradients))
+
+
+# ---- SubTrack -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_the_line_search_never_loses_energy_and_is_the_best_angle(shape, accumulate):
+    ref = SubTrack(randn(*shape), rank=3, gap=1, accumulate=accumulate)
+    gradients = stream(shape, 30)
+    ref.step(gradients[0])
+    for G in gradients[1:]:
+        before = ref.P
+        ref.step(G)
+        wide = ref.wide(G)
+        assert (ref.P.T @ wide).norm() >= (before.T @ wide).norm() * (1 - ROUNDING)
+        same(ref.P.T @ ref.P, torch.eye(3, dtype=torch.float64))
+        grid = [(geodesic(before, wide, rule="raw", eta=e).T @ wide).norm() for e in torch.linspace(0, 50, 2000)]
+        assert (ref.P.T @ wide).norm() >= max(grid) * (1 - ROUNDING)
+
+
+def test_a_step_of_the_printed_equation_goes_uphill_and_raw_the_way_down():
+    G = stream(WIDE)[0]
+    P = torch.linalg.qr(randn(6, 3))[0]
+    error = [
+        float((G - Q @ Q.T @ G).norm())
+        for Q in (
+            P,
+            geodesic(P, G, rule="raw", eta=0.01),
+            geodesic(P, G, rule="raw", eta=0.01, direction="printed"),
+        )
+    ]
+    assert error[1] < error[0] < error[2]
+
+
+def test_the_tangent_of_the_geodesic_is_minus_the_leading_part_of_the_gradient_of_the_error():
+    G, eta = stream(WIDE)[0], 1e-6
+    P = torch.linalg.qr(randn(6, 3))[0].requires_grad_()
+    A = torch.linalg.lstsq(P, G).solution  # eq. 3: the inner minimum
+    [slope] = torch.autograd.grad(((P @ A.detach() - G) ** 2).sum(), P)  # eq. 4
+    U, S, Vh = torch.linalg.svd(slope)
+    P = P.detach()
+    moved = (geodesic(P, G, rule="raw", eta=eta) - P) / eta
+    same(moved, -S[0] * torch.outer(U[:, 0], Vh[0]), 1e-5)  # second order in eta
+
+
+@pytest.mark.parametrize("rule, eta", [("auto", 1.0), ("normalized", 0.3)])
+def test_scaling_the_gradients_leaves_the_bases(rule, eta):
+    small, large = (SubTrack(randn(*TALL), rank=3, gap=2, rule=rule, eta=eta) for _ in range(2))
+    for G in stream(TALL):
+        small.step(G)
+        large.step(1000 * G)
+        same(small.P, large.P)
+
+
+def test_the_change_of_basis_is_the_identity_plus_a_rank_one_part():
+    G, P = stream(WIDE)[0], torch.linalg.qr(randn(6, 3))[0]
+    C = geodesic(P, G, rule="auto", eta=1.0).T @ P  # methods-1.md, 5.4: I + (cos theta - 1) v v^T
+    values, v = torch.linalg.eigh(C)
+    same(values[1:], torch.ones(2, dtype=torch.float64))
+    same(C, torch.eye(3, dtype=torch.float64) + (values[0] - 1) * torch.outer(v[:, 0], v[:, 0]))
+
+
+def test_at_full_rank_the_basis_stays():
+    ref = SubTrack(randn(*TALL), rank=6, gap=1)
+    gradients = stream(TALL)
+    ref.step(gradients[0])
+    first = ref.P
+    finish(ref, gradients[1:])
+    assert torch.equal(ref.P, first)
+
+
+# ---- GoLore, momentum -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moments", [Adam(), Momentum()])
+def test_golore_is_galore_before_the_switch_and_carries_its_momentum_at_every_refresh(moments):
+    draws = []
+
+    def draw(m, r):
+        draws.append(uniform_stiefel(randn(m, r, seed=len(draws))))
+        return draws[-1]
+
+    W, gradients = randn(*TALL), stream(TALL)
+    early = GoLore(W, rank=3, gap=4, switch=5, draw=draw, moments=moments)
+    plain = LowRank(W, rank=3, gap=4, on_refresh="rotate", moments=moments, scale=0.25)
+    same(finish(early, gradients[:8]), finish(plain, gradients[:8]))  # bases at 0 and 4
+    momentum, basis = early.moments.M, early.P
+    early.step(gradients[8])
+    assert len(draws) == 1
+    same(early.P.abs(), draws[0].abs())
+    R = early.P.T @ early.wide(gradients[8])
+    same(early.moments.M, 0.9 * early.P.T @ basis @ momentum + 0.1 * R)
+
+
+def test_momentum_sgd_without_momentum_is_projected_gradient_descent():
+    W, G = randn(*WIDE), stream(WIDE)[0]
+    ref = LowRank(W, rank=3, gap=10, moments=Momentum(), beta1=0.0, lr=0.1)
+    ref.step(G)
+    P = dominant(G, 3, None)
+    same(ref.weight, W - 0.1 * P @ P.T @ G)
+
+
+# ---- APOLLO ---------------------------------------------------------------------------------------------------------
+
+
+def test_apollo_with_one_row_is_adam_while_signs_stay():
+    """With m = 1 there is nothing to compress: ||N_j|| / ||R_j|| G_j = |N_j| sign(G_j)."""
+    W, gradients = randn(1, 9), [randn(1, 9, seed=s).abs() + 0.1 for s in range(8)]
+    identity = {"rank": 1, "choose": lambda G, r, old: torch.eye(1, dtype=torch.float64), "transposed": False}
+    apollo, adam = Apollo(W, limiter=1e9, **identity), LowRank(W, **identity)
+    same(finish(apollo, gradients), finish(adam, gradients), 1e-6)  # its own epsilon is 1e-8 of 0.1
+
+
+def test_apollo_by_tensor_keeps_the_direction_of_the_gradient():
+    W, G = randn(*WIDE), stream(WIDE)[0]
+    ref = Apollo(W, rank=1, gap=10, by="tensor", scale=128.0)
+    ref.step(G)
+    moved = (W - ref.weight) / (W - ref.weight).norm()
+    same(moved, G / G.norm())
+
+
+def test_the_place_of_the_scale_about_the_limiter_does_not_matter_while_the_scale_is_constant():
+    """The limiter compares norms of two steps; only its 1e-8 sees the scale."""
+    W, gradients = randn(*WIDE), stream(WIDE, 30)
+    options = {"rank": 2, "gap": 5, "scale": 128.0}
+    front = Apollo(W, scale_front=True, **options)
+    back = Apollo(W, **options)
+    same(finish(front, gradients), finish(back, gradients), 1e-6)
+    assert any(back.limited)
+
+
+# ---- LDAdam ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_feedback_loses_nothing(shape):
+    """With V held at 1: sum_s P_s M_s + b1 / (1 - b1) P_t M_t + E_t = sum_s G_s."""
+    ref = LDAdam(randn(*shape), rank=2)
+    taken = seen = 0.0
+    for G in stream(shape, 20):
+        ref.step(G)
+        taken, seen = taken + ref.P @ ref.M, seen + ref.wide(G)
+        same(taken + ref.beta1 / (1 - ref.beta1) * ref.P @ ref.M + ref.E, seen)
+
+
+def test_at_full_rank_no_error_is_left():
+    ref = LDAdam(randn(*WIDE), rank=6)
+    for G in stream(WIDE):
+        ref.step(G)
+        assert ref.E.norm() < ROUNDING
+
+
+def test_without_error_feedback_the_error_stays_zero_and_the_bases_differ():
+    on, off = LDAdam(randn(*WIDE), rank=2), LDAdam(randn(*WIDE), rank=2, error_feedback=False)
+    gradients = stream(WIDE)
+    finish(on, gradients)
+    finish(off, gradients)
+    assert off.E.norm() == 0 < on.E.norm()
+    same(off.P.T @ off.P, torch.eye(2, dtype=torch.float64))
+    assert (on.P - off.P).norm() > 1e-3
+
+
+# ---- Grass ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_drawn_with_replacement_are_unbiased_and_norms_have_the_least_variance():
+    """Exact expectations over all draws of one row: E[P P^T] = I; the error of P P^T G is least for q = ||G_j||."""
+    G = stream(WIDE)[0] * torch.tensor([3.0, 1, 1, 2, 0.5, 1])[:, None]
+    norms = G.norm(dim=1)
+    errors = {}
+    for name, size in {"norm": norms, "squared": norms**2, "uniform": torch.ones(6).double()}.items():
+        q = size / size.sum()
+        mean, errors[name] = 0.0, 0.0
+        for j in range(6):
+            index = torch.tensor([j])
+            P = rows(lambda G, r, index=index, q=q: (index, weights(q, index)))(G, 1, None)
+            mean = mean + q[j] * P @ P.T
+            errors[name] += float(q[j] * (P @ P.T @ G - G).norm() ** 2)
+        same(mean, torch.eye(6, dtype=torch.float64))
+    assert errors["norm"] < min(errors["squared"], errors["uniform"])
+
+
+def test_a_row_drawn_twice_moves_twice():
+    draw = (torch.tensor([2, 2, 4]), torch.tensor([0.5, 0.5, 2.0]))
+    W, G = randn(*WIDE), stream(WIDE)[0]
+    ref = LowRank(W, rank=3, gap=10, choose=rows(lambda G, r: draw), moments=Momentum(), beta1=0.0, lr=0.1)
+    ref.step(G)
+    expected = W.clone()
+    expected[2] -= 0.1 * 2 * 0.5**2 * G[2]
+    expected[4] -= 0.1 * 2.0**2 * G[4]
+    same(ref.weight, expected)
+
+
+def test_the_largest_rows_leave_the_least():
+    G = stream(WIDE)[0]
+    P = rows(largest)(G, 2, None)
+    pairs = [torch.eye(6, dtype=torch.float64)[:, [i, j]] for i in range(6) for j in range(i)]
+    left = [float((G - Q @ Q.T @ G).norm()) for Q in pairs]
+    assert float((G - P @ P.T @ G).norm()) == pytest.approx(min(left))
+
+
+# ---- factored moments -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moments", [Adafactor, CAME])
+def test_factored_moments_of_a_rank_one_square_are_exact(moments):
+    """R o R = x y^T is its own factorisation: the first Adafactor update is sign(R), clipped to RMS 1."""
+    R = randn(4, 1).abs() @ randn(1, 9).abs() * randn(4, 9).sign()
+    h = Matrix(randn(2, 2), beta1=0.0, beta2=0.0)
+    N, c = moments().update(R, h)
+    assert c == 1.0
+    if moments is Adafactor:
+        same(N, R.sign(), 1e-6)
+
+
+def test_a_rotation_within_rows_carries_factored_rows():
+    """An orthogonal C leaves the total of the row statistics; a permutation permutes them."""
+    for moments in (Adafactor(), CAME()):
+        h = Matrix(randn(2, 2))
+        moments.update(randn(3, 8), h)
+        before = moments.v.row
+        Q = torch.linalg.qr(randn(3, 3))[0]
+        same(moments.v.rotated(Q).row.sum(), before.sum())
+        same(moments.v.rotated(torch.eye(3).double()[[2, 0, 1]]).row, before[[2, 0, 1]])
+
+
+def test_adam_mini_with_blocks_of_one_entry_is_adam():
+    """One row per column block, one column per row block: n = 1 or r = 1."""
+    for shape, by in (((1, 8), "column"), ((1, 8), 1), ((8, 1), "row")):
+        gradients = [randn(*shape, seed=s) for s in range(6)]
+        for form in ("galore", "released"):
+            options = {"rank": 1, "gap": 100, "transposed": False, "form": form, **SETTING}
+            identity = {"choose": lambda G, r, old: torch.eye(G.shape[0], r, dtype=torch.float64)}
+            if by == "row":
+                identity["rank"] = 8
+                options["rank"] = 8
+            W = randn(*shape)
+            adam = LowRank(W, **{**options, **identity})
+            mini = LowRank(W, moments=AdamMini(by), **{**options, **identity})
+            same(finish(adam, gradients), finish(mini, gradients))
+
+
+def test_heads_of_one_column_are_columns_and_one_head_is_one_number():
+    R, h = randn(3, 8), Matrix(randn(2, 2))
+    same(AdamMini("column").update(R, h)[0], AdamMini(1).update(R, h)[0])
+    one = AdamMini(8)
+    one.update(R, h)
+    assert float(one.V.std()) < ROUNDING
+    assert float(one.V[0, 0]) == pytest.approx(float((1 - h.beta2) * (R * R).mean()))
