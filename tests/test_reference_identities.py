@@ -5,14 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import LowRankAdam, dominant
-from references.base import Adam, LowRank, Matrix
+from references.base import Adam, LowRank, Matrix, sampled
+from references.compressed import FOAM, GWT, fold, haar, inverse_haar, unfold
 from references.factored import CAME, Adafactor, AdamMini
 from references.golore import GoLore, uniform_stiefel
 from references.ldadam import LDAdam
 from references.momentum import Momentum
+from references.natural import NaturalAdam
+from references.online import OnlineSubspace, error_gradient
+from references.quantized import QGaLore, intervals
 from references.rows import largest, rows, weights
 from references.scaled import Apollo
+from references.sketch import FLora
 from references.subtrack import SubTrack, geodesic
+from references.twosided import TwoSided
 
 
 WIDE, TALL, SQUARE = (6, 11), (11, 6), (7, 7)
@@ -123,7 +129,7 @@ def test_scaling_the_gradients_leaves_the_bases(rule, eta):
 
 def test_the_change_of_basis_is_the_identity_plus_a_rank_one_part():
     G, P = stream(WIDE)[0], torch.linalg.qr(randn(6, 3))[0]
-    C = geodesic(P, G, rule="auto", eta=1.0).T @ P  # methods-1.md, 5.4: I + (cos theta - 1) v v^T
+    C = geodesic(P, G, rule="auto", eta=1.0).T @ P  # I + (cos theta - 1) v v^T
     values, v = torch.linalg.eigh(C)
     same(values[1:], torch.ones(2, dtype=torch.float64))
     same(C, torch.eye(3, dtype=torch.float64) + (values[0] - 1) * torch.outer(v[:, 0], v[:, 0]))
@@ -305,7 +311,7 @@ def test_adam_mini_with_blocks_of_one_entry_is_adam():
                 options["rank"] = 8
             W = randn(*shape)
             adam = LowRank(W, **{**options, **identity})
-            mini = LowRank(W, moments=AdamMini(by), **{**options, **identity})
+            mini = LowRank(W, moments=AdamMini(by, outside=True), **{**options, **identity})
             same(finish(adam, gradients), finish(mini, gradients))
 
 
@@ -316,3 +322,239 @@ def test_heads_of_one_column_are_columns_and_one_head_is_one_number():
     one.update(R, h)
     assert float(one.V.std()) < ROUNDING
     assert float(one.V[0, 0]) == pytest.approx(float((1 - h.beta2) * (R * R).mean()))
+
+
+# ---- Natural GaLore -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [1, 3, 7])
+def test_the_dense_solve_is_woodburys(held):
+    """F^-1 g = g / l - H z / l^2 with (I + H^T H / l) z = H^T g."""
+    moments, h = NaturalAdam(5, 0.3), Matrix(randn(2, 2))
+    for i in range(held):
+        R = randn(3, 8, seed=i)
+        moments.update(R, h)
+    H, g = torch.stack([X.flatten() for X in moments.H], dim=1), R.flatten()
+    assert H.shape[1] == min(held, 5)
+    damping = 0.3 * (H.T @ H).trace() / H.shape[1]
+    z = torch.linalg.solve(torch.eye(H.shape[1]) + H.T @ H / damping, H.T @ g)
+    same(moments.natural(R).flatten(), g / damping - H @ z / damping**2)
+
+
+def test_relative_damping_does_not_see_the_size_of_the_gradients_and_absolute_damping_does():
+    def run(size, **options):
+        moments = NaturalAdam(4, 0.5, **options)
+        return finish(LowRank(W, rank=3, gap=4, moments=moments, eps=0.0), [size * G for G in stream(TALL)])
+
+    W = randn(*TALL)
+    same(run(1.0), run(1000.0))
+    assert (run(1.0, absolute=True) - run(1000.0, absolute=True)).norm() > 1e-3
+
+
+def test_a_window_of_one_is_adam():
+    """F = l I + g g^T maps g to a multiple of itself, the same one at every step with relative damping and |g| = 1."""
+    W, gradients = randn(*WIDE), [G / G.norm() for G in stream(WIDE)]
+    options = {"rank": 6, "gap": 100, "eps": 0.0}
+    natural = LowRank(W, moments=NaturalAdam(1, 0.5), **options)
+    same(finish(natural, gradients), finish(LowRank(W, **options), gradients))
+
+
+@pytest.mark.parametrize("on_window, held", [("rotate", 4), ("clear", 1)])
+def test_the_window_is_turned_into_the_new_basis_or_emptied(on_window, held):
+    ref = LowRank(randn(*WIDE), rank=6, gap=5, moments=NaturalAdam(4, 0.5, on_window=on_window))
+    gradients = stream(WIDE)
+    finish(ref, gradients[:6])  # bases at 0 and 5; at full rank P^T turns everything
+    assert len(ref.moments.H) == held
+    for X, G in zip(ref.moments.H, reversed(gradients[:6]), strict=False):
+        same(X, ref.P.T @ G)
+
+
+# ---- Q-GaLore -------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_doubles_after_five_calm_refreshes_up_to_a_cap():
+    assert intervals([0.9] * 4, 10) == [10] * 4
+    assert intervals([0.9] * 5, 10) == [10] * 4 + [20]
+    assert intervals([0.9] * 30, 10) == [10] * 4 + [20] * 5 + [40] * 5 + [80] * 5 + [160] * 11
+    assert intervals([0.5, 0.3, 0.5, 0.4, 0.4], 10)[-1] == 20  # the mean counts, and 0.42 >= 0.4
+    assert intervals([0.4, 0.3, 0.4, 0.4, 0.4], 10)[-1] == 10  # 0.38
+
+
+def test_the_interval_comes_back_when_the_subspace_moves():
+    assert intervals([0.9] * 10 + [0.1, 0.1, 0.1], 10)[9:] == [40, 20, 10, 10]
+    assert intervals([0.9] * 5 + [0.1] + [0.9] * 5, 10)[4:] == [20, 10, 10, 10, 10, 10, 20]  # the count begins anew
+    assert intervals([0.9] * 4 + [0.39], 10)[-1] == 10  # a low overlap never doubles
+
+
+def test_a_basis_that_stands_still_is_refreshed_ever_more_rarely():
+    ref = QGaLore(randn(*WIDE), rank=3, gap=1, store=lambda P: P)
+    due = []
+    for t in range(40):
+        due += [t] if t == ref.due else []
+        ref.step(stream(WIDE, 1)[0])
+    assert due == [0, 1, 2, 3, 4, 5, 7, 9, 11, 13, 15, 19, 23, 27, 31, 35]
+    same(torch.tensor(ref.overlaps), torch.ones(len(due) - 1), 1e-6)
+
+
+def test_what_is_projected_with_is_the_stored_basis():
+    coarse = lambda P: (P * 4).round() / 4  # noqa: E731
+    W, G = randn(*WIDE), stream(WIDE)[0]
+    ref = QGaLore(W, rank=3, gap=5, store=coarse, moments=Momentum(), beta1=0.0, lr=1.0, scale=1.0)
+    ref.step(G)
+    P = coarse(dominant(G, 3, None))
+    same(ref.weight, W - P @ P.T @ G)
+
+
+# ---- FLora ----------------------------------------------------------------------------------------------------------
+
+
+def test_with_an_orthogonal_sketch_of_full_rank_nothing_is_lost():
+    """A^T A = I: FLora is then Adafactor with a first moment of the whole matrix, at every refresh too."""
+    Q = [torch.linalg.qr(randn(6, 6, seed=s))[0] for s in range(4)]
+    W, gradients = randn(*WIDE), stream(WIDE)
+    flora = FLora(W, gap=4, sketch=lambda k: Q[k])
+    dense = LowRank(W, rank=6, gap=100, choose=lambda G, r, old: torch.eye(6, dtype=torch.float64), moments=_Late())
+    same(finish(flora, gradients), finish(dense, gradients))
+
+
+class _Late(Adafactor):
+    """Adafactor that limits the update after the momentum, not before: FLora's order."""
+
+    def update(self, R, h):
+        self.t += 1
+        u = R / self.v.update(R * R + 1e-30, 1 - self.t**-0.8).sqrt()
+        self.M = h.beta1 * self.M + (1 - h.beta1) * u
+        return self.M / max(1.0, float(self.M.norm()) / self.M.numel() ** 0.5), 1.0
+
+
+def test_the_momentum_is_read_through_the_sketch_it_was_made_with():
+    A = [randn(2, 6, seed=s) for s in range(2)]
+    ref = FLora(randn(*WIDE), gap=3, sketch=lambda k: A[k])
+    gradients = stream(WIDE)
+    finish(ref, gradients[:3])
+    M, W = ref.M, ref.weight
+    ref.step(gradients[3])  # the refresh
+    u = gradients[3] / (ref.v.row * ref.v.column / ref.v.row.mean()).sqrt()
+    U = 0.1 * u + 0.9 * A[0].T @ M
+    same(W - ref.weight, 1e-3 * U / max(1.0, float(U.norm()) / 66**0.5))
+    same(ref.M, 0.9 * A[1] @ A[0].T @ M + 0.1 * A[1] @ u)
+
+
+# ---- Online Subspace Descent ----------------------------------------------------------------------------------------
+
+
+def test_the_closed_form_is_autograds_gradient():
+    G, P = stream(WIDE)[0], randn(6, 3).requires_grad_()  # not orthonormal, as it becomes
+    Gh = G / G.norm()
+    [slope] = torch.autograd.grad(((P @ P.T @ Gh - Gh) ** 2).sum(), P)
+    same(error_gradient(P.detach(), G), slope)
+
+
+def test_the_basis_is_moved_by_torchs_adamw_after_the_weight_is_written():
+    W, gradients = randn(*TALL), stream(TALL)
+    ref = OnlineSubspace(W, rank=3, gap=50, moments=Momentum(), beta1=0.0)
+    P = torch.nn.Parameter(dominant(gradients[0].T, 3, None))
+    opt = torch.optim.AdamW([P], lr=1 / 50)  # its defaults
+    for t, G in enumerate(gradients):
+        before = ref.weight
+        ref.step(G)
+        with torch.no_grad():
+            same(before - ref.weight, 1e-3 * 0.25 * (P @ P.T @ G.T).T)
+        if t:
+            Gh = G.T / G.norm()
+            opt.zero_grad()
+            ((P @ P.T @ Gh - Gh) ** 2).sum().backward()
+            opt.step()
+        same(ref.P, P.detach())
+
+
+# ---- GWT, FOAM ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_the_haar_transform_is_orthogonal(level):
+    X = torch.eye(16, dtype=torch.float64)
+    A, parts = X, []
+    for _ in range(level):
+        A, D = haar(A)
+        parts.insert(0, D)
+    H = torch.cat([A, *parts], dim=1)
+    same(H.T @ H, torch.eye(16, dtype=torch.float64))
+    for D in parts:
+        A = inverse_haar(A, D)
+    same(A, X)
+
+
+def test_at_level_zero_both_are_adam():
+    W, gradients = randn(*SQUARE), stream(SQUARE)
+    identity = {"choose": lambda G, r, old: torch.eye(7, dtype=torch.float64), "transposed": False}
+    options = {"scale": 0.5, **SETTING}
+    adam = finish(LowRank(W, rank=7, **identity, **options), gradients)
+    same(finish(FOAM(W, level=0, **options), gradients), adam)
+    same(finish(FOAM(W, level=0, square_of_mean=True, **options), gradients), adam)
+    gwt = GWT(W, level=0, **options)
+    gwt.limit = lambda N: N
+    same(finish(gwt, gradients), adam)
+
+
+def test_details_of_gwt_have_no_momentum_and_the_denominator_of_their_block():
+    """One level, V = 1, no limiter: W moves by the inverse transform of (M, D)."""
+    W, gradients = randn(3, 8), [randn(3, 8, seed=s) for s in range(4)]
+    ref = GWT(W, level=1, scale=1.0, lr=1.0, beta2=1.0, eps=0.0, correct_bias=False)
+    ref.V, ref.limit = torch.ones(3, 4, dtype=torch.float64), lambda N: N
+    M = 0.0
+    for G in gradients:
+        before = ref.weight
+        ref.step(G)
+        A, D = haar(G)
+        M = 0.9 * M + 0.1 * A
+        same(before - ref.weight, inverse_haar(M, D))
+
+
+def test_foam_on_blocks_of_equal_entries_is_adam_and_the_rest_is_memoryless():
+    W, gradients = randn(3, 8), [unfold(randn(3, 2, seed=s), 2) for s in range(5)]
+    identity = {"rank": 3, "choose": lambda G, r, old: torch.eye(3, dtype=torch.float64), "transposed": False}
+    adam = finish(LowRank(W, **identity, **SETTING), gradients)
+    same(finish(FOAM(W, scale=1.0, **SETTING), gradients), adam)
+    X = randn(3, 8)
+    same(fold(X - unfold(fold(X, 2), 2), 2), torch.zeros(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [GWT, FOAM])
+def test_a_filled_up_axis_is_cropped(kind):
+    """11 columns and a twelfth of zeros: the same weights, the last one cut off."""
+    W, gradients = randn(3, 11), [randn(3, 11, seed=s) for s in range(5)]
+    wider = [torch.cat([G, torch.zeros(3, 1)], dim=1) for G in gradients]
+    cut = finish(kind(torch.cat([W, torch.zeros(3, 1)], dim=1)), wider)[:, :11]
+    same(finish(kind(W), gradients), cut)
+
+
+# ---- two sides ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["keep", "rotate", "rotate_variance", "reset"])
+def test_two_sided_runs_do_not_depend_on_the_orientation(how):
+    W, gradients = randn(*WIDE), stream(WIDE)
+    options = {"rank": 3, "gap": 4, "on_refresh": how, **SETTING}
+    wide = finish(TwoSided(W, **options), gradients)
+    tall = finish(TwoSided(W.T, **options), [G.T for G in gradients])
+    same(wide, tall.T)
+
+
+def test_on_the_two_sided_diagonal_momentum_sgd_keeps_the_leading_singular_values():
+    W, G = randn(*WIDE), stream(WIDE)[0]
+    ref = TwoSided(W, rank=3, gap=10, moments=Momentum(), beta1=0.0, lr=1.0)
+    ref.step(G)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    same(W - ref.weight, U[:, :3] * S[:3] @ Vh[:3])
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sampled_basis_is_sorted_and_its_signs_follow_the_basis_before():
+    G, old = stream(WIDE)[0], torch.linalg.qr(randn(6, 3))[0]
+    P = sampled(lambda S, r: torch.tensor([4, 0, 2]))(G, 3, old)
+    U = torch.linalg.svd(G)[0]
+    same((U.T @ P).abs().argmax(0), torch.tensor([0, 2, 4]))
+    assert ((P.T @ old).diagonal() >= 0).all()

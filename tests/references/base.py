@@ -1,4 +1,4 @@
-"""The loop that most references share: a basis, moments in it, the step. Plain float64; imports nothing of the package.
+"""The loop that most references share: a basis, moments in it, the step. float64; imports nothing of the package.
 
 Notation of reference.py: W weight, G gradient, P basis (m, r), R = P^T G, M and V moments, C = P_new^T P_old, N
 direction before an outside bias correction c. Matrices are seen short side first (square ones transposed), decay comes

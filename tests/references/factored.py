@@ -37,7 +37,7 @@ class Factored:
 
 
 class Adafactor:
-    """Adafactor with a first moment of the normalised update, lr outside it (methods-2 8.1)."""
+    """Adafactor with a first moment of the normalised update, lr outside it."""
 
     M: Any = 0.0
     t = 0
@@ -60,7 +60,7 @@ class Adafactor:
 
 
 class CAME:
-    """CAME Algorithm 2 (methods-2 8.2)."""
+    """CAME Algorithm 2."""
 
     M: Any = 0.0
 
@@ -82,13 +82,13 @@ class CAME:
 
 
 class AdamMini(Adam):
-    """Adam with one second moment per block of R (methods-2 section 7).
+    """Adam with one second moment per block of R.
 
     by = "row": one per row of R; "column": one per column; a number: one per so many columns (a head). Columns are
     output neurons where the weight is seen transposed. `outside`: hand the bias correction out, as Adam does.
     """
 
-    def __init__(self, by: str | int = "row", outside: bool = True) -> None:
+    def __init__(self, by: str | int = "row", outside: bool = False) -> None:
         self.by, self.outside = by, outside
 
     def second(self, squares: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def uniform_stiefel(Z: Tensor) -> Tensor:
-    """Z (Z^T Z)^(-1/2), uniform on the Stiefel manifold for Gaussian Z (methods-2 section 1)."""
+    """Z (Z^T Z)^(-1/2), uniform on the Stiefel manifold for Gaussian Z."""
     U, _, Vh = torch.linalg.svd(Z, full_matrices=False)
     return U @ Vh
 

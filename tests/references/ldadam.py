@@ -1,4 +1,4 @@
-"""LDAdam (arXiv 2410.16103): tracking, transport and error feedback at every step (methods-2 section 4)."""
+"""LDAdam (arXiv 2410.16103): tracking, transport and error feedback at every step; the steps of its Algorithm 1."""
 
 from __future__ import annotations
 

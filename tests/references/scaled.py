@@ -17,11 +17,8 @@ class Apollo(LowRank):
     scale_front: bool = False
 
     def combine(self, G: Tensor, R: Tensor, N: Tensor, c: float) -> Tensor:
-        if self.by == "channel":  # s_j = ||N_j|| / ||R_j||, one for every index of the long side
-            s = N.norm(dim=0) / (R.norm(dim=0) + 1e-8)
-        else:  # Mini: one for the matrix
-            s = N.norm() / (R.norm() + 1e-8)
-        U = G * s
+        over = 0 if self.by == "channel" else (0, 1)  # s_j = ||N_j|| / ||R_j|| per column, or s = ||N|| / ||R||
+        U = G * N.norm(dim=over) / (R.norm(dim=over) + 1e-8)
         if self.scale_front:
             return c * self.limit(U * self.scale**0.5, 1e-8, self.limiter)
         return c * self.limit(U, 1e-8, self.limiter) * self.scale**0.5

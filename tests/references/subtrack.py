@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def geodesic(P: Tensor, G: Tensor, *, rule: str, eta: float, direction: str = "descend") -> Tensor:
-    """One rank-1 step from P for the gradient G. rule: auto, normalized, raw; direction: descend, printed (raw only)."""
+    """One rank-1 step from P. rule: auto, normalized or raw; direction: descend, or printed (of raw)."""
     A = P.T @ G  # Algorithm 1: argmin_A ||P A - G|| for orthonormal P
     T = (G - P @ A) @ A.T  # eq. 5: grad F = -2 T
     U, S, Vh = torch.linalg.svd(T, full_matrices=False)
