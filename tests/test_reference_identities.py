@@ -17,39 +17,12 @@ from references.quantized import QGaLore, intervals
 from references.rows import largest, rows, weights
 from references.scaled import Apollo
 from references.sketch import FLora
+from references.streams import ROUNDING, SHAPES, SQUARE, TALL, WIDE, finish, randn, same, stream
 from references.subtrack import SubTrack, geodesic
 from references.twosided import TwoSided
 
 
-WIDE, TALL, SQUARE = (6, 11), (11, 6), (7, 7)
-SHAPES = [WIDE, TALL, SQUARE]
-ROUNDING = 1e-9  # float64, at most some hundred operations with factors up to 1e3
 SETTING = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95}
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def stream(shape, steps=12, *, seed=1):
-    """A fixed matrix of decaying spectrum that drifts, and noise."""
-    k = min(shape)
-    U, V = torch.linalg.qr(randn(shape[0], k, seed=seed))[0], torch.linalg.qr(randn(shape[1], k, seed=seed + 1))[0]
-    drift = [torch.matrix_exp(0.1 * t * (randn(k, k, seed=3) - randn(k, k, seed=3).T)) for t in range(steps)]
-    return [
-        U @ turn @ torch.diag(2.0 ** -torch.arange(k)).double() @ V.T + 0.05 * randn(*shape, seed=50 + t)
-        for t, turn in enumerate(drift)
-    ]
-
-
-def finish(ref, gradients):
-    for G in gradients:
-        ref.step(G)
-    return ref.weight
-
-
-def same(a, b, tolerance=ROUNDING):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -74,14 +47,23 @@ def test_options_are_shared_by_no_two_references():
         same(first, finish(LowRank(W, rank=3, gap=4, moments=moments, on_refresh="rotate"), gradients))
 
 
+@pytest.mark.parametrize("moments", [Adafactor(), CAME(), AdamMini("row"), AdamMini("column")])
+def test_without_an_outside_bias_correction_the_forms_of_fira_meet_at_scale_one(moments):
+    W, gradients = randn(*TALL), stream(TALL)
+    options = {"rank": 3, "gap": 4, "moments": moments, "on_refresh": "rotate", "scale": 1.0, "eps": 1e-8}
+    one, two, three = (finish(LowRank(W, form=form, **options), gradients) for form in ("released", "i3s", "paper"))
+    same(one, two)
+    same(two, three)
+
+
 # ---- SubTrack -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_the_line_search_never_loses_energy_and_is_the_best_angle(shape, accumulate):
-    ref = SubTrack(randn(*shape), rank=3, gap=1, accumulate=accumulate)
-    gradients = stream(shape, 30)
+def test_the_line_search_never_loses_energy_and_is_the_best_angle(shape):
+    ref = SubTrack(randn(*shape), rank=3, gap=1)
+    angles = torch.linspace(0, torch.pi, 50)
+    gradients = stream(shape, 15)
     ref.step(gradients[0])
     for G in gradients[1:]:
         before = ref.P
@@ -89,8 +71,22 @@ def test_the_line_search_never_loses_energy_and_is_the_best_angle(shape, accumul
         wide = ref.wide(G)
         assert (ref.P.T @ wide).norm() >= (before.T @ wide).norm() * (1 - ROUNDING)
         same(ref.P.T @ ref.P, torch.eye(3, dtype=torch.float64))
-        grid = [(geodesic(before, wide, rule="raw", eta=e).T @ wide).norm() for e in torch.linspace(0, 50, 2000)]
+        A = before.T @ wide
+        sigma = float(torch.linalg.matrix_norm((wide - before @ A) @ A.T, 2))
+        grid = [(geodesic(before, wide, rule="raw", eta=a / (2 * sigma)).T @ wide).norm() for a in angles.tolist()]
         assert (ref.P.T @ wide).norm() >= max(grid) * (1 - ROUNDING)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accumulation_turns_by_the_mean_since_the_last_refresh(shape):
+    gradients = stream(shape, 9)
+    ref = SubTrack(randn(*shape), rank=3, gap=4, accumulate=True)
+    finish(ref, gradients[:8])  # bases at 0 and 4, the second from the gradients 1 to 4
+    first = dominant(ref.wide(gradients[0]), 3, None)
+    second = geodesic(first, ref.wide(torch.stack(gradients[1:5]).mean(0)), rule="auto", eta=1.0)
+    same(ref.P, second)
+    ref.step(gradients[8])
+    same(ref.P, geodesic(second, ref.wide(torch.stack(gradients[5:9]).mean(0)), rule="auto", eta=1.0))
 
 
 def test_a_step_of_the_printed_equation_goes_uphill_and_raw_the_way_down():
@@ -497,18 +493,31 @@ def test_at_level_zero_both_are_adam():
     same(finish(gwt, gradients), adam)
 
 
-def test_details_of_gwt_have_no_momentum_and_the_denominator_of_their_block():
-    """One level, V = 1, no limiter: W moves by the inverse transform of (M, D)."""
-    W, gradients = randn(3, 8), [randn(3, 8, seed=s) for s in range(4)]
-    ref = GWT(W, level=1, scale=1.0, lr=1.0, beta2=1.0, eps=0.0, correct_bias=False)
-    ref.V, ref.limit = torch.ones(3, 4, dtype=torch.float64), lambda N: N
-    M = 0.0
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_gwt_without_its_limiter_is_foams_numerator_over_one_denominator_per_block(level):
+    """All coefficients of a block share sqrt(V): U = (G - mean + EMA of the mean) / sqrt(V), V of A = 2^(l/2) mean."""
+    W, gradients = randn(3, 16), [randn(3, 16, seed=s) for s in range(6)]
+    ref = GWT(W, level=level, scale=1.0, lr=1.0, beta2=0.9, eps=0.0, correct_bias=False)
+    ref.limit = lambda N: N
+    M = V = 0.0
     for G in gradients:
-        before = ref.weight
+        before, mean = ref.weight, fold(G, level)
         ref.step(G)
-        A, D = haar(G)
-        M = 0.9 * M + 0.1 * A
-        same(before - ref.weight, inverse_haar(M, D))
+        M, V = 0.9 * M + 0.1 * mean, 0.9 * V + 0.1 * 2**level * mean**2
+        same(before - ref.weight, (G - unfold(mean, level) + unfold(M, level)) / unfold(V.sqrt(), level))
+
+
+def test_the_limiter_of_gwt_holds_back_approximation_and_details_alike():
+    W, G = randn(3, 8), randn(3, 8, seed=1)
+    options = {"level": 2, "lr": 1.0, "beta1": 0.0, "beta2": 1.0, "eps": 0.0, "correct_bias": False}
+    free, held = GWT(W, **options), GWT(W, **options)
+    for ref in (free, held):
+        ref.V = torch.ones(3, 2, dtype=torch.float64)
+    free.limit = lambda N: N
+    finish(free, [G, 10 * G])
+    finish(held, [G, 10 * G])
+    same(W - free.weight, 0.25 * 11 * G)
+    same(W - held.weight, 0.25 * 2.01 * G, 1e-6)  # its 1e-8
 
 
 def test_foam_on_blocks_of_equal_entries_is_adam_and_the_rest_is_memoryless():

@@ -39,8 +39,11 @@ class SubTrack(LowRank):
     direction: str = "descend"
     accumulate: bool = False
     scale: float = 0.25
-    total: Any = 0.0
-    count: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.total: Any = 0.0
+        self.count = 0
 
     def update(self, G: Tensor) -> Tensor:
         self.total, self.count = self.total + G, self.count + 1  # eq. 2, the current gradient included
