@@ -221,6 +221,30 @@ def test_at_full_rank_no_error_is_left():
         assert ref.E.norm() < ROUNDING
 
 
+def test_the_first_tracked_basis_is_one_power_step_on_what_momentum_and_error_leave():
+    """After one step M / c1 is R, hence b = rho P P^T G_0 + (1 - rho)(G_1 + (I - P P^T) G_0)."""
+    ref, (G0, G1) = LDAdam(randn(*WIDE), rank=2, rho=0.7), stream(WIDE, 2)
+    ref.step(G0)
+    P = ref.P
+    ref.step(G1)
+    inside = P @ P.T @ G0
+    b = 0.7 * inside + 0.3 * (G1 + G0 - inside)
+    Q = torch.linalg.qr(b @ b.T @ P)[0]
+    same(ref.P @ ref.P.T, Q @ Q.T)
+    assert ((ref.P.T @ P).diagonal() >= 0).all()
+
+
+def test_without_error_feedback_it_is_galore_adam_in_its_bases_with_both_moments_carried_along():
+    W, bases = randn(*TALL), []
+    lda = LDAdam(W, rank=2, error_feedback=False, **SETTING)
+    loop = LowRank(W, rank=2, gap=1, choose=lambda G, r, old: bases[-1], on_refresh="rotate_variance", **SETTING)
+    for G in stream(TALL):
+        lda.step(G)
+        bases.append(lda.P)
+        loop.step(G)
+        same(lda.weight, loop.weight)
+
+
 def test_without_error_feedback_the_error_stays_zero_and_the_bases_differ():
     on, off = LDAdam(randn(*WIDE), rank=2), LDAdam(randn(*WIDE), rank=2, error_feedback=False)
     gradients = stream(WIDE)
@@ -309,6 +333,17 @@ def test_adam_mini_with_blocks_of_one_entry_is_adam():
             adam = LowRank(W, **{**options, **identity})
             mini = LowRank(W, moments=AdamMini(by, outside=True), **{**options, **identity})
             same(finish(adam, gradients), finish(mini, gradients))
+
+
+def test_adam_mini_carries_one_number_per_row_by_the_squares_and_one_per_column_as_it_is():
+    h, Q = Matrix(randn(2, 2)), torch.linalg.qr(randn(3, 3))[0]
+    for by in ("row", "column", 4):
+        moments = AdamMini(by)
+        moments.update(randn(3, 8), h)
+        M, V = moments.M, moments.V
+        moments.transport("rotate", Q, h)
+        same(moments.M, Q @ M)
+        same(moments.V, Q**2 @ V if by == "row" else V)
 
 
 def test_heads_of_one_column_are_columns_and_one_head_is_one_number():
@@ -556,6 +591,32 @@ def test_on_the_two_sided_diagonal_momentum_sgd_keeps_the_leading_singular_value
     ref.step(G)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     same(W - ref.weight, U[:, :3] * S[:3] @ Vh[:3])
+
+
+def permuted(seed):
+    """Bases of permuted axes, another permutation at every refresh."""
+    drawn = iter(range(seed, seed + 100))
+    return lambda G, r, old: torch.eye(len(G)).double()[:, torch.randperm(r, generator=_generator(next(drawn)))]
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_carried_from_permutation_to_permutation_two_sided_adam_is_adam():
+    W, gradients = randn(*SQUARE), stream(SQUARE)
+    two = TwoSided(
+        W, rank=7, gap=1, choose=permuted(0), choose_right=permuted(200), on_refresh="rotate_variance", **SETTING
+    )
+    identity = {"choose": lambda G, r, old: torch.eye(7, dtype=torch.float64)}
+    same(finish(two, gradients), finish(LowRank(W, rank=7, **identity, **SETTING), gradients))
+
+
+def test_at_full_rank_two_sided_momentum_that_is_carried_along_is_momentum_sgd():
+    W, gradients = randn(*SQUARE), stream(SQUARE)
+    two = TwoSided(W, rank=7, gap=1, moments=Momentum(), on_refresh="rotate")
+    identity = {"choose": lambda G, r, old: torch.eye(7, dtype=torch.float64)}
+    same(finish(two, gradients), finish(LowRank(W, rank=7, moments=Momentum(), **identity), gradients))
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
