@@ -11,7 +11,7 @@ from hf_lowrank import METHODS, LowRankOptimizer, methods
 
 GAP = 5
 ADAM = [n for n in NAMES if METHODS[n].moments == "adam"]
-WITH_BASIS = [n for n in NAMES if "basis" in methods.parts(n, {}).subspace.slots((), 6, 11, 3)]
+WITH_BASIS = [n for n in NAMES if "basis" in methods.parts(n, {}).subspace.slots((), 6, 11, 3, (6, 11))]
 
 
 def accepts(name, key, value):

@@ -1,10 +1,17 @@
 """A model with every kind of matrix, its batches, and one training loop: the same on any number of processes."""
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hf_lowrank import LowRankOptimizer, param_groups
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fitting import fitting  # noqa: E402
 
 
 class Block(nn.Module):
@@ -62,7 +69,8 @@ def batch(step, rows=96):
 
 def optimizer(net, name, rank=3, **options):
     shared = options.pop("share_refreshes", False)
-    groups = param_groups(net, rank=rank, weight_decay=0.1, **{"update_proj_gap": 3, **options})
+    fitted = fitting(name, {"rank": rank, "update_proj_gap": 3, **options})
+    groups = param_groups(net, weight_decay=0.1, **fitted)
     return LowRankOptimizer(groups, name, lr=2e-2, seed=5, share_refreshes=shared)
 
 
