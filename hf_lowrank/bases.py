@@ -20,7 +20,7 @@ class Basis(ABC):
 
     @abstractmethod
     def project(self, G: Tensor) -> Tensor:
-        """Return R = P^T G in fp32; G may be of lower precision."""
+        """Return R = P^T G in fp32; G may be of lower precision. Any entry of G that is not finite makes R so."""
 
     @abstractmethod
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
@@ -120,7 +120,8 @@ class SelectedRows(Basis):
     def project(self, G: Tensor) -> Tensor:
         """See `Basis.project`."""
         index = self.index.unsqueeze(-1).expand(*self.index.shape, G.shape[-1])
-        return G.gather(-2, index).to(self.scale.dtype).mul_(self.scale.unsqueeze(-1))
+        unseen = linalg.sum_of_squares(G).mul_(0)  # NaN if a row that is not taken is bad
+        return G.gather(-2, index).to(self.scale.dtype).mul_(self.scale.unsqueeze(-1)).add_(unseen)
 
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
         """See `Basis.add_`."""

@@ -56,6 +56,9 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             self.optimizer = None
             return
         self.optimizer._reported_in = state
+        for group in self.optimizer.param_groups:  # the rules that switch at a share of the run
+            if "total_steps" in group:
+                group["total_steps"] = state.max_steps
         self._logged_seconds = self.optimizer.refresh_seconds
         self._written = {name: refreshes for name, refreshes, _ in reports(self.optimizer)}
         if state.is_world_process_zero:

@@ -187,7 +187,7 @@ METHODS: dict[str, Method] = {
     ),
     "flora_adafactor": Method(
         "sketch",
-        "momentum",
+        "sketched_momentum",
         "flora",
         "FLora: Adafactor whose first moment is a Gaussian sketch",
         "arXiv 2402.03293",
@@ -360,7 +360,10 @@ def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> d
     for key in given:
         opt.parse(key, given[key], valid, what=what)
     layerwise = opt.parse("layerwise", given.get("layerwise", False), schema, what=what)
-    defaults = {"on_refresh": built.subspace.on_refresh, "stagger": layerwise, **method.defaults}
+    on_refresh = built.subspace.on_refresh
+    if on_refresh not in built.moments.transports:  # LDAdam's rule, say, with momentum alone
+        on_refresh = "rotate" if "rotate" in built.moments.transports else "keep"
+    defaults = {"on_refresh": on_refresh, "stagger": layerwise, **method.defaults}
     for key, item in schema.items():
         default = defaults.get(key, _default(item, key, built))
         result[key] = opt.parse(key, given.get(key, default), schema, what=what)
@@ -382,6 +385,11 @@ def _check_together(row: str, options: Mapping[str, Any], what: str) -> None:
         raise ValueError(
             f"{what} steps along the gradient itself, not along its projection alone: set max_grad_norm=0"
         )
+    if "rank" in options:
+        try:
+            made.subspace.rank(2, 2, options["rank"])
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
     how = options.get("on_refresh", "keep")
     if how not in made.moments.transports:
         valid = ", ".join(made.moments.transports)

@@ -287,10 +287,11 @@ class LowRankOptimizer(Optimizer):
 
     def _matrix(self, g: int, i: int, p: Tensor) -> MatrixStep:
         group = self.param_groups[g]
-        interval = group.get("update_proj_gap", 1)
+        interval = None
         if group.get("stagger") and self.state[p]["refreshes"] == 0:
             world = engine.team(getattr(p, "device_mesh", None), share=self.share_refreshes)[1]
-            interval = staggered_intervals([refresh_cost(q) for q in group["params"]], interval, world)[i]
+            costs = [refresh_cost(q) for q in group["params"]]
+            interval = staggered_intervals(costs, group["update_proj_gap"], world)[i]
         name = group["param_names"][i] if group.get("param_names") else ""
         parts = methods.parts(group["method"], group)
         return MatrixStep(p, self.state[p], parts, group, self._index(g, i), name, interval)

@@ -63,7 +63,7 @@ class MatrixStep:
         group: its options.
         index: its place in group order.
         name: its name, or ''.
-        first_interval: steps between the first refresh and the second (shorter than the gap when staggered).
+        first_interval: steps between the first refresh and the second where they are staggered, else None.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MatrixStep:
         group: Mapping[str, Any],
         index: int,
         name: str,
-        first_interval: int,
+        first_interval: int | None,
     ) -> None:
         self.weight, self.parts, self.group, self.index = weight, parts, group, index
         self.first_interval = first_interval
@@ -337,7 +337,8 @@ class MatrixStep:
 
     def _schedule_next(self, interval: int) -> None:
         s = self.s
-        s["refresh_at"].add_(interval if s["refreshes"] else min(interval, self.first_interval))
+        staggered = self.first_interval is not None and not s["refreshes"]
+        s["refresh_at"].add_(self.first_interval if staggered else interval)
         while s["refresh_at"] <= s["step"]:  # it came late
             s["refresh_at"].add_(interval)
         s["refreshes"].add_(1)

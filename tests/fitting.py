@@ -9,9 +9,10 @@ from hf_lowrank import METHODS, methods
 
 def fitting(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options for any method: those that mean nothing to it left out, those that it cannot do without filled in."""
-    subspace = methods.parts(method, options).subspace
+    row = methods.split(method)[0]
+    subspace = methods.parts(row, options).subspace
     fitted = {key: value for key, value in options.items() if key not in subspace.without}
-    default = METHODS[method].defaults.get("rank", 128)
+    default = METHODS[row].defaults.get("rank", 128)
     if "rank" in options and default < 1:  # it compresses by a power of two
         fitted["rank"] = default
     if hasattr(subspace, "total_steps"):

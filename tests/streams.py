@@ -13,6 +13,13 @@ from hf_lowrank import METHODS, LowRankOptimizer
 
 
 NAMES = sorted(METHODS)
+PLAIN = [  # Adam in a stored basis that a refresh chooses from the gradient, or draws
+    name
+    for name in NAMES
+    if METHODS[name].subspace in ("dominant", "i3s", "hybrid", "uniform", "random")
+    and METHODS[name].moments == "adam"
+    and METHODS[name].reconstruction in ("project", "fira")
+]
 WIDE, TALL, SQUARE, STACK = (6, 11), (11, 6), (7, 7), (3, 5, 9)
 
 

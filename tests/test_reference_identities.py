@@ -458,15 +458,16 @@ class _Late(Adafactor):
         return self.M / max(1.0, float(self.M.norm()) / self.M.numel() ** 0.5), 1.0
 
 
-def test_the_momentum_is_read_through_the_sketch_it_was_made_with():
+@pytest.mark.parametrize("late", [False, True])
+def test_the_momentum_is_read_through_the_new_sketch_or_late_through_the_one_it_was_made_with(late):
     A = [randn(2, 6, seed=s) for s in range(2)]
-    ref = FLora(randn(*WIDE), gap=3, sketch=lambda k: A[k])
+    ref = FLora(randn(*WIDE), gap=3, sketch=lambda k: A[k], late=late)
     gradients = stream(WIDE)
     finish(ref, gradients[:3])
     M, W = ref.M, ref.weight
     ref.step(gradients[3])  # the refresh
     u = gradients[3] / (ref.v.row * ref.v.column / ref.v.row.mean()).sqrt()
-    U = 0.1 * u + 0.9 * A[0].T @ M
+    U = 0.1 * u + 0.9 * (A[0].T if late else A[1].T @ A[1] @ A[0].T) @ M
     same(W - ref.weight, 1e-3 * U / max(1.0, float(U.norm()) / 66**0.5))
     same(ref.M, 0.9 * A[1] @ A[0].T @ M + 0.1 * A[1] @ u)
 

@@ -17,6 +17,10 @@ from hf_lowrank.options import choice, flag, number
 from hf_lowrank.parts import Context, Subspace
 
 
+NOTHING_OUTSIDE = 1e-7
+"""Tangent, in units of ||G||^2, under which it is rounding noise and the basis stays."""
+
+
 @dataclass(frozen=True)
 class Grassmann(Subspace, name="grassmann"):
     """S <- S + [(cos theta - 1) S v + sin theta u] v^T: a geodesic towards less error ||G - S A||^2.
@@ -81,24 +85,25 @@ class Grassmann(Subspace, name="grassmann"):
             U, sigma = linalg.gram_basis(G)
             S.copy_(linalg.align_signs(U[..., : S.shape[-1]], None))
             return sigma
+        total = linalg.squared_norm(G)[..., None, None]
+        G = torch.where(total > 0, G / total.sqrt(), 0.0)  # of norm 1, so that no square overflows
         A = S.mT @ G
         T = G @ A.mT - S @ (A @ A.mT)
         u, sigma, v = _leading_triple(T, S)
-        theta = self._angle(G, A, u, sigma, v)
+        theta = self._angle(G, A, u, sigma, v, total)
         moved = (theta.cos() - 1) * (S @ v) + theta.sin() * u  # (..., m, 1)
         S.add_(moved @ v.mT)
         S.copy_(1.5 * S - 0.5 * S @ (S.mT @ S))  # one Newton step towards the nearest orthonormal matrix
         return None
 
-    def _angle(self, G: Tensor, A: Tensor, u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
-        """Return theta (..., 1, 1)."""
+    def _angle(self, G: Tensor, A: Tensor, u: Tensor, sigma: Tensor, v: Tensor, total: Tensor) -> Tensor:
+        """Return theta (..., 1, 1) for a gradient of norm 1 whose squared norm was `total`."""
         if self.step == "auto":
             a, b = ((X.mT @ x).square().sum((-2, -1), keepdim=True) for X, x in ((A, v), (G, u)))
-            return 0.5 * torch.atan2(2 * sigma, a - b)
-        theta = 2 * self.eta * sigma
-        if self.step == "normalized":
-            total = linalg.squared_norm(G)[..., None, None]
-            theta = torch.where(total > 0, theta / total, 0.0)
+            theta = 0.5 * torch.atan2(2 * sigma, a - b)
+        else:
+            theta = 2 * self.eta * sigma * (total if self.step == "raw" else 1.0)
+        theta = torch.where((sigma > NOTHING_OUTSIDE) & theta.isfinite(), theta, 0.0)
         return theta if self.direction == "descending" else -theta
 
 
