@@ -44,7 +44,13 @@ class LowRankOptions:
     update_proj_gap: int = opt.integer(200, minimum=1, help="steps between refreshes of the subspace")
     scale: float = opt.number(0.25, above=0.0, help="factor alpha on the low-rank update")
     proj_type: str = opt.choice(
-        "std", "paper", "reverse_std", "left", "right", "full", help="which side of the weight is projected; full: both"
+        "std",
+        "paper",
+        "reverse_std",
+        "left",
+        "right",
+        "full",
+        help="which side of the weight is projected; full: both",
     )
     on_refresh: str = opt.choice(*TRANSPORTS, help="what happens to the moments at a refresh")
     stagger: bool = opt.flag(False, help="spread the refreshes of the matrices evenly over the interval")

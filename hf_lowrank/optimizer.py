@@ -120,7 +120,7 @@ class LowRankOptimizer(Optimizer):
             self._check_edits()
             matrices, dense = self._work()
             self._refresh([unit for unit in matrices if unit.R is None and unit.due])
-            work = [*matrices, *dense]
+            work: list[engine.Unit] = [*matrices, *dense]
             if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
                 self.projected_grad_norm = engine.clip_(work, max_norm)
             engine.update_(work)

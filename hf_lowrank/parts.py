@@ -43,7 +43,8 @@ class Columns:
 
     Attributes:
         n: how many there are on all processes.
-        block: how many adjacent ones belong together because they are the outputs of one neuron (1) or of one head (the
+        block: how many adjacent ones belong together because they are the outputs of one neuron (1) or of one head
+            (the
             head's size); 0 where they are inputs.
         start: the first one that this process holds.
     """

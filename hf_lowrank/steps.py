@@ -337,8 +337,8 @@ class MatrixStep:
 
     def _schedule_next(self, interval: int) -> None:
         s = self.s
-        staggered = self.first_interval is not None and not s["refreshes"]
-        s["refresh_at"].add_(self.first_interval if staggered else interval)
+        first = None if s["refreshes"] else self.first_interval
+        s["refresh_at"].add_(interval if first is None else first)
         while s["refresh_at"] <= s["step"]:  # it came late
             s["refresh_at"].add_(interval)
         s["refreshes"].add_(1)

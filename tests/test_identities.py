@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from fitting import fitting
-from streams import NAMES, PLAIN, SQUARE, STACK, TALL, WIDE, displacement, finish, gradients, optimizer, run, weight, wide
+from streams import (
+    NAMES,
+    PLAIN,
+    SQUARE,
+    STACK,
+    TALL,
+    WIDE,
+    displacement,
+    finish,
+    gradients,
+    optimizer,
+    run,
+    weight,
+    wide,
+)
 
 from hf_lowrank import METHODS, LowRankOptimizer, methods
 

@@ -28,8 +28,8 @@ class NaturalAdam(Moments, name="natural_adam"):
 
     Differs from the authors' code: damping is relative to the window's mean squared norm by default, so that scaling
     all gradients changes nothing (an absolute one switches the method off as gradients shrink); one side is projected,
-    as the paper's text says; the window does not outlive its basis; the default history is 4 instead of 20, which would
-    be ten times Adam's moments.
+    as the paper's text says; the window does not outlive its basis; the default history is 4 instead of 20, which
+    would be ten times Adam's moments.
     """
 
     history: int = integer(4, minimum=1, help="Natural GaLore: projected gradients in the window")

@@ -29,7 +29,9 @@ class ErrorFeedback(Reconstruction, name="error_feedback"):
     accumulation leave it alone.
     """
 
-    error_feedback: str = choice("fp32", "bf16", "8bit", "off", help="LDAdam: number format of the error buffer, or off")
+    error_feedback: str = choice(
+        "fp32", "bf16", "8bit", "off", help="LDAdam: number format of the error buffer, or off"
+    )
 
     @property
     def needs_gradient(self) -> bool:  # type: ignore[override]

@@ -25,10 +25,11 @@ NOTHING_OUTSIDE = 1e-7
 class Grassmann(Subspace, name="grassmann"):
     """S <- S + [(cos theta - 1) S v + sin theta u] v^T: a geodesic towards less error ||G - S A||^2.
 
-    The first basis is the dominant one. The gradient of the error is -2T, of which the leading triple alone is followed.
-    Three step sizes:
+    The first basis is the dominant one. The gradient of the error is -2T, of which the leading triple alone is
+    followed. Three step sizes:
 
-    * `auto` (default): theta = atan2(2 sigma, a - b) / 2 with a = ||A^T v||^2, b = ||G^T u||^2, the exact minimum along
+    * `auto` (default): theta = atan2(2 sigma, a - b) / 2 with a = ||A^T v||^2, b = ||G^T u||^2, the exact minimum
+    along
       the geodesic; no parameter, and the size of the gradient does not matter
     * `normalized`: theta = eta 2 sigma / ||G||_F^2
     * `raw`: theta = eta 2 sigma, as both papers have it; sigma grows with the square of the gradient
@@ -36,7 +37,8 @@ class Grassmann(Subspace, name="grassmann"):
     With `accumulate` G is the mean of the gradients since the last refresh, kept in an m x n buffer.
 
     References:
-        SubTrack (workshop), eqs. 2-6 and Algorithm 1; SubTrack++, arXiv 2502.01586, section 3. The line search is ours.
+        SubTrack (workshop), eqs. 2-6 and Algorithm 1; SubTrack++, arXiv 2502.01586, section 3. The line search is
+        ours.
 
     Differs from the authors' code: tall and square matrices are tracked too (there the tangent is multiplied by zero);
     fp32, kept orthonormal. The workshop's eq. 6 as printed moves uphill: `direction=printed` does that.
@@ -115,5 +117,3 @@ def _leading_triple(T: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = u - S @ (S.mT @ u)
     sigma = u.norm(dim=-2, keepdim=True)
     return u / sigma.clamp_min(torch.finfo(u.dtype).tiny), sigma, v
-
-

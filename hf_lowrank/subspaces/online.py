@@ -23,8 +23,8 @@ class Online(Subspace, name="online"):
     """P steps down f(P) = ||P P^T G - G||^2 by an AdamW of its own, after the weight has been written.
 
     With A = P^T G the gradient is 2 (P A A^T + G A^T P^T P - 2 G A^T): no residual and no autograd. The first basis is
-    the dominant one, at whose own gradient f is stationary, so it first moves one step later. It is never made orthonormal again, so the size of P N drifts. Its learning rate follows the
-    schedule of the model's.
+    the dominant one, at whose own gradient f is stationary, so it first moves one step later. It is never made
+    orthonormal again, so the size of P N drifts. Its learning rate follows the schedule of the model's.
 
     State: 3mr for P and its moments.
 
@@ -37,7 +37,9 @@ class Online(Subspace, name="online"):
     late: ClassVar[bool] = True
     without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger")
 
-    basis_lr: float = number(0.005, help="Online Subspace Descent: learning rate of the basis at the peak of the schedule")
+    basis_lr: float = number(
+        0.005, help="Online Subspace Descent: learning rate of the basis at the peak of the schedule"
+    )
     basis_weight_decay: float = number(0.01, help="Online Subspace Descent: decoupled weight decay of the basis")
 
     def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
