@@ -46,6 +46,8 @@ def load_model(model: str | Path | nn.Module) -> nn.Module:
     config: Any
     if size in LLAMA:
         config = transformers.LlamaConfig(**llama_config(size))
+    elif re.fullmatch(r"[\d.]+[mb]", size):  # do not ask the hub for it
+        raise ValueError(f"there is no built-in size {str(model)!r}; valid: {', '.join(LLAMA)}")
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(str(model))
