@@ -105,7 +105,7 @@ def wall_time(size: str, device: str, *, quick: bool) -> Section:
     Composed of the medians of one interleaved run: ordinary steps, and the refresh steps that the interval asks for.
     """
     result = Section(f"Seconds of 1000 optimizer steps, LLaMA-{size.upper()}, fp32", remarks=list(PAPER))
-    posed = problem(size, torch.float32, device, 1 if quick else None)
+    posed = problem(size, torch.float32, device, *((1, 2000) if quick else ()))
     everyone = [ours("galore_dominant_adamw"), ours("galore_dominant_adamw", refresh="svd")]
     everyone += [one for one in peers.PEERS if one.name == peers.GALORE_TORCH]
     if exists("subtrack_adamw"):

@@ -192,7 +192,7 @@ def _peak_targets(problem: Problem, found: dict[str, Measured], setup: Setup) ->
     limit = (buffers + 8 * 2**20 * (dtype != "float32")) / 2**20
     return [
         Target(
-            f"{dtype}: peak of an ordinary step, {name}, MiB", round(limit, 2), _mebibytes(found[name].ordinary_peak)
+            f"peak of an ordinary step, {name}, {dtype}", round(limit, 2), _mebibytes(found[name].ordinary_peak), "MiB"
         )
         for name in ("galore_i3s_adamw", "fira_adamw")
         if name in found
