@@ -26,6 +26,7 @@ import refresh
 import sizes
 import steps
 import tables
+import timing
 import torch
 import training
 from contestants import FLOORS, OURS, Contestant, Setup, exists, ours
@@ -127,6 +128,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--optimizers", default="default", help="patterns of names; '*' for every method and peer")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="Default: %(default)s")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall", help="cpu: for one thread on a busy machine")
     parser.add_argument("--quick", action="store_true", help="a tiny model, a few repeats")
     parser.add_argument("--json", type=Path, help="file for the same numbers with versions, threads and device")
     parser.add_argument("--markdown", type=Path, help="file for what is printed")
@@ -134,6 +136,8 @@ def arguments() -> argparse.Namespace:
     for what, names, valid in (("sizes", args.sizes or "60m", RANKS), ("sections", args.sections, SECTIONS)):
         if unknown := sorted(set(names.split(",")) - set(valid)):
             parser.error(f"--{what}: unknown {', '.join(unknown)}; valid: {', '.join(valid)}")
+    if args.clock == "cpu" and (args.device == "cuda" or args.threads > 1):
+        parser.error("--clock cpu: for --device cpu and --threads 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     return args
@@ -144,6 +148,7 @@ def main() -> None:
     args = arguments()
     peers.quiet()
     torch.set_num_threads(args.threads)
+    timing.use_clock(args.clock)
     sizes_wanted = (args.sizes or ("9m" if args.quick else "60m,130m,350m")).split(",")
     plan = Plan(
         sizes_wanted, args.dtypes.split(","), args.device, args.threads, args.optimizers.split(","), args.quick

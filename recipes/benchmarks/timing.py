@@ -14,6 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = CLOCKS["wall"]
+
+
+def use_clock(name: str) -> None:
+    """Read the wall clock or, for one thread on a machine that others use, the processor time of this process."""
+    global _clock
+    _clock = CLOCKS[name]
+
 
 @dataclass
 class Samples:
@@ -29,24 +38,25 @@ class Samples:
     @property
     def p99(self) -> float:
         """The 99th percentile, interpolated."""
-        return self._quantile(0.99)
+        return self.quantile(0.99)
 
     @property
     def spread(self) -> str:
         """The quartiles, for people."""
-        return f"{self._quantile(0.25):.1f}-{self._quantile(0.75):.1f}" if self.values else "-"
+        return f"{self.quantile(0.25):.1f}-{self.quantile(0.75):.1f}" if self.values else "-"
 
-    def _quantile(self, q: float) -> float:
+    def quantile(self, q: float) -> float:
+        """Return a quantile, interpolated."""
         return float(torch.tensor(self.values, dtype=torch.float64).quantile(q)) if self.values else float("nan")
 
 
 def milliseconds(call: Call, device: str) -> float:
     """Return how long one call takes, the device's queue included."""
     synchronize(device)
-    start = time.perf_counter()
+    start = _clock()
     call()
     synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (_clock() - start)
 
 
 def synchronize(device: str) -> None:
@@ -55,22 +65,14 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleave(calls: dict[str, Call], repeats: int, device: str, warmup: int = 1) -> dict[str, Samples]:
-    """Time all calls in turn, `repeats` times, so that a disturbance hits all of them alike."""
-    found = {name: Samples() for name in calls}
-    for i in range(warmup + repeats):
-        for name, call in calls.items():
-            took = milliseconds(call, device)
-            if i >= warmup:
-                found[name].values.append(took)
-    return found
-
-
 def ratio(a: Samples, b: Samples) -> tuple[float, str]:
-    """Return median(a) / median(b), and the quartiles of the ratios pair by pair."""
+    """Return the median of the ratios a / b, round by round of an interleaved run, and their quartiles.
+
+    Round by round both have seen the same disturbances, also where one of them was stopped early.
+    """
     pairs = Samples([x / y for x, y in zip(a.values, b.values, strict=False)])
-    low, high = pairs._quantile(0.25), pairs._quantile(0.75)
-    return a.median / b.median, f"pairwise quartiles {low:.2f}-{high:.2f}, n = {len(pairs.values)}"
+    low, high = pairs.quantile(0.25), pairs.quantile(0.75)
+    return pairs.median, f"quartiles {low:.2f}-{high:.2f}, n = {len(pairs.values)}"
 
 
 def transient_bytes(call: Call, device: str) -> int:
