@@ -89,7 +89,7 @@ def step_sections(plan: Plan) -> list[Section]:
             layers = plan.layers if size == plan.first else 2
             setup = Setup(RANKS[size], 6 if plan.quick else 20)
             posed = problem(size, getattr(torch, dtype), plan.device, layers, plan.vocabulary)
-            intervals, seconds = (2, 2.0) if plan.quick else (3 if size == plan.first else 2, 90.0)
+            intervals, seconds = (2, 2.0) if plan.quick else (3 if size == plan.first else 2, 180.0)
             measured, remarks = steps.measure(
                 posed, contestants(plan.optimizers), setup, intervals=intervals, device=plan.device, seconds=seconds
             )
