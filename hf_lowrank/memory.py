@@ -146,11 +146,7 @@ def estimate_memory(
     Raises:
         ValueError: for an unknown model, method, option or dtype; the message lists what is valid.
     """
-    for what, value, valid in (("dtype", dtype, tuple(DTYPES)), ("counting", counting, ("stored", "bf16"))):
-        if value not in valid:
-            raise ValueError(f"{what} must be one of {', '.join(valid)}, got {value!r}")
-    if batch < 1 or seq < 1:
-        raise ValueError(f"batch and seq must be at least 1, got {batch} and {seq}")
+    _check(dtype, counting, batch, seq)
     net, width = load_model(model), DTYPES[dtype].itemsize
     given = {**(options or {}), **({} if layerwise is None else {"layerwise": layerwise})}
     blank = MemoryEstimate(
@@ -175,6 +171,14 @@ def estimate_memory(
         counts = (2 * width * p.numel() + 4 for p in trained)  # two moments in the weight's type; a step in fp32
         return replace(blank, gradients=width * sum(p.numel() for p in trained), dense_state=sum(counts))
     return _with_method(blank, build_optimizer(net, optim, rank, given), width, paper=counting == "bf16")
+
+
+def _check(dtype: str, counting: str, batch: int, seq: int) -> None:
+    for what, value, valid in (("dtype", dtype, tuple(DTYPES)), ("counting", counting, ("stored", "bf16"))):
+        if value not in valid:
+            raise ValueError(f"{what} must be one of {', '.join(valid)}, got {value!r}")
+    if batch < 1 or seq < 1:
+        raise ValueError(f"batch and seq must be at least 1, got {batch} and {seq}")
 
 
 def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mapping[str, Any]) -> LowRankOptimizer:
