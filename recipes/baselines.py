@@ -124,7 +124,7 @@ def add_lora_(model: nn.Module, targets: list[str], args: BaselineArguments, *, 
     """Put peft's LoRA layers into a model; base weights are frozen, and what `also_train` does not find."""
     config = LoraConfig(
         r=args.adapter_rank,
-        lora_alpha=args.adapter_alpha,  # type: ignore[arg-type]
+        lora_alpha=args.adapter_alpha,
         lora_dropout=args.adapter_dropout,
         target_modules=targets,
     )
