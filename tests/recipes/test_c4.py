@@ -245,7 +245,7 @@ def parsed(file):
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_transformers_reads_every_file(file):
+def test_transformers_reads_every_file(file, tokenizer):
     model_args, data_args, budget, baseline, args = parsed(file)
     assert baseline.baseline is None and args.do_train and args.do_eval
     assert args.lr_scheduler_type == "cosine_with_min_lr" and args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
@@ -258,6 +258,10 @@ def test_transformers_reads_every_file(file):
     if budget.total_batch_size:
         run.set_accumulation(budget, args)
         assert run.rows_per_step(args) == budget.total_batch_size
+    with torch.device("meta"):
+        model = models.build(model_args, models.config(model_args, tokenizer, data_args.block_size))
+    _, kwargs = optimizer_with_two_rates(model, args)  # its options are valid, and there are matrices above the rank
+    assert sum(len(group["params"]) for group in kwargs["params"] if "rank" in group) == 7 * len(model.model.layers)
     *ours, our_training = run.parse([str(file)])  # the command line reads the same values
     *theirs, their_training = run.parser().parse_yaml_file(file)
     assert ours == theirs and our_training.to_dict() == their_training.to_dict()
