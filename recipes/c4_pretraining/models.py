@@ -47,11 +47,11 @@ class ModelArguments:
             "round stochastically. (Trainer's --bf16 computes in bf16 with fp32 weights.)"
         },
     )
-    matrix_lr_scale: float = field(
-        default=1.0,
+    matrix_learning_rate: float | None = field(
+        default=None,
         metadata={
-            "help": "Matrices of the body (or the adapters in their place) train at learning_rate x this, all else at "
-            "learning_rate; for any optimizer. A low-rank optimizer's option scale multiplies it."
+            "help": "Matrices of the body (or the adapters in their place) train at this rate, all else at "
+            "learning_rate; for any optimizer. Default: learning_rate, times the option `scale` of a low-rank one."
         },
     )
 

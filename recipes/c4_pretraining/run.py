@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -100,11 +99,14 @@ def main() -> None:
     model = build_or_load(model_args, llama, checkpoint, training_args, baseline)
     try:
         callbacks = prepare_(model, baseline, training_args)
-        optimizer = optimizer_with_two_rates(model, training_args, matrix_lr_scale=model_args.matrix_lr_scale)
+        optimizer = optimizer_with_two_rates(
+            model, training_args, matrix_learning_rate=model_args.matrix_learning_rate
+        )
     except ValueError as error:
         stop(str(error))
     stream = TokenStream(epoch_rows, rows_per_step=rows_per_step(training_args))
-    keeper, timer = StreamCallback(stream, time.perf_counter), StepTimer()
+    timer = StepTimer()
+    keeper = StreamCallback(stream, timer)
     if checkpoint and not training_args.dataloader_num_workers:
         training_args.ignore_data_skip = keeper.resume(checkpoint)
     trainer = Trainer(
@@ -223,11 +225,10 @@ def report(trainer: Trainer, timer: StepTimer, keeper: StreamCallback) -> None:
     """Write sizes, speed, memory and budget to train_results.json and all_results.json."""
     args = trainer.args
     steps, updates = (x[1:] or x or [math.nan] for x in (timer.step_seconds, timer.optimizer_seconds))
-    position = keeper.stream.position(trainer.state.global_step) or {"tokens": None}
+    position = keeper.stream.position(trainer.state.global_step)
     metrics = {
         **sizes(trainer.model),
         "steps": trainer.state.global_step,
-        "train_tokens": position["tokens"],
         "rows_per_step": keeper.stream.rows_per_step,
         "train_seconds": keeper.seconds(),
         "rows_per_second": keeper.stream.rows_per_step / mean(steps),
@@ -236,6 +237,8 @@ def report(trainer: Trainer, timer: StepTimer, keeper: StreamCallback) -> None:
         "optimizer_state_mib": state_bytes(trainer.optimizer) / 2**20,
         "machine": machine(),
     }
+    if position:
+        metrics["train_tokens"] = position["tokens"]
     if args.device.type == "cuda":
         metrics["peak_memory_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20
     trainer.log_metrics("train", metrics)

