@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from transformers import Trainer, TrainingArguments
 
 import hf_lowrank
 from recipes.baselines import adapter_parameters
+
+
+logger = logging.getLogger("hf_lowrank")
+"""The package's own: the line beside it says what the matrices' rate would have been."""
 
 
 def optimizer_with_two_rates(
@@ -40,6 +45,7 @@ def optimizer_with_two_rates(
             for group, options in zip(kwargs["params"], filled, strict=True):
                 if "rank" in group:
                     group["lr"] = matrix_learning_rate / options.get("scale", 1.0)
+            logger.info("--matrix_learning_rate: matrices at lr x scale = %g instead", matrix_learning_rate)
         return cls, kwargs
     groups = _groups(model, args, args.learning_rate if matrix_learning_rate is None else matrix_learning_rate)
     if cls is torch.optim.AdamW and any(p.dtype == torch.bfloat16 for p in model.parameters()):

@@ -328,7 +328,9 @@ def test_every_optimizer_has_two_rates(tokenizer, tmp_path):
     for optim, options in (("adamw_torch", None), ("galore_i3s_adamw", "rank=8")):
         training = TrainingArguments(str(tmp_path), optim=optim, optim_args=options, learning_rate=1e-2, use_cpu=True)
         _, kwargs = optimizer_with_two_rates(model, training, matrix_learning_rate=0.25e-2)
-        lr = [(group["lr"] * (0.25 if "rank" in group else 1), group) for group in kwargs["params"]]  # default scale
+        lr = [
+            (group.get("lr", 1e-2) * (0.25 if "rank" in group else 1), group) for group in kwargs["params"]
+        ]  # default scale
         rates[optim] = {name: rate for rate, group in lr for name, _ in group["params"]}
     assert rates["adamw_torch"] == rates["galore_i3s_adamw"]
     slow = {name for name, lr in rates["adamw_torch"].items() if lr == 0.25e-2}
