@@ -92,14 +92,7 @@ def prepare_(
         factorize_(model, targets, rank=args.adapter_rank)
         return []
     add_lora_(model, targets, args, also_train=also_train)
-    if args.baseline == "lora":
-        return []
-    if not 0 <= args.relora_warmup < args.relora_every:
-        raise ValueError(
-            f"--relora_warmup must be at least 0 and below --relora_every, not {args.relora_warmup} and "
-            f"{args.relora_every}"
-        )
-    return [ReLoRACallback(args.relora_every, args.relora_warmup)]
+    return [ReLoRACallback(args.relora_every, args.relora_warmup)] if args.baseline == "relora" else []
 
 
 def to_plain_(model: nn.Module) -> None:
@@ -151,6 +144,8 @@ class ReLoRACallback(TrainerCallback):
     """
 
     def __init__(self, every: int, warmup: int) -> None:
+        if not 0 <= warmup < every:
+            raise ValueError(f"--relora_warmup must be at least 0 and below --relora_every, not {warmup} and {every}")
         self.every = every
         self.warmup = warmup
 
