@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import shlex
 import shutil
 from pathlib import Path
 
@@ -25,12 +24,7 @@ from recipes.rates import optimizer_with_two_rates
 
 
 CONFIGS = sorted((Path(run.__file__).parent / "configs").glob("*.yaml"))
-TINY = shlex.split(
-    "--model_size 9m --hidden_size 32 --intermediate_size 48 --num_attention_heads 2 --num_hidden_layers 1 "
-    "--vocab_size 300 --block_size 16 --shuffle_documents 16 --eval_tokens 500 --learning_rate 1e-2 --max_grad_norm 0 "
-    "--per_device_train_batch_size 2 --per_device_eval_batch_size 8 --use_cpu --report_to none --disable_tqdm true "
-    "--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{\"min_lr_rate\":0.1}' --logging_steps 1"
-)
+TINY = [str(Path(__file__).parent / "tiny.yaml")]
 I3S = ["--optim", "galore_i3s_adamw", "--optim_args", "rank=8,update_proj_gap=2"]
 
 
@@ -265,7 +259,10 @@ def test_transformers_reads_every_file(file, tokenizer):
     assert sum(len(group["params"]) for group in kwargs["params"] if "rank" in group) == 7 * len(model.model.layers)
     *ours, our_training = run.parse([str(file)])  # the command line reads the same values
     *theirs, their_training = run.parser().parse_yaml_file(file)
-    assert ours == theirs and our_training.to_dict() == their_training.to_dict()
+    values = [
+        {k: v for k, v in args.to_dict().items() if k != "logging_dir"} for args in (our_training, their_training)
+    ]
+    assert ours == theirs and values[0] == values[1]  # logging_dir (transformers 4) holds the time of day
 
 
 PUBLISHED = {
