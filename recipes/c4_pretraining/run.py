@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -228,6 +229,10 @@ def build_or_load(
 
 def train(trainer: Trainer, timer: StepTimer, keeper: StreamCallback, checkpoint: str | None) -> None:
     """Train; leave an ordinary model, with numbers beside it."""
+    if trainer.args.ignore_data_skip and checkpoint:
+        # The loader drew a number when it started, after Trainer had restored the generators: dropout would go astray.
+        # Trainer itself restores them again where it skips data.
+        keeper.before_first_step = partial(trainer._load_rng_state, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     report(trainer, timer, keeper)
     if not trainer.is_fsdp_enabled:  # merging gathers nothing: a sharded model keeps its adapters

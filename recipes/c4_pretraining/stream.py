@@ -71,10 +71,17 @@ class StreamCallback(TrainerCallback):
         self.stream = stream
         self.timer = timer
         self.seconds_before = 0.0
+        self.before_first_step: Callable[[], None] | None = None
 
     def seconds(self) -> float:
         """Return the seconds of training so far."""
         return self.seconds_before + self.timer.total_seconds
+
+    def on_step_begin(self, *unused: Any, **kwargs: Any) -> None:
+        """Do once what `before_first_step` holds."""
+        if self.before_first_step is not None:
+            self.before_first_step()
+            self.before_first_step = None
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Add what is known to the log history, of trainings and of evaluations."""

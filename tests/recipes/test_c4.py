@@ -110,7 +110,10 @@ def test_shuffling_changes_the_order_and_nothing_else(texts, tokenizer, paragrap
     assert [tokenizer.decode(row[:-1]) for row in plain] == expected
 
 
-@pytest.mark.parametrize("optim", [I3S, ["--optim", "adamw_torch", "--matrix_learning_rate", "5e-3"]])
+RELORA = ["--baseline", "relora", "--adapter_rank", "4", "--relora_every", "5", "--relora_warmup", "1"]
+
+
+@pytest.mark.parametrize("optim", [I3S, [*RELORA, "--matrix_learning_rate", "5e-3", "--dtype", "bfloat16"]])
 def test_resumed_equals_uninterrupted(main, tmp_path, texts, optim):
     """Streamed files, accumulation, a second epoch of the data: weights, losses, tokens are the same bit for bit."""
     line = [*TINY, *texts, *optim, "--do_train", "--total_batch_size", 8, "--max_steps", 12, "--save_steps", 5]
