@@ -42,14 +42,16 @@ class Cell:
 
 
 class Ledger:
-    """Results in a file of JSON lines that is whole at every moment."""
+    """Results in a file of JSON lines, one per training; several processes may add to it."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        try:
-            self.results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        except ValueError:
-            raise MistakeError(f"{file} is not a file of results; move it away") from None
+        self.results: list[dict[str, Any]] = []
+        for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
+            try:
+                self.results.append(json.loads(line))
+            except ValueError:
+                raise MistakeError(f"line {number} of {file} is not a result; delete it") from None
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """Return the result of a training, if it is recorded."""
@@ -59,9 +61,8 @@ class Ledger:
         """Record a result."""
         self.results.append({**cell.key, **result})
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(result) + "\n" for result in self.results))
-        unfinished.replace(self.file)
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.results[-1]) + "\n")
 
     def runs(self, cells: list[Cell]) -> Runs:
         """Return what there is of the given trainings, in their order."""

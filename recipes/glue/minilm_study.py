@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import transformers
 from glue_comparison import Cell, Ledger, run_missing
+from glue_settings import parse
 from glue_tables import markdown, spread
 from glue_tasks import TASKS
 from glue_training import train
-from run import parse
 
 import hf_lowrank
 
@@ -42,8 +42,8 @@ ROWS = {
     "fira_adamw": (_LOW_RANK + "fira_adamw", (1e-4, 2e-4, 4e-4)),
     "subtrack_adamw": (_LOW_RANK + "subtrack_adamw", (1e-4, 2e-4, 4e-4)),
 }
-"""Options of a method, and the learning rates that are tried. SubTrack takes its default step: a step size on the scale
-of the gradient does not carry over to another model."""
+"""Options of a method, and the learning rates that are tried. SubTrack has its default step: one on the scale of the
+gradient does not carry over to another model."""
 
 BUDGET = {
     "cola": "--num_train_epochs 3 --per_device_train_batch_size 32",
@@ -67,6 +67,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="folder that bert_to_roberta.py made")
     parser.add_argument("--data_dir", help="folder with cola, rte and sst2")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="methods to run; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--file", type=Path, default=FILE, help="where results are recorded")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/minilm_study"), help="folder of the trainings")
@@ -93,7 +94,7 @@ def study(ledger: Ledger, arguments: argparse.Namespace) -> None:
     def run(cells: list[Cell]) -> None:
         run_missing(cells, ledger, arguments.output_dir, train_there, record=True)
 
-    rows = [row for row in ROWS if row not in absent()]
+    rows = [row for row in arguments.rows if row not in absent()]
     for row in rows:
         search(row, ledger, run)
     for seed in arguments.seeds:
