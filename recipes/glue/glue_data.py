@@ -107,7 +107,6 @@ def _labels(table: pd.DataFrame, task: Task, file: Path) -> list[int] | list[flo
     if not good.all():
         valid = "a number" if task.labels == 1 else f"one of {', '.join(map(str, range(task.labels)))}"
         row = int((~good).idxmax())
-        raise MistakeError(
-            f"{file}: the label of row {row + 1} is {table['label'][row]!r}; {task.title} wants {valid}"
-        )
+        found = str(table["label"][row])
+        raise MistakeError(f"{file}: the label of row {row + 1} is {found!r}; {task.title} wants {valid}")
     return numbers.astype(float if task.labels == 1 else int).tolist()

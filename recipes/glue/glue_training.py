@@ -14,6 +14,7 @@ import evaluate
 import glue_data
 import numpy as np
 import torch
+from datasets import Dataset
 from glue_tasks import MistakeError, Task, task_named
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 
 HERE = Path(__file__).resolve().parent
@@ -69,37 +71,18 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
         (on CUDA) of the peak; also written to `result.json` in the output folder.
 
     Raises:
-        MistakeError: if the data or the model cannot be loaded. Nothing has been written then.
+        MistakeError: if data, model or options are wrong. Nothing has been written then.
     """
     task = task_named(glue.task)
+    resume = checkpoint_to_resume(args)
     splits = glue_data.load(glue.task, glue.data_dir)
     tokenizer, model = load_encoder(glue.model_name_or_path, task, seed=args.seed)
-    splits = {
-        name: glue_data.tokenize(
-            glue_data.first_rows(rows, glue.max_train_samples if name == "train" else glue.max_eval_samples),
-            task,
-            tokenizer,
-            min(glue.max_seq_length, tokenizer.model_max_length),
-        )
-        for name, rows in splits.items()
-    }
-    callbacks = prepare_(model, baseline, args, also_train=head_names(model))
+    splits = {name: prepare(name, rows, glue, task, tokenizer) for name, rows in splits.items()}
+    training = splits.pop("train")
+    trainer = make_trainer(model, baseline, args, training, splits[task.validation[0]], tokenizer, glue)
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=splits.pop("train"),
-        eval_dataset=splits[task.validation[0]],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=metrics_of(glue.task, task, local=glue.data_dir is not None),
-        callbacks=callbacks,
-        # Built here, so that a mistake in its options is found before a folder is made.
-        optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs(args, model),
-    )
-    resume = args.resume_from_checkpoint
-    done = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    done = trainer.train(resume_from_checkpoint=resume)
     result = {
         "metrics": {split: scores(trainer.evaluate(rows), task) for split, rows in splits.items()},
         "train_seconds": round(done.metrics["train_runtime"], 2),
@@ -115,6 +98,57 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     del trainer, model
     gc.collect()  # a Trainer and its callbacks refer to each other, and the next training may want the memory
     return result
+
+
+def prepare(split: str, rows: Dataset, glue: GlueArguments, task: Task, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return a split cut to size and tokenized."""
+    count = glue.max_train_samples if split == "train" else glue.max_eval_samples
+    length = min(glue.max_seq_length, tokenizer.model_max_length)
+    return glue_data.tokenize(glue_data.first_rows(rows, count), task, tokenizer, length)
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    baseline: BaselineArguments,
+    args: TrainingArguments,
+    training: Dataset,
+    validation: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    glue: GlueArguments,
+) -> Trainer:
+    """Return a Trainer. Mistakes in the options of its optimizer are told before it makes its folder."""
+    try:
+        callbacks = prepare_(model, baseline, args, also_train=head_names(model))
+        optimizer = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ValueError, ImportError) as error:
+        raise MistakeError(str(error)) from error
+    return Trainer(
+        model,
+        args,
+        train_dataset=training,
+        eval_dataset=validation,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=metrics_of(glue.task, task_named(glue.task), local=glue.data_dir is not None),
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer,
+    )
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """Return the checkpoint that --resume_from_checkpoint means: a folder, or `true` for the newest of output_dir.
+
+    Raises:
+        MistakeError: if there is none.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted.lower() == "true":
+        wanted = (get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None) or args.output_dir
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise MistakeError(f"there is no checkpoint to resume from in {wanted}")
+    return wanted
 
 
 def load_encoder(name: str, task: Task, *, seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
