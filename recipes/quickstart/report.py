@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
 import matplotlib
-import torch
-import transformers
-
-import hf_lowrank
 
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.common import machine  # noqa: E402
 
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -36,18 +35,6 @@ COLUMNS = {
     "tokens per second": ("tokens_per_second", "{:.0f}"),
 }
 """Column of the table: key in a run's all_results.json, and format."""
-
-
-def machine() -> str:
-    """Describe hardware and versions in one line."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        names = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-        name = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-        device = f"{name}, {os.cpu_count()} CPUs"
-    versions = (f"{module.__name__} {module.__version__}" for module in (torch, transformers, hf_lowrank))
-    return f"{device}; {', '.join(versions)}"
 
 
 def collect(folder: Path, commands: dict[str, list[str]]) -> dict:

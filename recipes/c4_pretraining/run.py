@@ -1,0 +1,246 @@
+"""Pretrain a LLaMA from scratch by the low-rank papers' protocol: C4, 256 tokens, cosine to 10 %, perplexity.
+
+    python recipes/c4_pretraining/run.py recipes/c4_pretraining/configs/galore_60m.yaml --output_dir runs/galore_60m
+    torchrun --nproc_per_node 8 recipes/c4_pretraining/run.py .../i3s_350m.yaml --per_device_train_batch_size 64
+
+A YAML file holds a paper's settings for one size; options after it win. --help lists them all.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from transformers import HfArgumentParser, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+import hf_lowrank
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.baselines import BaselineArguments, prepare_, to_plain_  # noqa: E402
+from recipes.c4_pretraining import data, models  # noqa: E402
+from recipes.c4_pretraining.evaluation import Perplexity  # noqa: E402
+from recipes.c4_pretraining.stream import Collator, HeldOut, StreamCallback, TokenStream  # noqa: E402
+from recipes.common import (  # noqa: E402
+    StepTimer,
+    checkpoint_to_resume,
+    machine,
+    negative_log_likelihood,
+    sizes,
+    state_bytes,
+    stop,
+)
+from recipes.rates import optimizer_with_two_rates  # noqa: E402
+
+
+DATA_SEED = 42
+"""The papers' seed for the order of the documents, where --data_seed gives none."""
+
+
+@dataclass
+class BudgetArguments:
+    """How much is trained on."""
+
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows per step over all processes; sets gradient_accumulation_steps. (The papers: 512.)"},
+    )
+    train_tokens: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens to train on, padding not counted; sets max_steps, by the mean length of the first "
+            f"{data.MEASURED_ROWS} rows. --max_steps wins."
+        },
+    )
+    warmup_share: float = field(
+        default=0.1, metadata={"help": "Warm-up as a share of all steps, where --warmup_steps gives none."}
+    )
+
+
+Arguments = tuple[models.ModelArguments, data.DataArguments, BudgetArguments, BaselineArguments, TrainingArguments]
+
+
+def parser() -> HfArgumentParser:
+    """Return the parser of the command line and of the YAML files."""
+    hf_lowrank.register()
+    return HfArgumentParser(Arguments.__args__)
+
+
+def main() -> None:
+    """Train and evaluate as the command line says."""
+    datasets.logging.set_verbosity_error()  # it warns of shuffle buffers, which hold nothing here
+    model_args, data_args, budget, baseline, training_args = parse(sys.argv[1:])
+    checkpoint = checkpoint_to_resume(training_args)
+    tokenizer_dir = Path(data_args.tokenizer_dir or Path(training_args.output_dir) / "tokenizer")
+    with training_args.main_process_first(desc="tokenizer"):
+        documents = {split: data.documents(data_args, split) for split in ("train", "validation")}
+        tokenizer = data.load_tokenizer(data_args, tokenizer_dir)
+    seed = DATA_SEED if training_args.data_seed is None else training_args.data_seed
+
+    def epoch_rows(epoch: int) -> datasets.IterableDataset:
+        return data.rows(documents["train"], tokenizer, data_args, seed=seed + epoch)
+
+    llama = models.config(model_args, tokenizer, data_args.block_size)
+    set_accumulation(budget, training_args)
+    set_steps(budget, training_args, data.mean_tokens(epoch_rows(0)), data_args)
+    held_out = HeldOut(
+        data.rows(documents["validation"], tokenizer, data_args, seed=seed), tokens=data_args.eval_tokens
+    )
+    require_text(held_out.tokens, len(held_out), data_args, "validation")
+
+    set_seed(training_args.seed)
+    model = build_or_load(model_args, llama, checkpoint, training_args, baseline)
+    try:
+        callbacks = prepare_(model, baseline, training_args)
+        optimizer = optimizer_with_two_rates(model, training_args, matrix_lr_scale=model_args.matrix_lr_scale)
+    except ValueError as error:
+        stop(str(error))
+    stream = TokenStream(epoch_rows, rows_per_step=rows_per_step(training_args))
+    keeper, timer = StreamCallback(stream, time.perf_counter), StepTimer()
+    if checkpoint and not training_args.dataloader_num_workers:
+        training_args.ignore_data_skip = keeper.resume(checkpoint)
+    trainer = Trainer(
+        model,
+        training_args,
+        train_dataset=stream,
+        eval_dataset=held_out,
+        data_collator=Collator(block_size=data_args.block_size, padding=tokenizer.eos_token_id),
+        processing_class=tokenizer,
+        compute_metrics=Perplexity(training_args.per_device_train_batch_size),
+        preprocess_logits_for_metrics=negative_log_likelihood,
+        callbacks=[keeper, timer, *callbacks],
+        optimizer_cls_and_kwargs=optimizer,
+    )
+    if training_args.do_train:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        report(trainer, timer, keeper)
+        if not trainer.is_fsdp_enabled:
+            to_plain_(model)
+        trainer.save_model()
+        trainer.save_state()
+    if training_args.do_eval:
+        metrics = trainer.evaluate() | {"eval_tokens": held_out.tokens}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+
+def parse(line: list[str]) -> Arguments:
+    """Read a command line: YAML files first, whose values the options after them replace."""
+    reader = parser()
+    try:
+        while line and line[0].endswith((".yaml", ".yml")):
+            reader.set_defaults(**read_yaml(Path(line.pop(0)), reader))
+        return reader.parse_args_into_dataclasses(line)
+    except (ValueError, TypeError) as error:
+        stop(str(error).strip().splitlines()[0])
+
+
+def read_yaml(file: Path, reader: HfArgumentParser) -> dict[str, Any]:
+    """Return the values of a YAML file."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        stop(f"cannot read {file}: {error.strerror}")
+    except yaml.YAMLError as error:
+        stop(f"{file} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        stop(f"{file} holds no `option: value` lines")
+    known = {action.dest for action in reader._actions}
+    for key in values:
+        if key not in known:
+            stop(f"{file} sets {key}, which is no option; --help lists them")
+    return values
+
+
+def set_accumulation(budget: BudgetArguments, args: TrainingArguments) -> None:
+    """Set gradient_accumulation_steps so that a step takes total_batch_size rows."""
+    if budget.total_batch_size is None:
+        return
+    at_once = args.train_batch_size * args.world_size
+    if budget.total_batch_size % at_once:
+        stop(
+            f"--total_batch_size {budget.total_batch_size} is no multiple of the {at_once} rows that all processes "
+            "take at once; change --per_device_train_batch_size"
+        )
+    args.gradient_accumulation_steps = budget.total_batch_size // at_once
+
+
+def rows_per_step(args: TrainingArguments) -> int:
+    """Return the rows that one step takes, over all processes."""
+    return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
+
+
+def set_steps(
+    budget: BudgetArguments, args: TrainingArguments, tokens_per_row: float, data_args: data.DataArguments
+) -> None:
+    """Set max_steps from the budget in tokens, and the warm-up from its share."""
+    require_text(tokens_per_row, int(tokens_per_row > 0), data_args, "training")
+    if args.max_steps <= 0:
+        if not budget.train_tokens:
+            stop("say how long to train: --max_steps or --train_tokens")
+        args.max_steps = math.ceil(budget.train_tokens / (rows_per_step(args) * tokens_per_row))
+    if not args.warmup_steps:
+        args.warmup_steps = round(budget.warmup_share * args.max_steps)
+
+
+def require_text(tokens: float, rows: int, args: data.DataArguments, what: str) -> None:
+    """End where there is nothing to predict."""
+    if rows == 0 and args.packing:
+        stop(f"the {what} text has fewer than {args.block_size} tokens, which is one row (--block_size)")
+    if tokens <= rows:  # a row's first token is not predicted
+        stop(f"the {what} text holds no words")
+
+
+def build_or_load(
+    args: models.ModelArguments,
+    llama: Any,
+    checkpoint: str | None,
+    training_args: TrainingArguments,
+    baseline: BaselineArguments,
+) -> LlamaForCausalLM:
+    """Return a new model; or, to evaluate alone, the one of a folder."""
+    if training_args.do_train:
+        return models.build(args, llama)
+    if checkpoint is None:
+        stop("without --do_train, name the model to evaluate with --resume_from_checkpoint")
+    if baseline.baseline in ("lora", "relora", "low_rank"):
+        stop("evaluate the merged model, which a finished training leaves in its --output_dir, without --baseline")
+    try:
+        return LlamaForCausalLM.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        stop(f"cannot load a model from {checkpoint}: {str(error).strip().splitlines()[0]}")
+
+
+def report(trainer: Trainer, timer: StepTimer, keeper: StreamCallback) -> None:
+    """Write sizes, speed, memory and budget to train_results.json and all_results.json."""
+    args = trainer.args
+    steps, updates = (x[1:] or x or [math.nan] for x in (timer.step_seconds, timer.optimizer_seconds))
+    position = keeper.stream.position(trainer.state.global_step) or {"tokens": None}
+    metrics = {
+        **sizes(trainer.model),
+        "steps": trainer.state.global_step,
+        "train_tokens": position["tokens"],
+        "rows_per_step": keeper.stream.rows_per_step,
+        "train_seconds": keeper.seconds(),
+        "rows_per_second": keeper.stream.rows_per_step / mean(steps),
+        "optimizer_ms_median": 1e3 * median(updates),
+        "optimizer_ms_mean": 1e3 * mean(updates),
+        "optimizer_state_mib": state_bytes(trainer.optimizer) / 2**20,
+        "machine": machine(),
+    }
+    if args.device.type == "cuda":
+        metrics["peak_memory_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+
+
+if __name__ == "__main__":
+    main()

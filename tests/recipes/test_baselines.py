@@ -1,0 +1,202 @@
+"""The baselines on a tiny LLaMA under the real Trainer: what trains, what a checkpoint holds, exact resume."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+import hf_lowrank
+from recipes.baselines import (
+    BaselineArguments,
+    FactorizedLinear,
+    adapter_parameters,
+    jagged,
+    merge_and_restart_,
+    prepare_,
+    to_plain_,
+)
+
+
+CONFIG = LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, use_cache=False
+)
+TOKENS = torch.randint(0, 32, (64, 8), generator=torch.Generator().manual_seed(0))
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return len(TOKENS)
+
+    def __getitem__(self, index):
+        return {"input_ids": TOKENS[index], "labels": TOKENS[index]}
+
+
+def tiny():
+    set_seed(3)
+    return LlamaForCausalLM(CONFIG)
+
+
+def trained(folder, baseline, *, resume=None, steps=6, optim="galore_i3s_adamw", **options):
+    """Train the tiny model as a baseline; adapters of rank 2, dropout on, a merge every second step."""
+    hf_lowrank.register()
+    values = {
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "optim_args": "rank=2" if "galore" in optim else None,
+        **options,
+    }
+    args = TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=4, optim=optim, save_steps=1, logging_steps=1,
+        use_cpu=True, report_to="none", disable_tqdm=True, **values,
+    )  # fmt: skip
+    model = tiny()
+    baseline_args = BaselineArguments(baseline, adapter_rank=2, relora_every=2, relora_warmup=1)
+    trainer = Trainer(model, args, train_dataset=Rows(), callbacks=prepare_(model, baseline_args, args))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("baseline", ["lora", "relora", "low_rank"])
+def test_resumed_equals_uninterrupted(tmp_path, baseline):
+    """At a merge, one step after it, and in between: weights, adapters and the log are the same bit for bit."""
+    whole = trained(tmp_path, baseline)
+    expected = {name: p.clone() for name, p in whole.model.state_dict().items()}
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    for cut in (2, 3):
+        shutil.rmtree(tmp_path / "checkpoint-6")
+        resumed = trained(tmp_path, baseline, resume=str(tmp_path / f"checkpoint-{cut}"))
+        found = resumed.model.state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
+
+
+def test_relora_checkpoints_hold_the_merged_base(tmp_path):
+    trained(tmp_path, "relora", steps=4)
+    name = "model.layers.0.self_attn.q_proj.base_layer.weight"
+    before = tiny().model.layers[0].self_attn.q_proj.weight
+    first, second, third = (load_file(tmp_path / f"checkpoint-{i}" / "model.safetensors") for i in (1, 2, 3))
+    assert torch.equal(first[name], before)  # frozen until the first merge
+    assert not torch.equal(second[name], before)
+    assert torch.equal(third[name], second[name])
+    assert not second["model.layers.0.self_attn.q_proj.lora_B.default.weight"].any()
+
+
+def test_a_merge_changes_nothing_that_the_model_computes():
+    model = tiny()
+    prepare_(model, BaselineArguments("relora", adapter_rank=2), TrainingArguments("unused", use_cpu=True))
+    generator = torch.Generator().manual_seed(1)
+    for name in adapter_parameters(model):
+        p = model.get_parameter(name)
+        p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    model.eval()  # no dropout
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        before = model(TOKENS[:4]).logits
+        merge_and_restart_(model, seed=0)
+        after = model(TOKENS[:4]).logits
+    # fp32: each entry is a sum of about a hundred rounded products through two layers
+    torch.testing.assert_close(after, before, atol=1e-5 * before.abs().max().item(), rtol=0)
+    assert not torch.equal(after, before)  # there was something to merge
+    assert parameters == {name: id(p) for name, p in model.named_parameters()}  # the optimizer keeps its keys
+
+
+def test_a_merge_drops_the_state_of_the_factors_alone(tmp_path):
+    trainer = trained(tmp_path, "relora", steps=4)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    kept = {names[id(p)] for p in trainer.optimizer.optimizer.state}
+    factors = set(adapter_parameters(trainer.model))
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert factors and kept == trainable - factors  # step 4 is a merge
+    assert "model.embed_tokens.weight" in kept and "lm_head.weight" in kept and "model.norm.weight" in kept
+    assert not any(".base_layer." in name for name in trainable)
+
+
+def test_the_learning_rate_is_the_jagged_cosine(tmp_path):
+    """Against the formula of the ReLoRA paper's code: w, K, wr and floor written out."""
+    T, w, K, wr, floor = 24, 3, 8, 2, 0.1
+
+    def c(x):
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (x - w) / (T - w)))
+
+    def written_out(t):
+        if t < w:
+            return t / w
+        if t >= K and t % K < wr:
+            return (t % K) / wr * c(t // K * K + wr)
+        return c(t)
+
+    curve = jagged(lambda t: t / w if t < w else c(t), every=K, warmup=wr)
+    assert [curve(t) for t in range(T)] == pytest.approx([written_out(t) for t in range(T)])
+    trainer = trained(tmp_path, "relora", steps=6, warmup_steps=1)  # Trainer's own cosine, restarts at 2 and 4
+    rates = [entry["learning_rate"] / 1e-2 for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates[2] == rates[4] == 0.0  # the first step after a merge: k / w = 0
+    assert rates[0] == 0.0 and rates[1] == 1.0 and 0.1 <= rates[5] < rates[3] < 1.0
+
+
+@pytest.mark.parametrize(("baseline", "bits"), [("adamw", 32), ("adamw_8bit", 8)])
+def test_the_dense_baselines_are_values_of_optim(tmp_path, baseline, bits):
+    trainer = trained(tmp_path, baseline, steps=2)
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer).__name__ == "AdamW"  # torch's, or bitsandbytes'
+    assert getattr(getattr(optimizer, "args", None), "optim_bits", 32) == bits
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_a_dense_choice_of_optim_stays(tmp_path):
+    hf_lowrank.register()
+    args = TrainingArguments(str(tmp_path), optim="adamw_bnb_8bit", use_cpu=True)
+    prepare_(tiny(), BaselineArguments("lora", adapter_rank=2), args)
+    assert args.optim == "adamw_bnb_8bit"
+
+
+def test_fine_tuning_trains_adapters_and_the_head():
+    model = tiny()
+    args = BaselineArguments("lora", adapter_rank=2, adapter_targets="q_proj,v_proj")
+    prepare_(model, args, TrainingArguments("unused", use_cpu=True), also_train="lm_head")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {*adapter_parameters(model), "lm_head.weight"}
+    assert len(adapter_parameters(model)) == 2 * 2 * 2  # layers, modules, factors
+
+
+@pytest.mark.parametrize("baseline", ["lora", "relora", "low_rank"])
+def test_a_merged_model_is_an_ordinary_one(tmp_path, baseline):
+    model = trained(tmp_path, baseline, steps=3).model.eval()
+    with torch.no_grad():
+        before = model(TOKENS[:4]).logits
+        to_plain_(model)
+        model.save_pretrained(tmp_path / "plain")
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(TOKENS[:4]).logits
+    assert set(model.state_dict()) == set(LlamaForCausalLM(CONFIG).state_dict())
+    torch.testing.assert_close(after, before, atol=1e-5 * before.abs().max().item(), rtol=0)  # one rounding per weight
+
+
+def test_factors_start_as_the_best_approximation():
+    linear = nn.Linear(12, 8)
+    U, S, Vh = torch.linalg.svd(linear.weight.detach())
+    layer = FactorizedLinear(linear, rank=3)
+    best = (U[:, :3] * S[:3]) @ Vh[:3]
+    torch.testing.assert_close(layer.product().weight, best, atol=1e-6, rtol=0)  # weights are below 0.3: fp32 rounding
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(layer(x), x @ best.T + linear.bias, atol=1e-5, rtol=0)
+    full = FactorizedLinear(linear, rank=99)
+    torch.testing.assert_close(full(x), linear(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"baseline": "relora", "relora_warmup": 9, "relora_every": 9}, "--relora_warmup must be"),
+        ({"baseline": "lora", "adapter_rank": 0}, "--adapter_rank must be at least 1, not 0"),
+        ({"baseline": "lora", "adapter_targets": "qproj"}, "matches no trainable matrix"),
+    ],
+)
+def test_errors_say_what_to_do(options, words):
+    with pytest.raises(ValueError, match=words):
+        prepare_(tiny(), BaselineArguments(**options), TrainingArguments("unused", use_cpu=True))
