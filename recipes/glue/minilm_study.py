@@ -11,21 +11,24 @@ not run again, so a study that was stopped goes on, and a method that is added t
 from __future__ import annotations
 
 import argparse
-import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-import transformers
-from glue_comparison import Cell, Ledger, run_missing
-from glue_settings import parse
-from glue_tables import markdown, spread
-from glue_tasks import TASKS
-from glue_training import train
 
 import hf_lowrank
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.common import machine  # noqa: E402
+from recipes.glue.comparison import Cell, Ledger, run_missing  # noqa: E402
+from recipes.glue.settings import parse  # noqa: E402
+from recipes.glue.tables import markdown, spread  # noqa: E402
+from recipes.glue.tasks import TASKS  # noqa: E402
+from recipes.glue.training import train  # noqa: E402
 
 
 FILE = Path(__file__).resolve().parent / "minilm_study.jsonl"
@@ -169,17 +172,6 @@ def grid_table(ledger: Ledger) -> str:
         texts = [f"**{text}**" if text.endswith(f": {best:.1f}") else text for text in texts]
         lines += [[row, ", ".join(texts)]] if texts else []
     return markdown(["", f"{TASKS[GRID_TASK].title} at each learning rate, seed {GRID_SEED}"], lines)
-
-
-def machine() -> str:
-    """Describe hardware and versions in one line."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        device = f"{names[0].split(':')[1].strip() if names else platform.machine()}, {torch.get_num_threads()} thread"
-    versions = (f"{module.__name__} {module.__version__}" for module in (torch, transformers, hf_lowrank))
-    return f"{device}; {', '.join(versions)}"
 
 
 if __name__ == "__main__":

@@ -22,29 +22,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import glue_data
-from glue_comparison import Cell, Ledger, run_missing
-from glue_settings import USAGE, expand, parse, row_settings, rows
-from glue_tables import tables
-from glue_tasks import TASKS, MistakeError, task_named
-from glue_training import GlueArguments, train
-
 import hf_lowrank
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.glue import data  # noqa: E402
+from recipes.glue.comparison import Cell, Ledger, run_missing  # noqa: E402
+from recipes.glue.settings import USAGE, expand, parse, row_settings, rows  # noqa: E402
+from recipes.glue.tables import tables  # noqa: E402
+from recipes.glue.tasks import TASKS, task_named  # noqa: E402
+from recipes.glue.training import GlueArguments, train  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train once or compare, as the command line says."""
     hf_lowrank.register()
-    try:
-        options = expand(sys.argv[1:] if argv is None else argv)
-        comparison, rest = comparison_parser().parse_known_args(options)
-        if comparison.rows or comparison.seeds or len(comparison.task) > 1 or "all" in comparison.task:
-            compare(comparison, rest)
-        else:
-            train_once(options)
-    except MistakeError as mistake:
-        sys.stderr.write(f"run.py: {mistake}\n")
-        sys.exit(2)
+    options = expand(sys.argv[1:] if argv is None else argv)
+    comparison, rest = comparison_parser().parse_known_args(options)
+    if comparison.rows or comparison.seeds or len(comparison.task) > 1 or "all" in comparison.task:
+        compare(comparison, rest)
+    else:
+        train_once(options)
 
 
 def train_once(options: list[str]) -> None:
@@ -81,7 +79,7 @@ def compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     # Everything is looked at before anything is trained.
     parsed = [parse(cell.command(folder)) for cell in cells]
     for task, data_dir in {(glue.task, glue.data_dir) for glue, _, _ in parsed if glue.data_dir}:
-        glue_data.load(task, data_dir)
+        data.load(task, data_dir)
     main_process = parsed[0][-1].process_index == 0
     failed = run_missing(cells, ledger, folder, lambda line: train(*parse(line)), record=main_process)
     if main_process:
@@ -97,7 +95,7 @@ def compare(arguments: argparse.Namespace, rest: list[str]) -> None:
 def measured_on(glue: GlueArguments, seeds: list[int], rest: list[Any]) -> str:
     """Return what the numbers were measured on, to stand below the tables."""
     return (
-        f"Model {glue.model_name_or_path}, data {glue.data_dir or glue_data.HUB}, validation sets after the last "
+        f"Model {glue.model_name_or_path}, data {glue.data_dir or data.HUB}, validation sets after the last "
         f"step, seeds {', '.join(map(str, seeds))} (mean ± standard deviation where there are several). Options "
         f"beside the rows' own: {' '.join(rest) or 'none'}."
     )

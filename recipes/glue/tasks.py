@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-class MistakeError(ValueError):
-    """Something that the user can put right: its text is shown as one sentence, and the exit code is 2."""
+from recipes.common import stop
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,7 @@ TASKS = {
 
 
 def task_named(name: str) -> Task:
-    """Return a task.
-
-    Raises:
-        MistakeError: if there is none of this name.
-    """
+    """Return a task, or end with one sentence if there is none of this name."""
     if name not in TASKS:
-        raise MistakeError(f"unknown task {name!r}; valid are {', '.join(TASKS)}, and all")
+        stop(f"unknown task {name!r}; valid are {', '.join(TASKS)}, and all")
     return TASKS[name]

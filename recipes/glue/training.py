@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import evaluate
-import glue_data
 import numpy as np
 import torch
 from datasets import Dataset
-from glue_tasks import MistakeError, Task, task_named
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,15 +24,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+
+from recipes.baselines import BaselineArguments, prepare_, to_plain_
+from recipes.common import checkpoint_to_resume, state_bytes, stop
+from recipes.glue import data
+from recipes.glue.tasks import Task, task_named
 
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
-from baselines import BaselineArguments, prepare_, to_plain_  # noqa: E402
-
-
-LOCAL_METRIC = HERE / "glue_metric.py"
+LOCAL_METRIC = Path(__file__).resolve().parent / "metric.py"
 MIB = 2**20
 
 
@@ -70,26 +66,32 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
         Metrics of every validation set, seconds of training, steps, and MiB of weights, of the optimizer's state and
         (on CUDA) of the peak; also written to `result.json` in the output folder.
 
-    Raises:
-        MistakeError: if data, model or options are wrong. Nothing has been written then.
+    Ends with one sentence if data, model or options are wrong. Nothing has been written then.
     """
     task = task_named(glue.task)
     resume = checkpoint_to_resume(args)
-    splits = glue_data.load(glue.task, glue.data_dir)
+    rows = data.load(glue.task, glue.data_dir)
     tokenizer, model = load_encoder(glue.model_name_or_path, task, seed=args.seed)
-    splits = {name: prepare(name, rows, glue, task, tokenizer) for name, rows in splits.items()}
-    training = splits.pop("train")
-    trainer = make_trainer(model, baseline, args, training, splits[task.validation[0]], tokenizer, glue)
-    if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(args.device)
-    done = trainer.train(resume_from_checkpoint=resume)
-    result = {
-        "metrics": {split: scores(trainer.evaluate(rows), task) for split, rows in splits.items()},
-        "train_seconds": round(done.metrics["train_runtime"], 2),
-        "train_loss": round(done.training_loss, 4),
-        "steps": done.global_step,
-        **memory(trainer),
-    }
+    counts = {"train": glue.max_train_samples}
+    splits = {name: data.first_rows(split, counts.get(name, glue.max_eval_samples)) for name, split in rows.items()}
+    splits = {name: data.tokenize(split, task, tokenizer, glue.max_seq_length) for name, split in splits.items()}
+    try:  # the optimizer is asked for here: Trainer would make its folder before it finds a mistake in the options
+        callbacks = prepare_(model, baseline, args, also_train=head_names(model))
+        optimizer = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ValueError, ImportError) as error:
+        stop(str(error))
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=splits.pop("train"),
+        eval_dataset=splits[task.validation[0]],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=metrics_of(glue.task, task, local=glue.data_dir is not None),
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer,
+    )
+    result = run(trainer, splits, task, resume)
     if trainer.is_world_process_zero():
         (Path(args.output_dir) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     if args.save_strategy != "no":
@@ -100,62 +102,29 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     return result
 
 
-def prepare(split: str, rows: Dataset, glue: GlueArguments, task: Task, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return a split cut to size and tokenized."""
-    count = glue.max_train_samples if split == "train" else glue.max_eval_samples
-    length = min(glue.max_seq_length, tokenizer.model_max_length)
-    return glue_data.tokenize(glue_data.first_rows(rows, count), task, tokenizer, length)
-
-
-def make_trainer(
-    model: PreTrainedModel,
-    baseline: BaselineArguments,
-    args: TrainingArguments,
-    training: Dataset,
-    validation: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    glue: GlueArguments,
-) -> Trainer:
-    """Return a Trainer. Mistakes in the options of its optimizer are told before it makes its folder."""
-    try:
-        callbacks = prepare_(model, baseline, args, also_train=head_names(model))
-        optimizer = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    except (ValueError, ImportError) as error:
-        raise MistakeError(str(error)) from error
-    return Trainer(
-        model,
-        args,
-        train_dataset=training,
-        eval_dataset=validation,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=metrics_of(glue.task, task_named(glue.task), local=glue.data_dir is not None),
-        callbacks=callbacks,
-        optimizer_cls_and_kwargs=optimizer,
-    )
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """Return the checkpoint that --resume_from_checkpoint means: a folder, or `true` for the newest of output_dir.
-
-    Raises:
-        MistakeError: if there is none.
-    """
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted.lower() == "true":
-        wanted = (get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None) or args.output_dir
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise MistakeError(f"there is no checkpoint to resume from in {wanted}")
-    return wanted
+def run(trainer: Trainer, validation: dict[str, Dataset], task: Task, resume: str | None) -> dict[str, Any]:
+    """Train, evaluate and measure."""
+    device = trainer.args.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    done = trainer.train(resume_from_checkpoint=resume)
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    sizes = {"weights_mib": weights / MIB, "state_mib": state_bytes(trainer.optimizer) / MIB}
+    if device.type == "cuda":
+        sizes["peak_mib"] = torch.cuda.max_memory_allocated(device) / MIB
+    return {
+        "metrics": {split: scores(trainer.evaluate(rows), task) for split, rows in validation.items()},
+        "train_seconds": round(done.metrics["train_runtime"], 2),
+        "train_loss": round(done.training_loss, 4),
+        "steps": done.global_step,
+        **{name: round(size, 2) for name, size in sizes.items()},
+    }
 
 
 def load_encoder(name: str, task: Task, *, seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Return tokenizer and model; the head is new and drawn from the seed.
 
-    Raises:
-        MistakeError: if there is no such model, or no way to it.
+    Ends with one sentence if there is no such model, or no way to it.
     """
     kind = {"problem_type": "regression"} if task.labels == 1 else {}
     set_seed(seed)
@@ -164,10 +133,10 @@ def load_encoder(name: str, task: Task, *, seed: int) -> tuple[PreTrainedTokeniz
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=task.labels, **kind)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
-        raise MistakeError(
+        stop(
             f"cannot load the model {name!r} ({reason}); give a folder with --model_name_or_path, or a name on the "
             "hub and a network"
-        ) from error
+        )
     return tokenizer, model
 
 
@@ -202,14 +171,3 @@ def load_metric(name: str, *, local: bool) -> evaluate.EvaluationModule:
 def scores(metrics: dict[str, float], task: Task) -> dict[str, float]:
     """Return the task's metrics from those of Trainer.evaluate."""
     return {name: float(metrics[f"eval_{name}"]) for name in task.metrics}
-
-
-def memory(trainer: Trainer) -> dict[str, float]:
-    """Return MiB of weights and optimizer state, and on CUDA the peak of everything."""
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
-    state = [x.nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
-    weights = [p.nbytes for p in trainer.model.parameters()]
-    sizes = {"weights_mib": sum(weights) / MIB, "state_mib": sum(state) / MIB}
-    if trainer.args.device.type == "cuda":
-        sizes["peak_mib"] = torch.cuda.max_memory_allocated(trainer.args.device) / MIB
-    return {name: round(size, 2) for name, size in sizes.items()}

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import yaml
-from glue_tasks import MistakeError, task_named
-from glue_training import BaselineArguments, GlueArguments
 from transformers import HfArgumentParser, TrainingArguments
+
+from recipes.baselines import BaselineArguments
+from recipes.common import stop
+from recipes.glue.tasks import task_named
+from recipes.glue.training import GlueArguments
 
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -30,20 +33,16 @@ def settings(file: Path) -> list[str]:
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise MistakeError(f"cannot read the settings {file}: {' '.join(str(error).split())}") from error
+        stop(f"cannot read the settings {file}: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
-        raise MistakeError(f"{file} holds no settings: it wants lines such as `task: cola`")
+        stop(f"{file} holds no settings: it wants lines such as `task: cola`")
     return [word for name, value in content.items() for word in (f"--{name}", str(value))]
 
 
 def parse(
     options: Sequence[str], description: str | None = None
 ) -> tuple[GlueArguments, BaselineArguments, TrainingArguments]:
-    """Return the arguments of one training. What argparse refuses ends with its message and exit code 2.
-
-    Raises:
-        MistakeError: for values that only the arguments' own classes refuse.
-    """
+    """Return the arguments of one training, or end with one sentence and exit code 2."""
     parser = HfArgumentParser(
         (GlueArguments, BaselineArguments, TrainingArguments),
         usage=USAGE,
@@ -54,7 +53,7 @@ def parse(
     try:
         glue, baseline, args = parser.parse_args_into_dataclasses(list(options))
     except (ValueError, ImportError) as error:
-        raise MistakeError(" ".join(str(error).split())) from error
+        stop(" ".join(str(error).split()))
     task_named(glue.task)
     return glue, baseline, args
 
@@ -71,16 +70,13 @@ def row_settings(row: str, task: str) -> list[str]:
         row: a folder of settings, below configs/ or a path; after a colon another optimizer or baseline for them.
         task: a key of TASKS.
 
-    Raises:
-        MistakeError: if the row has no settings for the task.
+    Ends with one sentence if the row has no settings for the task.
     """
     name, _, other = row.partition(":")
     folder = CONFIGS / name if name and (CONFIGS / name).is_dir() else Path(name)
     file = folder / f"{task}.yaml"
     if not file.is_file():
-        raise MistakeError(
-            f"row {row!r}: there is no file {file}; rows are {', '.join(rows())}, or folders of your own"
-        )
+        stop(f"row {row!r}: there is no file {file}; rows are {', '.join(rows())}, or folders of your own")
     choices = get_args(get_type_hints(BaselineArguments)["baseline"])[0]
     flag = "--baseline" if other in get_args(choices) else "--optim"
     return [*settings(file), *([flag, other] if other else [])]

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import glue_papers
-from glue_tasks import TASKS
+from recipes.glue import papers
+from recipes.glue.tasks import TASKS
 
 
 TITLES = [task.title for task in TASKS.values()]
@@ -35,11 +35,11 @@ def tables(runs: Runs, *, model: str, note: str) -> str:
     parts = [
         "Scores in the layout of GaLore's Table 4: Matthews correlation, Pearson (Spearman), F1 (accuracy) for MRPC, "
         "accuracy (F1) for QQP, accuracy. Memory is weights and optimizer state, the papers' in bf16.",
-        markdown(["", "Memory", *TITLES, "Avg"], [*_papers("GaLore", glue_papers.GALORE, theirs), *with_memory]),
+        markdown(["", "Memory", *TITLES, "Avg"], [*_papers("GaLore", papers.GALORE, theirs), *with_memory]),
         "Scores in the layout of SubTrack's Table 4: F1 (accuracy) for QQP. The paper leaves its averages blank.",
-        markdown(["", *TITLES, "Avg"], [*_papers("SubTrack", _averaged(glue_papers.SUBTRACK), theirs), *f1_for_qqp]),
+        markdown(["", *TITLES, "Avg"], [*_papers("SubTrack", _averaged(papers.SUBTRACK), theirs), *f1_for_qqp]),
         "Seconds of training in the layout of SubTrack's Table 1, the paper's for 2500 steps.",
-        markdown(["", *TITLES, "Avg"], [*_papers("SubTrack", glue_papers.SUBTRACK_SECONDS, theirs), *seconds]),
+        markdown(["", *TITLES, "Avg"], [*_papers("SubTrack", papers.SUBTRACK_SECONDS, theirs), *seconds]),
         note,
     ]
     return "\n\n".join(parts) + "\n"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glue_tables import Runs
-from glue_tasks import MistakeError
+from recipes.common import stop
+from recipes.glue.tables import Runs
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Ledger:
             try:
                 self.results.append(json.loads(line))
             except ValueError:
-                raise MistakeError(f"line {number} of {file} is not a result; delete it") from None
+                stop(f"line {number} of {file} is not a result; delete it")
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """Return the result of a training, if it is recorded."""
@@ -96,9 +96,7 @@ def run_missing(
         print(f"\n[{number} of {len(todo)}] {title}", flush=True)
         try:
             result = train(cell.command(folder))
-        except MistakeError:
-            raise
-        except Exception:
+        except Exception:  # a user's mistake is a SystemExit, and ends all
             traceback.print_exc()
             print(f"{title}: failed, see above", file=sys.stderr)
             failed += 1

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 from datasets import Dataset, load_dataset
-from glue_tasks import TASKS, MistakeError, Task
 from transformers import PreTrainedTokenizerBase
+
+from recipes.common import stop
+from recipes.glue.tasks import TASKS, Task
 
 
 HUB = "nyu-mll/glue"
@@ -24,8 +26,7 @@ def load(name: str, data_dir: str | None) -> dict[str, Dataset]:
         data_dir: a folder with a folder per task, in it a train and a validation file that end in .csv or .tsv;
             None for the hub.
 
-    Raises:
-        MistakeError: if the data is not there or not as it should be.
+    Ends with one sentence if the data is not there or not as it should be.
     """
     task = TASKS[name]
     if data_dir is not None:
@@ -34,9 +35,7 @@ def load(name: str, data_dir: str | None) -> dict[str, Dataset]:
         splits = load_dataset(HUB, name)
     except (OSError, ValueError) as error:  # ConnectionError is an OSError
         reason = str(error).splitlines()[0]
-        raise MistakeError(
-            f"cannot load {HUB} ({name}) from the hub ({reason}); give local files with --data_dir"
-        ) from error
+        stop(f"cannot load {HUB} ({name}) from the hub ({reason}); give local files with --data_dir")
     return {split: splits[split].select_columns([*task.columns, "label"]) for split in ("train", *task.validation)}
 
 
@@ -47,6 +46,7 @@ def first_rows(rows: Dataset, count: int | None) -> Dataset:
 
 def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Return token ids and labels; what is longer than `max_length` tokens is cut, the longer text of a pair first."""
+    max_length = min(max_length, tokenizer.model_max_length)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         texts = [batch[column] for column in task.columns]
@@ -57,25 +57,18 @@ def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
 
 def _load_files(task: Task, folder: Path) -> dict[str, Dataset]:
     if not folder.is_dir():
-        raise MistakeError(f"there is no folder {folder}; --data_dir names a folder with one folder per task")
-    splits = {"train": _read(_file(folder, "train"), task)}
-    for split in task.validation:
-        # A task with two validation sets may have one local file for both names, or only the first.
-        file = _file(folder, split, *([VALIDATION] if split == task.validation[0] else []), missing_ok=True)
+        stop(f"there is no folder {folder}; --data_dir names a folder with one folder per task")
+    main = task.validation[0]
+    splits = {}
+    for split in ("train", *task.validation):
+        stems = (split, VALIDATION) if split == main else (split,)
+        paths = [folder / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
+        file = next((path for path in paths if path.is_file()), None)
         if file is not None:
             splits[split] = _read(file, task)
-    if task.validation[0] not in splits:
-        raise MistakeError(f"{folder} has no {task.validation[0]}.csv or {task.validation[0]}.tsv")
+        elif split in ("train", main):  # a second validation set may be missing
+            stop(f"{folder} has no {stems[-1]}.csv or {stems[-1]}.tsv")
     return splits
-
-
-def _file(folder: Path, *stems: str, missing_ok: bool = False) -> Path | None:
-    for path in (folder / f"{stem}{ending}" for stem in stems for ending in ENDINGS):
-        if path.is_file():
-            return path
-    if missing_ok:
-        return None
-    raise MistakeError(f"{folder} has no {stems[0]}.csv or {stems[0]}.tsv")
 
 
 def _read(file: Path, task: Task) -> Dataset:
@@ -85,16 +78,16 @@ def _read(file: Path, task: Task) -> Dataset:
     try:
         table = pd.read_csv(file, keep_default_na=False, **style)
     except pd.errors.EmptyDataError:
-        raise MistakeError(f"{file} is empty") from None
+        stop(f"{file} is empty")
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise MistakeError(f"{file} cannot be read as {file.suffix[1:].upper()}: {error}") from error
+        stop(f"{file} cannot be read as {file.suffix[1:].upper()}: {error}")
     wanted = [*task.columns, "label"]
     missing = [column for column in wanted if column not in table.columns]
     if missing:
         found = ", ".join(map(str, table.columns))
-        raise MistakeError(f"{file} lacks the column {' and '.join(missing)}; it has {found}")
+        stop(f"{file} lacks the column {' and '.join(missing)}; it has {found}")
     if table.empty:
-        raise MistakeError(f"{file} has no rows below its header")
+        stop(f"{file} has no rows below its header")
     return Dataset.from_dict(
         {**{c: table[c].astype(str).tolist() for c in task.columns}, "label": _labels(table, task, file)}
     )
@@ -108,5 +101,5 @@ def _labels(table: pd.DataFrame, task: Task, file: Path) -> list[int] | list[flo
         valid = "a number" if task.labels == 1 else f"one of {', '.join(map(str, range(task.labels)))}"
         row = int((~good).idxmax())
         found = str(table["label"][row])
-        raise MistakeError(f"{file}: the label of row {row + 1} is {found!r}; {task.title} wants {valid}")
+        stop(f"{file}: the label of row {row + 1} is {found!r}; {task.title} wants {valid}")
     return numbers.astype(float if task.labels == 1 else int).tolist()
