@@ -84,7 +84,7 @@ def run_missing(
         ledger: where results are.
         folder: where the trainings write.
         train: takes a command line and returns results.
-        record: False on all processes but one.
+        record: whether to write and print; False on all processes but one.
 
     Returns:
         How many failed.
@@ -93,7 +93,8 @@ def run_missing(
     failed = 0
     for number, cell in enumerate(todo, start=1):
         title = f"{cell.row}, {cell.task}, seed {cell.seed}"
-        print(f"\n[{number} of {len(todo)}] {title}", flush=True)
+        if record:
+            print(f"\n[{number} of {len(todo)}] {title}", flush=True)
         try:
             result = train(cell.command(folder))
         except Exception:  # a user's mistake is a SystemExit, and ends all
@@ -103,5 +104,5 @@ def run_missing(
             continue
         if record:
             ledger.append(cell, result)
-        print(f"{title}: {result['metrics']}", flush=True)
+            print(f"{title}: {result['metrics']}", flush=True)
     return failed

@@ -155,7 +155,7 @@ def results_table(ledger: Ledger, seeds: list[int]) -> str:
         found = {task: [result for result in results if result] for task, results in runs.items()}
         scores = {task: [main_score(result, task) for result in results] for task, results in found.items()}
         whole = f"{mean(map(mean, scores.values())):.1f}" if all(scores.values()) else "-"
-        state = max((result["state_mib"] for results in found.values() for result in results), default=0.0)
+        state = max(result["state_mib"] for result in ledger.results if result["row"] == row)
         counts = "/".join(str(len(values)) for values in scores.values())
         cells = [spread(values, "{:.1f}") for values in scores.values()]
         lines.append([row, f"{rate:g}", *cells, whole, counts, f"{state:.1f}"])

@@ -35,23 +35,7 @@ from recipes.glue.training import GlueArguments, load_metric
 
 hf_lowrank.register()
 RECIPE = Path(__file__).parents[2] / "recipes" / "glue"
-WORDS = [
-    "good",
-    "bad",
-    "the",
-    "a",
-    "film",
-    "plot",
-    "cat",
-    "dog",
-    "runs",
-    "sleeps",
-    "well",
-    "badly",
-    "and",
-    "not",
-    "old",
-]
+WORDS = ["good", "bad", "the", "a", "film", "plot", "cat", "dog", "runs", "sleeps", "well", "badly", "and", "not"]
 ORDER = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
 COLUMNS = {
     "cola": ["sentence"],
