@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_lowrank import linalg
-from hf_lowrank.allocation import declared_state
+from hf_lowrank.allocation import declared_state, dense_columns
 from hf_lowrank.formats import Raw
 from hf_lowrank.matrices import local
 from hf_lowrank.methods import Parts
-from hf_lowrank.parts import Context
+from hf_lowrank.parts import Context, Summing
 from hf_lowrank.state import View
 from hf_lowrank.steps import advance_, context
 
@@ -23,12 +23,11 @@ class DenseStep:
     """The step of all dense parameters of one group: the same moments with no subspace."""
 
     transient = 0
-    due = False
 
     def __init__(
         self, weights: list[Tensor], raws: list[Raw], parts: Parts, group: Mapping[str, Any], indices: list[int]
     ) -> None:
-        self.weights, self.parts, self.group, self.indices = weights, parts, group, indices
+        self.weights, self.rule, self.group, self.indices = weights, parts.moments.dense, group, indices
         self.mesh = next((w.device_mesh for w in weights if isinstance(w, DTensor)), None)
         self.device = weights[0].device
         self.views = []
@@ -36,36 +35,47 @@ class DenseStep:
             held = {name: local(tensor) for name, tensor in raw.items()}
             self.views.append(View(held, *declared_state(weight, parts, group)))
 
-    def measure(self) -> list[Tensor]:
+    def measure(self) -> Summing[list[Tensor]]:
         """Return the gradients."""
+        yield from ()
         return [local(w.grad) for w in self.weights if w.grad is not None]
 
-    def begin_(self, finite: Sequence[bool]) -> None:
+    def step_(self, finite: Sequence[bool]) -> Summing[None]:
         """Step the parameters whose gradient is finite; count the others as skipped."""
         together = []
         for i, (weight, s) in enumerate(zip(self.weights, self.views, strict=True)):
             if not finite[i]:
                 s["skipped"].add_(1)
+            elif not self.rule.elementwise:
+                yield from self._step_whole(i)
             elif weight.dtype == torch.float32 and s.plain:
                 together.append(i)
             else:
                 self._step_in_blocks(i)
         if together:
-            rule = self.parts.moments
             weights, grads = [local(self.weights[i]) for i in together], [self._grad(i) for i in together]
-            rule.dense_step_(weights, grads, [self.views[i] for i in together], [self._context(i) for i in together])
+            states, contexts = [self.views[i] for i in together], [self._context(i) for i in together]
+            self.rule.dense_step_(weights, grads, states, contexts)
         for s, good in zip(self.views, finite, strict=True):
             if good:
                 advance_(s)
 
-    def finish_(self, total: Tensor | None) -> None:
-        """Nothing is left to do."""
+    def _step_whole(self, i: int) -> Summing[None]:
+        """Step a tensor by a rule that looks at all of it, its first axis as columns."""
+        W, G, s, ctx = local(self.weights[i]), self._grad(i).float(), self.views[i], self._context(i)
+        N = yield from self.rule.update(s, G.flatten(1).mT if G.dim() > 1 else G, ctx)
+        step = (N.mT if G.dim() > 1 else N).reshape(W.shape)
+        image = W.float()
+        image.mul_(1 - ctx.lr * ctx.weight_decay).sub_(step, alpha=ctx.lr * self.rule.step_scale(ctx))
+        if image is not W:
+            linalg.round_(W, image, ctx.rounding(W.device))
+        s.commit("moment", "variance")
 
     def _step_in_blocks(self, i: int) -> None:
         """Step a tensor of low precision or with encoded state: cast, step, round, one block at a time if possible."""
-        rule, W, G, s, ctx = self.parts.moments, local(self.weights[i]), self._grad(i), self.views[i], self._context(i)
+        rule, W, G, s, ctx = self.rule, local(self.weights[i]), self._grad(i), self.views[i], self._context(i)
         gen = ctx.rounding(W.device)
-        if not rule.elementwise or not W.is_contiguous():
+        if not W.is_contiguous():
             image = W.float()
             rule.dense_step_([image], [G.float()], [s], [ctx])
             linalg.round_(W, image, gen)
@@ -85,5 +95,16 @@ class DenseStep:
 
     def _context(self, i: int) -> Context:
         weight = self.weights[i]
-        offset = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else 0
-        return context(self.views[i], self.group, self.indices[i], full_rank=True, offset=offset)
+        place = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else 0
+        return context(
+            self.views[i],
+            self.group,
+            self.indices[i],
+            dense_columns(tuple(weight.shape)),
+            number=0,
+            m=0,
+            r=0,
+            split="columns" if isinstance(weight, DTensor) else "",
+            offset=place,
+            device=weight.device,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -42,6 +43,27 @@ def all_true(flags: list[bool], group: Any, device: torch.device) -> list[bool]:
     together = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(together, op=dist.ReduceOp.MIN, group=group)
     return [bool(flag) for flag in together.tolist()]
+
+
+def together(work: Sequence[Generator[Tensor, Tensor, T]], group: Any) -> list[T]:
+    """Run computations that yield partial sums and are sent whole ones; the sums of a round travel in one collective.
+
+    Args:
+        work: the computations, in the same order on every process.
+        group: the processes, or None if this one holds everything.
+    """
+    results: dict[int, T] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(work)))
+    while answers:
+        asked = {}
+        for i, answer in answers.items():
+            try:
+                asked[i] = work[i].send(answer)
+            except StopIteration as stop:
+                results[i] = stop.value
+        totals = list(asked.values()) if group is None or not asked else sum_together(list(asked.values()), group)
+        answers = dict(zip(asked, totals, strict=True))
+    return [results[i] for i in range(len(work))]
 
 
 def sum_together(tensors: list[Tensor], group: Any) -> list[Tensor]:

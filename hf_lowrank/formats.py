@@ -30,12 +30,14 @@ class Slot:
             on the CPU, so that the host may read it without waiting for the device.
         axes: start as the first axes (ones on the diagonal) instead of zeros.
         dtype: how it is stored.
+        form: name of its number format where an option of its own says so, else that of its kind.
     """
 
     shape: tuple[int, ...]
     kind: Kind = "moment"
     axes: bool = False
     dtype: torch.dtype = torch.float32
+    form: str = ""
 
     @property
     def numel(self) -> int:
@@ -205,7 +207,47 @@ class FourBit(Format):
         }
 
 
+class Sliced(Format):
+    """Another format for every matrix of a stack (its first axis) by itself, so that a stack can be split.
+
+    Args:
+        inner: the format of one matrix.
+    """
+
+    def __init__(self, inner: Format) -> None:
+        self.inner = inner
+
+    def stored(self, name: str, slot: Slot) -> Slots:
+        """See `Format.stored`."""
+        one = self.inner.stored(name, replace(slot, shape=slot.shape[1:]))
+        return {key: replace(kept, shape=(slot.shape[0], *kept.shape)) for key, kept in one.items()}
+
+    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
+        """See `Format.decode`."""
+        one = replace(slot, shape=slot.shape[1:])
+        slices = [self.inner.decode(self._slice(raw, name, slot, i), name, one) for i in range(slot.shape[0])]
+        return torch.stack(slices) if slices else torch.zeros(slot.shape, device=raw[name].device)
+
+    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
+        """See `Format.encode_`."""
+        for i in range(slot.shape[0]):
+            self.inner.encode_(self._slice(raw, name, slot, i), name, replace(slot, shape=slot.shape[1:]), value[i])
+
+    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
+        """See `Format.narrow`; bases are not narrowed."""
+        raise NotImplementedError
+
+    def _slice(self, raw: Raw, name: str, slot: Slot, i: int) -> Raw:
+        return {key: raw[key][i] for key in self.stored(name, slot)}
+
+
 FORMATS: dict[str, Format] = {"fp32": Plain(), "bf16": BFloat16(), "8bit": EightBit(), "4bit": FourBit()}
+
+
+@lru_cache
+def sliced(form: str) -> Format:
+    """Return a format that keeps every matrix of a stack by itself."""
+    return Sliced(FORMATS[form])
 
 
 @lru_cache

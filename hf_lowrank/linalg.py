@@ -201,6 +201,17 @@ def gumbel_top_r(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
     return keys.topk(r, dim=-1).indices.sort(-1).values.to(weights.device)
 
 
+def draw(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
+    """Draw r of k indices with replacement, with probability proportional to `weights` (..., k); int64 (..., r).
+
+    By inversion of the cumulative sums in float64, so that the draw is the same on every device.
+    """
+    sums = weights.cpu().double().cumsum(-1)
+    uniform = torch.rand(*weights.shape[:-1], r, generator=gen, dtype=torch.float64) * sums[..., -1:]
+    found = torch.searchsorted(sums, uniform, right=True)
+    return found.clamp_max_(weights.shape[-1] - 1).to(weights.device)
+
+
 def take_columns(U: Tensor, index: Tensor) -> Tensor:
     """Return the columns `index` (..., r) of U (..., m, k) as (..., m, r)."""
     return U.gather(-1, index.unsqueeze(-2).expand(*U.shape[:-1], index.shape[-1]))
@@ -216,14 +227,20 @@ def overlap(C: Tensor) -> Tensor:
 
 
 def rewrite_(
-    W: Tensor, update_: Callable[[Tensor, int, int], None], rounding: Callable[[], torch.Generator | None]
+    W: Tensor,
+    update_: Callable[[Tensor, int, int], None],
+    rounding: Callable[[], torch.Generator | None],
+    *,
+    blockwise: bool = False,
 ) -> None:
     """Let `update_(block, start, length)` change an fp32 image of some columns of W in place.
 
-    An fp32 weight is its own image, in one piece; one of lower precision is cast in blocks, and rounded back.
+    An fp32 weight is its own image, in one piece or `blockwise`; one of lower precision is cast in blocks, and rounded
+    back.
     """
     if W.dtype == torch.float32:
-        update_(W, 0, W.shape[-1])
+        for start, length in blocks(W.shape) if blockwise else [(0, W.shape[-1])]:
+            update_(W.narrow(-1, start, length), start, length)
         return
     gen = rounding()
     for start, length in blocks(W.shape):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,21 +22,26 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 
+if TYPE_CHECKING:
+    from hf_lowrank.bases import Basis
+
 # torch 2.13 renames these two
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-PROJ_TYPES = ("std", "paper", "reverse_std", "left", "right")
+PROJ_TYPES = ("std", "paper", "reverse_std", "left", "right", "full")
 
 
 def is_transposed(rows: int, columns: int, proj_type: str) -> bool:
     """Tell whether the wide view of a (rows, columns) weight is its transpose.
 
     `std` puts the short side first and sends square weights right (transposed), as all released code does; `paper`
-    sends them left; `reverse_std` puts the long side first; `left` and `right` do not look at the shape.
+    sends them left; `reverse_std` puts the long side first; `left` and `right` do not look at the shape; `full`
+    projects both sides.
     """
     return {
         "std": rows >= columns,
+        "full": rows >= columns,
         "paper": rows > columns,
         "reverse_std": rows < columns,
         "left": False,
@@ -127,9 +132,20 @@ class Layout:
         piece = local(tensor)
         return piece.mT if self.transposed else piece
 
-    def rows_of(self, P: Tensor) -> Tensor:
-        """Return the rows of a basis that belong to this process's piece."""
-        return P.narrow(-2, self.offset, self.lengths[self.rank]) if self.along == "rows" else P
+    @property
+    def piece(self) -> tuple[int, int]:
+        """(rows, columns) of this process's piece, seen wide."""
+        held = self.lengths[self.rank] if self.along else 0
+        return (held if self.along == "rows" else self.m, held if self.along == "columns" else self.n)
+
+    @property
+    def summed(self) -> bool:
+        """Whether a sum over the columns of R is a sum over processes."""
+        return self.along in ("rows", "columns")
+
+    def rows_of(self, basis: Basis) -> Basis:
+        """Return a basis for the rows of this process's piece."""
+        return basis.rows(self.offset, self.lengths[self.rank]) if self.along == "rows" else basis
 
     def scatter(self, R: Tensor) -> Tensor:
         """Sum R over processes that hold rows, and keep this process's columns of the sum."""
@@ -152,11 +168,11 @@ class Layout:
         _all_gather(pieces.view(-1), mine.view(-1), group=self.group)
         return pieces.movedim(0, -2).flatten(-2).narrow(-1, 0, self.n)
 
-    def whole(self, grad: Tensor, owner: int) -> Tensor | None:
-        """Gather a whole gradient on one process of its group, seen wide; None on the others."""
+    def whole(self, piece: Tensor, owner: int) -> Tensor | None:
+        """Gather pieces that lie like the gradient's, all seen wide, on one process; None on the others."""
         if not self.along:
-            return self.wide(grad)
-        piece, lengths = local(grad), self.lengths
+            return piece
+        piece, lengths = piece.mT if self.transposed else piece, self.lengths
         padding = [0, 0] * (piece.dim() - 1) + [0, lengths[0] - piece.shape[0]]
         padded = torch.nn.functional.pad(piece, padding).contiguous()
         pieces = [torch.empty_like(padded) for _ in lengths] if self.rank == owner else None

@@ -44,7 +44,7 @@ class LowRankOptions:
     update_proj_gap: int = opt.integer(200, minimum=1, help="steps between refreshes of the subspace")
     scale: float = opt.number(0.25, above=0.0, help="factor alpha on the low-rank update")
     proj_type: str = opt.choice(
-        "std", "paper", "reverse_std", "left", "right", help="which side of the weight is projected"
+        "std", "paper", "reverse_std", "left", "right", "full", help="which side of the weight is projected; full: both"
     )
     on_refresh: str = opt.choice(*TRANSPORTS, help="what happens to the moments at a refresh")
     stagger: bool = opt.flag(False, help="spread the refreshes of the matrices evenly over the interval")
@@ -78,7 +78,10 @@ class Method:
 _GALORE = "arXiv 2403.03507"
 _I3S = "arXiv 2502.05790"
 _FIRA = "arXiv 2410.01623"
+_GOLORE = "arXiv 2410.11289"
+_APOLLO = "arXiv 2412.05270"
 _UPDATES_IN_HOOK = "layerwise: no accumulation, no max_grad_norm"
+_ALONG_GRADIENT: dict[str, Any] = {"scale": 1.0}
 
 METHODS: dict[str, Method] = {
     "galore_dominant_adamw": Method(
@@ -99,7 +102,7 @@ METHODS: dict[str, Method] = {
         limits="several processes equal one to 2e-2 only",
     ),
     "galore_random_adamw": Method(
-        "random", "adam", "project", "uniformly random subspace, blind to the gradient", "arXiv 2410.11289"
+        "random", "adam", "project", "uniformly random subspace, blind to the gradient", _GOLORE
     ),
     "fira_adamw": Method(
         "dominant",
@@ -119,10 +122,160 @@ METHODS: dict[str, Method] = {
         "mr + 2nr + 1",
         limits=_UPDATES_IN_HOOK,
     ),
+    "subtrack_adamw": Method(
+        "grassmann",
+        "adam",
+        "project",
+        "SubTrack: the basis follows the gradient by rank-1 Grassmann steps",
+        "SubTrack (workshop); arXiv 2502.01586",
+        "mr + 2nr (+ mn with accumulate)",
+    ),
+    "subtrack_pp_adamw": Method(
+        "grassmann",
+        "adam",
+        "fira",
+        "SubTrack++: the same with moments carried along and recovery scaling",
+        "arXiv 2502.01586",
+        "mr + 2nr + 1 (+ mn with accumulate)",
+        {"on_refresh": "rotate_variance", "fira_form": "paper"},
+        _UPDATES_IN_HOOK,
+    ),
+    "golore_adamw": Method(
+        "golore", "adam", "project", "GoLore: dominant, then random for the last 20 % of the run", _GOLORE
+    ),
+    "golore_msgd": Method(
+        "golore", "momentum", "project", "GoLore with momentum SGD", _GOLORE, "mr + nr", _ALONG_GRADIENT
+    ),
+    "galore_i3s_msgd": Method(
+        "i3s", "momentum", "project", "low-rank momentum SGD in an I3S subspace", _I3S, "mr + nr", _ALONG_GRADIENT
+    ),
+    "galore_hybrid_msgd": Method(
+        "hybrid",
+        "momentum",
+        "project",
+        "low-rank momentum SGD as analysed in the I3S paper (Algorithm 4)",
+        _I3S,
+        "mr + nr",
+        _ALONG_GRADIENT,
+    ),
+    "natural_galore_adamw": Method(
+        "dominant",
+        "natural_adam",
+        "project",
+        "Natural GaLore: natural gradient on a window of s projected gradients, then Adam",
+        "arXiv 2410.16029",
+        "mr + 2nr + snr",
+    ),
+    "q_galore_adamw": Method(
+        "lazy",
+        "adam",
+        "project",
+        "Q-GaLore: packed 4-bit basis, refreshed the less often the less it changes",
+        "arXiv 2407.08296",
+        "mr/8 + 2nr; with _8bit mr/8 + nr/2",
+        {"basis_format": "4bit"},
+    ),
+    "ldadam": Method(
+        "block_power",
+        "adam",
+        "error_feedback",
+        "LDAdam: a power step at every step, both moments carried along, error feedback",
+        "arXiv 2410.16103",
+        "mr + 2nr + mn (mr + 2nr with error_feedback=off)",
+        {**_ALONG_GRADIENT, "update_proj_gap": 1},
+        _UPDATES_IN_HOOK,
+    ),
+    "flora_adafactor": Method(
+        "sketch",
+        "momentum",
+        "flora",
+        "FLora: Adafactor whose first moment is a Gaussian sketch",
+        "arXiv 2402.03293",
+        "nr + m + n",
+        {**_ALONG_GRADIENT, "on_refresh": "rotate", "update_proj_gap": 1000},
+        _UPDATES_IN_HOOK,
+    ),
+    "grass_adamw": Method(
+        "rows", "adam", "project", "Grass: rows of the gradient, sampled by norm", "arXiv 2406.17660", "2r + 2nr"
+    ),
+    "online_subspace_adamw": Method(
+        "online",
+        "adam",
+        "project",
+        "Online Subspace Descent: the basis has an AdamW of its own",
+        "arXiv 2408.12857",
+        "3mr + 2nr",
+        limits=_UPDATES_IN_HOOK,
+    ),
+    "apollo_random_adamw": Method(
+        "sketch",
+        "adam",
+        "scaled_gradient",
+        "APOLLO: the gradient, its columns scaled as Adam scales their random sketch",
+        _APOLLO,
+        "2nr + 1",
+        _ALONG_GRADIENT,
+        _UPDATES_IN_HOOK,
+    ),
+    "apollo_dominant_adamw": Method(
+        "dominant",
+        "adam",
+        "scaled_gradient",
+        "APOLLO with the leading singular vectors",
+        _APOLLO,
+        "mr + 2nr + 1",
+        _ALONG_GRADIENT,
+        _UPDATES_IN_HOOK,
+    ),
+    "apollo_mini_adamw": Method(
+        "sketch",
+        "adam",
+        "scaled_gradient",
+        "APOLLO-Mini: rank 1, one factor per matrix",
+        _APOLLO,
+        "2n + 1",
+        {"rank": 1, "scale": 128.0, "scaling": "tensor"},
+        _UPDATES_IN_HOOK,
+    ),
+    "gwt_adamw": Method(
+        "haar",
+        "adam",
+        "details",
+        "GWT: Adam on the Haar approximation, details scaled alike; rank 2^-level of the last axis",
+        "arXiv 2501.07237",
+        "2mn/2^level + 1",
+        {"rank": 0.25, "proj_type": "right"},
+        _UPDATES_IN_HOOK,
+    ),
+    "foam_adamw": Method(
+        "fold",
+        "folded_adam",
+        "unfold",
+        "FOAM: moments of means over 2^level entries; rank 2^-level of the last axis",
+        "arXiv 2512.07112",
+        "2mn/2^level",
+        {"rank": 0.25, "proj_type": "right"},
+        _UPDATES_IN_HOOK,
+    ),
     "lowrank": Method(
         "dominant", "adam", "project", "any parts by name: subspace=, moments=, reconstruction=", "-", free=True
     ),
 }
+
+_OTHER_MOMENTS = {
+    "adafactor": ("adafactor", "Adafactor with first moment", "mr + nr + r + n"),
+    "adam_mini": ("adam_mini", "Adam-mini", "mr + nr + n (or r, or n/head)"),
+    "came": ("came", "CAME", "mr + nr + 2(r + n)"),
+}
+for _family in ("galore_dominant", "galore_i3s", "galore_hybrid", "fira", "fira_i3s"):
+    _row = METHODS[f"{_family}_adamw"]
+    for _ending, (_moments, _name, _state) in _OTHER_MOMENTS.items():
+        METHODS[f"{_family}_{_ending}"] = replace(
+            _row,
+            moments=_moments,
+            summary=f"the subspace and step of `{_family}_adamw` with {_name}",
+            state=_state + (" + 1" if _row.reconstruction == "fira" else ""),
+        )
 
 
 @dataclass(frozen=True)
@@ -132,6 +285,11 @@ class Parts:
     subspace: Subspace
     moments: Moments
     reconstruction: Reconstruction
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the gradient must live until the weight is written, so that layerwise updates in the hook."""
+        return self.subspace.needs_gradient or self.reconstruction.needs_gradient
 
 
 SUFFIXES: dict[str, dict[str, Any]] = {
@@ -174,7 +332,7 @@ def parts(name: str, options: Mapping[str, Any]) -> Parts:
     chosen = [options.get(kind) or getattr(method, kind) if method.free else getattr(method, kind) for kind in KINDS]
     made = [_prototype(kind, part) for kind, part in zip(KINDS, chosen, strict=True)]
     given = tuple((f.name, options[f.name]) for part in made for f in fields(part) if f.name in options)
-    return _fill(tuple(made), given)
+    return _fill(tuple(made), given, options.get("proj_type") == "full")
 
 
 def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> dict[str, Any]:
@@ -197,22 +355,41 @@ def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> d
         result = {k: opt.parse(k, given.get(k, getattr(method, k)), choices, what=what) for k in choices}
     built = parts(row, result)
     owners += [built.moments, *([built.subspace, built.reconstruction] if low_rank else [])]
-    schema = opt.schema(*owners)
+    schema = {k: v for k, v in opt.schema(*owners).items() if not (low_rank and k in built.subspace.without)}
     valid = {**schema, **(_free_schema() if method.free else {})}
     for key in given:
         opt.parse(key, given[key], valid, what=what)
-    if built.reconstruction.needs_gradient and opt.parse(
-        "max_grad_norm", given.get("max_grad_norm", 0), schema, what=what
-    ):
-        raise ValueError(
-            f"{what} steps along the gradient itself, not along its projection alone: set max_grad_norm=0"
-        )
     layerwise = opt.parse("layerwise", given.get("layerwise", False), schema, what=what)
     defaults = {"on_refresh": built.subspace.on_refresh, "stagger": layerwise, **method.defaults}
     for key, item in schema.items():
         default = defaults.get(key, _default(item, key, built))
         result[key] = opt.parse(key, given.get(key, default), schema, what=what)
+    _check_together(row, result, what)
     return result
+
+
+def _check_together(row: str, options: Mapping[str, Any], what: str) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    try:
+        made = parts(row, options)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    if made.needs_gradient and options["max_grad_norm"]:
+        raise ValueError(
+            f"{what} steps along the gradient itself, not along its projection alone: set max_grad_norm=0"
+        )
+    how = options.get("on_refresh", "keep")
+    if how not in made.moments.transports:
+        valid = ", ".join(made.moments.transports)
+        raise ValueError(f"{what}: option on_refresh must be one of {valid} for these moments, got {how!r}")
+    if options.get("proj_type") == "full" and (made.needs_gradient or not made.moments.elementwise):
+        raise ValueError(
+            f"{what}: proj_type=full needs a method that steps by Adam or momentum in the subspace alone: use std"
+        )
 
 
 def table() -> str:
@@ -236,9 +413,13 @@ def _default(item: Field[Any], key: str, built: Parts) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _fill(prototypes: tuple[Any, ...], given: tuple[tuple[str, Any], ...]) -> Parts:
+def _fill(prototypes: tuple[Any, ...], given: tuple[tuple[str, Any], ...], two_sided: bool) -> Parts:
     values = dict(given)
     filled = [replace(x, **{f.name: values[f.name] for f in fields(x) if f.name in values}) for x in prototypes]
+    if two_sided:
+        from hf_lowrank.subspaces.two_sided import BothSides
+
+        filled[0] = BothSides(filled[0])
     return Parts(*filled)
 
 
@@ -248,7 +429,8 @@ def _prototype(kind: str, part: Any) -> Any:
 
 def _free_schema() -> dict[str, Field[Any]]:
     """Return the options of `lowrank`: its parts by name."""
-    return {kind: opt.choice(*sorted(_registry(kind)), help=f"which {kind}") for kind in KINDS}
+    free = {kind: sorted(k for k, part in _registry(kind).items() if part.composable) for kind in KINDS}
+    return {kind: opt.choice(*names, help=f"which {kind}") for kind, names in free.items()}
 
 
 def dense_options() -> set[str]:

@@ -11,20 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lowrank import distributed, layerwise, linalg, methods, state
+from hf_lowrank import engine, layerwise, methods, state
 from hf_lowrank.allocation import adopt, allocate, check_weight, declared_state, whole_if_needed
 from hf_lowrank.checks import TORCH_KEYS, check_checkpoint, check_edits, check_group, merge_options, warn_changed
 from hf_lowrank.dense import DenseStep
 from hf_lowrank.methods import Parts
+from hf_lowrank.parts import alone
+from hf_lowrank.schedule import refresh_cost, staggered_intervals
 from hf_lowrank.state import FORMAT_VERSION
-from hf_lowrank.steps import MatrixStep, refresh_cost, staggered_intervals
-
-
-SYNC_ELEMENTS = 2**26
-"""Elements of projected gradients in one bucket on an accelerator, where many matrices share one finite check. Their
-moments, if decoded, and directions come on top."""
-
-Unit = MatrixStep | DenseStep
+from hf_lowrank.steps import MatrixStep
 
 
 class LowRankOptimizer(Optimizer):
@@ -125,11 +120,11 @@ class LowRankOptimizer(Optimizer):
             self._check_edits()
             matrices, dense = self._work()
             self._refresh([unit for unit in matrices if unit.R is None and unit.due])
-            work: list[Unit] = [*matrices, *dense]
+            work = [*matrices, *dense]
             if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
-                self._clip(work, max_norm)
-            for bucket in _buckets(work):
-                self._update(bucket)
+                self.projected_grad_norm = engine.clip_(work, max_norm)
+            engine.update_(work)
+            self._refresh([unit for unit in matrices if unit.due_after])
         self._forget_gradients()
         return loss
 
@@ -159,68 +154,10 @@ class LowRankOptimizer(Optimizer):
             self._checked = plain
 
     def _refresh(self, due: list[MatrixStep]) -> None:
-        """Choose new bases, each on one process where the work is shared, and carry the moments over."""
-        start = perf_counter()
-        for mesh in dict.fromkeys(unit.mesh for unit in due):
-            units = [unit for unit in due if unit.mesh == mesh]
-            rank, world = self._team(mesh)
-            owner = distributed.owners([unit.cost for unit in units], world)
-            for wave in distributed.waves(units, owner):
-                for unit, chooser in wave:
-                    unit.collect_(chooser)
-                for unit, chooser in wave:
-                    if chooser == rank:
-                        unit.choose_()
-                        self.refreshes_here += 1
-                for unit, chooser in wave:
-                    unit.adopt_(chooser, None if world == 1 else self._group(mesh))
-        self.refresh_seconds += perf_counter() - start
-
-    def _update(self, bucket: list[Unit]) -> None:
-        """Update moments and weights; under FSDP2 all flags travel in one collective, and so do all sums."""
-        mesh = bucket[0].mesh
-        readings = [unit.measure() for unit in bucket]
-        flags = linalg.all_finite([x for reading in readings for x in reading])
-        if mesh is not None:
-            flags = distributed.all_true(flags, mesh.get_group(), bucket[0].device)
-        finite = iter(flags)
-        sums = [unit.begin_([next(finite) for _ in reading]) for unit, reading in zip(bucket, readings, strict=True)]
-        if mesh is not None and (asked := [total for total in sums if total is not None]):
-            totals = iter(distributed.sum_together(asked, mesh.get_group()))
-            sums = [None if total is None else next(totals) for total in sums]
-        for unit, total in zip(bucket, sums, strict=True):
-            unit.finish_(total)
-
-    def _team(self, mesh: Any) -> tuple[int, int]:
-        """Return (rank, world size) of the processes that share the refreshes of a weight on this mesh."""
-        if mesh is None and not self.share_refreshes:
-            return 0, 1
-        group = self._group(mesh)
-        return dist.get_rank(group), dist.get_world_size(group)
-
-    def _group(self, mesh: Any) -> Any:
-        return dist.group.WORLD if mesh is None else mesh.get_group()
-
-    def _clip(self, work: list[Unit], max_norm: float) -> None:
-        """Scale all gradients by the global norm of the projected ones and of the dense ones.
-
-        For methods whose step depends on the projected gradient alone this is exact clipping of what they see.
-        """
-        total = 0.0
-        for mesh in dict.fromkeys(unit.mesh for unit in work):
-            readings = [x for unit in work if unit.mesh == mesh for x in unit.measure()]
-            finite = linalg.all_finite(readings)  # one that is not skips its parameter, and counts for nothing here
-            squares = [linalg.sum_of_squares(x).double() for x, good in zip(readings, finite, strict=True) if good]
-            share = sum(
-                (square.to(readings[0].device) for square in squares), torch.zeros((), device=readings[0].device)
-            )
-            if mesh is not None:
-                (share,) = distributed.sum_together([share.double()], mesh.get_group())
-            total += float(share)
-        self.projected_grad_norm = total**0.5
-        for unit in work:
-            for x in unit.measure():
-                x.mul_(min(1.0, max_norm / (self.projected_grad_norm + 1e-6)))
+        if due:
+            start = perf_counter()
+            self.refreshes_here += engine.refresh_(due, share=self.share_refreshes)
+            self.refresh_seconds += perf_counter() - start
 
     def train(self) -> None:
         """Register the hooks of the layerwise mode; Trainer calls it before every step, in your own loop call it once.
@@ -244,8 +181,9 @@ class LowRankOptimizer(Optimizer):
         self._allocate_missing()
         index = self._index(g, i)
         unit = self._held.get(index) or self._matrix(g, i, p)
+        in_hook = unit.parts.needs_gradient
         first = unit.s["refreshes"] == 0  # no basis yet: it comes from the first gradient there is
-        if unit.due and not first:
+        if unit.due and not first and not in_hook:
             return
         if index in self._stepped:
             raise RuntimeError(
@@ -253,13 +191,15 @@ class LowRankOptimizer(Optimizer):
                 "before step(): set gradient_accumulation_steps=1, or leave out layerwise"
             )
         with self._without_autocast():
-            if first and unit.R is None:
+            if unit.due and unit.R is None:
                 self._refresh([unit])
-            if unit.parts.reconstruction.needs_gradient:
-                self._update([unit])
+            if in_hook:
+                engine.update_([unit])
+                if unit.due_after:
+                    self._refresh([unit])
                 self._stepped.add(index)
             else:
-                unit.project_()
+                alone(unit.project_())
                 self._held[index] = unit
         p.grad = None
 
@@ -283,7 +223,7 @@ class LowRankOptimizer(Optimizer):
 
     def declared_bytes(self) -> int:
         """Return the bytes that this process's state takes, known before the first step."""
-        declared = (state.stored(*declared_state(p, parts, group)) for _, p, parts, group in self.declared())
+        declared = (state.stored(*declared_state(p, parts, group, n)) for n, p, parts, group in self.declared())
         return sum(slot.nbytes for stored in declared for slot in stored.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -314,7 +254,7 @@ class LowRankOptimizer(Optimizer):
         saved_ids = [i for group in groups for i in group["params"]]
         for saved_id, (name, p, parts, group) in zip(saved_ids, self.declared(groups), strict=True):
             saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
-            fresh = allocate(p, parts, group)
+            fresh = allocate(p, parts, group, name)
             if difference := state.mismatch(fresh, saved):
                 what = name or f"parameter {saved_id}"
                 raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
@@ -324,10 +264,10 @@ class LowRankOptimizer(Optimizer):
         """Create the state of every parameter that has none, whether or not it has a gradient."""
         if all(self.state.get(p) for group in self.param_groups for p in group["params"]):
             return
-        for _, p, parts, group in self.declared():
+        for name, p, parts, group in self.declared():
             if not self.state[p]:
                 check_weight(p, parts, group)
-                self.state[p] = allocate(p, parts, group)
+                self.state[p] = allocate(p, parts, group, name)
 
     def _work(self) -> tuple[list[MatrixStep], list[DenseStep]]:
         """Return the units of work of this step."""
@@ -347,12 +287,13 @@ class LowRankOptimizer(Optimizer):
 
     def _matrix(self, g: int, i: int, p: Tensor) -> MatrixStep:
         group = self.param_groups[g]
-        interval = group["update_proj_gap"]
-        if group["stagger"] and self.state[p]["refreshes"] == 0:
-            world = self._team(getattr(p, "device_mesh", None))[1]
+        interval = group.get("update_proj_gap", 1)
+        if group.get("stagger") and self.state[p]["refreshes"] == 0:
+            world = engine.team(getattr(p, "device_mesh", None), share=self.share_refreshes)[1]
             interval = staggered_intervals([refresh_cost(q) for q in group["params"]], interval, world)[i]
+        name = group["param_names"][i] if group.get("param_names") else ""
         parts = methods.parts(group["method"], group)
-        return MatrixStep(p, self.state[p], parts, group, self._index(g, i), interval)
+        return MatrixStep(p, self.state[p], parts, group, self._index(g, i), name, interval)
 
 
 def _has_gradient(p: Tensor) -> bool:
@@ -361,21 +302,3 @@ def _has_gradient(p: Tensor) -> bool:
     if p.grad.layout != torch.strided:
         raise ValueError("sparse gradients are not supported; build the embedding with sparse=False")
     return True
-
-
-def _buckets(work: list[Unit]) -> Iterator[list[Unit]]:
-    """Split the work: one unit at a time on the CPU, as many as SYNC_ELEMENTS allow where a finite check makes the
-    host wait or processes talk.
-    """
-    bucket: list[Unit] = []
-    for unit in work:
-        if bucket and unit.mesh != bucket[0].mesh:
-            yield bucket
-            bucket = []
-        bucket.append(unit)
-        alone = unit.device.type == "cpu" and unit.mesh is None
-        if alone or sum(x.transient for x in bucket) >= SYNC_ELEMENTS:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, field, fields
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 
@@ -14,10 +14,13 @@ def integer(default: int | None, *, minimum: int, help: str) -> Any:
     return _option(default, lambda v: _whole(v), lambda v: minimum <= v < 2**63, f"an integer >= {minimum}", help)
 
 
-def number(default: float, *, above: float | None = None, minimum: float = 0.0, help: str) -> Any:
-    """Declare a finite real option greater than `above`, or of at least `minimum`."""
+def number(
+    default: float, *, above: float | None = None, minimum: float = 0.0, below: float = inf, help: str
+) -> Any:
+    """Declare a finite real option greater than `above`, or of at least `minimum`; and less than `below`."""
     if above is None:
-        return _option(default, float, lambda v: isfinite(v) and v >= minimum, f"a number >= {minimum:g}", help)
+        expected = f"a number >= {minimum:g}" + (f" and < {below:g}" if below < inf else "")
+        return _option(default, float, lambda v: isfinite(v) and minimum <= v < below, expected, help)
     return _option(default, float, lambda v: isfinite(v) and v > above, f"a number > {above:g}", help)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import prod
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_lowrank.formats import FORMATS, Format, Kind, Raw, Slots
+from hf_lowrank.formats import FORMATS, Format, Kind, Raw, Slot, Slots, sliced
 
 
 FORMAT_VERSION = 1
@@ -35,12 +37,18 @@ def forms(slots: Slots, *, basis: str = "fp32", moments: str = "fp32") -> Forms:
         moments: name of the format of `moment` and `variance` slots.
     """
     chosen = {"basis": basis, "moment": moments, "variance": moments}
-    result = {}
-    for name, slot in slots.items():
-        form = chosen.get(slot.kind, "fp32")
-        quantized = form in ("8bit", "4bit")
-        result[name] = FORMATS["fp32" if quantized and slot.numel < SMALLEST_QUANTIZED else form]
-    return result
+    return {name: _form(slot, slot.form or chosen.get(slot.kind, "fp32")) for name, slot in slots.items()}
+
+
+def _form(slot: Slot, name: str) -> Format:
+    """Return a format, or that of small tensors; bases of a stack are kept, and counted, one by one."""
+    stack = slot.kind == "basis" and len(slot.shape) > 2
+    numel = prod(slot.shape[1:]) if stack else slot.numel
+    if name not in ("8bit", "4bit") or slot.dtype != torch.float32:
+        return FORMATS[name if slot.dtype == torch.float32 else "fp32"]
+    if numel < SMALLEST_QUANTIZED:
+        return FORMATS["fp32"]
+    return sliced(name) if stack else FORMATS[name]
 
 
 def stored(slots: Slots, chosen: Forms) -> Slots:

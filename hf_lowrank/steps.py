@@ -1,48 +1,53 @@
 """One step of one unit of work: here a matrix with its subspace; the dense parameters of a group are in dense.py.
 
 Both offer the same moves, in the order in which the engine makes them: `measure` (the tensors from which one can tell
-whether the gradient is finite), `begin_` (the moments; what is to be summed over processes) and `finish_` (the
-weights). A matrix whose refresh is due goes through `collect_`, `choose_` and `adopt_` before.
+whether the gradient is finite) and `step_` (moments and weights). Both are generators that yield what is to be summed
+over processes. A matrix whose refresh is due goes through `collect_`, `choose_` and `adopt_` before.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_lowrank import distributed, linalg
-from hf_lowrank.allocation import matrix_state
+from hf_lowrank.allocation import columns_of, matrix_state, rank_of
+from hf_lowrank.bases import Basis
 from hf_lowrank.formats import Raw, State
-from hf_lowrank.matrices import Layout, clamp_rank, local, sharded
+from hf_lowrank.matrices import Layout, local, sharded
 from hf_lowrank.methods import Parts
-from hf_lowrank.parts import Context, Update
+from hf_lowrank.parts import Columns, Context, Facts, Summing, Update, alone
+from hf_lowrank.schedule import refresh_cost
 from hf_lowrank.state import View
 
+
+T = TypeVar("T")
 
 UNKNOWN = -1.0
 """Entry of a report that the rule does not know."""
 
 
-def context(s: State, group: Mapping[str, Any], index: int, **place: Any) -> Context:
+def context(s: State, group: Mapping[str, Any], index: int, columns: Columns, **place: Any) -> Context:
     """Gather what the parts may know of this step of parameter `index`."""
     beta1, beta2 = group["betas"]
     return Context(
         step=int(s["step"]),
         moment_step=int(s["moment_step"]) + 1,
-        refreshes=int(s["refreshes"]) if "refreshes" in s else 0,
         lr=float(group["lr"]),
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
+        initial_lr=float(group.get("initial_lr", group["lr"])),
         scale=group.get("scale", 1.0),
         correct_bias=group["correct_bias"],
         stochastic_rounding=group["stochastic_rounding"],
-        orthonormal=group["basis_format"] == "fp32",
+        rank=group.get("rank", 0),
+        columns=columns,
         key=(group["seed"], index),
         **place,
     )
@@ -57,33 +62,47 @@ class MatrixStep:
         parts: its method.
         group: its options.
         index: its place in group order.
+        name: its name, or ''.
         first_interval: steps between the first refresh and the second (shorter than the gap when staggered).
     """
 
     def __init__(
-        self, weight: Tensor, raw: Raw, parts: Parts, group: Mapping[str, Any], index: int, first_interval: int
+        self,
+        weight: Tensor,
+        raw: Raw,
+        parts: Parts,
+        group: Mapping[str, Any],
+        index: int,
+        name: str,
+        first_interval: int,
     ) -> None:
         self.weight, self.parts, self.group, self.index = weight, parts, group, index
         self.first_interval = first_interval
         self.layout = Layout.of(weight, group["proj_type"])
-        held = {name: local(tensor) for name, tensor in raw.items()} if self.layout.along else raw
-        self.s = View(held, *matrix_state(parts, self.layout, group))
+        self.columns = columns_of(self.layout, group, name)
+        self.r = rank_of(parts, self.layout, group)
+        held = {key: local(tensor) for key, tensor in raw.items()} if self.layout.along else raw
+        self.s = View(held, *matrix_state(parts, self.layout, group, name))
+        self.absorbed: Tensor | None = None  # what takes the place of the gradient
+        self.pending: dict[str, Tensor] = {}  # slots to be stored if the step is finite
+        self.observed = False  # whether a refresh has looked at this gradient
         self.R: Tensor | None = None  # (..., r, n), not yet summed over processes
         self.measured: Tensor | None = None  # (..., r, columns)
         self.whole: Tensor | None = None  # the gradient of all processes, on the one that chooses
         self.new: dict[str, Tensor] = {}  # a basis on its way in
-        self.combining: Generator[Tensor, Tensor, Update] | None = None
+        self._basis: Basis | None = None
 
-    @property
-    def G(self) -> Tensor:
-        """This process's piece of the gradient, seen wide."""
-        assert self.weight.grad is not None
-        return self.layout.wide(self.weight.grad)
+    # ---- what the engine asks ---------------------------------------------------------------------------------------
 
     @property
     def due(self) -> bool:
-        """Whether the subspace is to be refreshed at this step."""
-        return bool(self.s["step"] >= self.s["refresh_at"])
+        """Whether the subspace is to be refreshed before this step."""
+        return self._due and not self._late
+
+    @property
+    def due_after(self) -> bool:
+        """Whether the subspace is to be refreshed after this step, for the next."""
+        return self._due and self._late
 
     @property
     def mesh(self) -> Any:
@@ -97,24 +116,24 @@ class MatrixStep:
 
     @property
     def transient(self) -> int:
-        """Elements of the whole R, which `measure` makes and `finish_` frees: the same number on every process."""
-        return clamp_rank(self.group["rank"], self.layout.m, self.layout.n) * self.layout.n
+        """Elements of the whole R, which `measure` makes and `step_` frees: the same number on every process."""
+        return self.r * self.layout.n
 
     @property
     def cost(self) -> float:
         """Work of a refresh: the Gram product on the short side dominates."""
         return refresh_cost(self.weight)
 
-    def collect_(self, owner: int) -> None:
-        """Bring the whole gradient to the process that chooses, and a copy of the whole basis to all."""
-        assert self.weight.grad is not None
-        self.whole = self.layout.whole(self.weight.grad, owner)
-        self.new = {}
-        for name in self.s.names("basis"):
-            self.new[name] = self.s[name].clone()
-            if self.layout.along == "batch":
-                self.new[name] = sharded(self.s[name], self.mesh, 0, self.layout.batch[0]).full_tensor()
-        self.choice = torch.zeros(3, device=self.device)  # changed, energy, stable rank
+    # ---- a refresh --------------------------------------------------------------------------------------------------
+
+    def collect_(self, owner: int) -> Summing[None]:
+        """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
+        ctx = self._context(refreshing=True)
+        G, _ = yield from self._summed(self.parts.reconstruction.absorb(self.s, self._gradient, ctx))
+        self.whole = self.layout.whole(self.parts.subspace.evidence(self.s, G, ctx), owner)
+        self.new = {name: self._gathered_stack(self.s[name]).clone() for name in self.s.names("basis")}
+        self.wanted = {name: self._gathered_moment(self.s[name]) for name in self.parts.subspace.wants}
+        self.choice = torch.tensor([0.0, UNKNOWN, UNKNOWN, UNKNOWN], device=self.device)  # changed, then the report
 
     def choose_(self) -> None:
         """Choose a new basis from the whole gradient, unless that is zero or not finite."""
@@ -125,114 +144,189 @@ class MatrixStep:
         live = total > 0
         if not bool(torch.isfinite(total.sum()) & live.any()):
             return
-        old = {name: tensor.clone() for name, tensor in self.new.items()} if not bool(live.all()) else {}
-        s = ChainMap(self.new, self.s)  # type: ignore[arg-type]
-        sigma = self.parts.subspace.refresh_(s, G, self._context())
-        for name, tensor in old.items():  # a slice of zeros (an expert that saw no token) keeps its basis
-            keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
-            self.new[name].copy_(torch.where(keep, self.new[name], tensor))
-        energy = linalg.squared_norm(self.parts.subspace.project(s, G)).sum() / total.sum()
-        stable_rank = torch.tensor(UNKNOWN) if sigma is None else _stable_rank(total, sigma, live)
-        self.choice.copy_(torch.stack([torch.ones_like(energy), energy, stable_rank.to(energy)]))
+        subspace, ctx = self.parts.subspace, self._context(refreshing=True)
+        old = {name: tensor.clone() for name, tensor in self.new.items()}
+        s = ChainMap(self.new, self.wanted, self.s)  # type: ignore[arg-type]
+        sigma = subspace.refresh_(s, G, ctx)
+        if not bool(live.all()):  # a slice of zeros (an expert that saw no token) keeps its basis
+            for name, tensor in old.items():
+                keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
+                self.new[name].copy_(torch.where(keep, self.new[name], tensor))
+        basis = subspace.basis(s, ctx)
+        unknown = torch.tensor(UNKNOWN)
+        before = subspace.basis(ChainMap(old, s), self._context(number=ctx.number - 1))  # type: ignore[arg-type]
+        overlap = linalg.overlap(basis.changes(before)[0]) if ctx.number and subspace.orthonormal else unknown
+        energy = linalg.squared_norm(basis.project(G)).sum() / total.sum() if subspace.orthonormal else unknown
+        stable_rank = unknown if sigma is None else _stable_rank(total, sigma, live)
+        report = [x.to(self.choice) for x in (torch.ones(()), overlap, energy, stable_rank)]
+        self.choice.copy_(torch.stack(report))
 
     def adopt_(self, owner: int, group: Any) -> None:
         """Take over the basis that the owner chose, if it did, and carry the moments into it."""
         if group is not None:
             distributed.broadcast_([self.choice, *self.new.values()], owner, group)
-        new, self.new = self.new, {}
-        changed, energy, stable_rank = self.choice.tolist()
+        new, self.new, self.wanted = self.new, {}, {}
+        changed, overlap, energy, stable_rank = self.choice.tolist()
         if not changed:
             return
         if self.layout.along == "batch":
             new = {name: x.narrow(0, self.layout.offset, self.layout.stack[0]) for name, x in new.items()}
-        s, ctx, overlap = self.s, self._context(), UNKNOWN
-        if ctx.refreshes:
-            C = self.parts.subspace.change(ChainMap(new, s), s)  # type: ignore[arg-type] # (..., r, r)
-            overlap = float(linalg.overlap(C))
-            self.parts.moments.transport_(s, C, self.group["on_refresh"], ctx)
+        s, ctx, how = self.s, self._context(refreshing=True), self.group.get("on_refresh", "keep")
+        rules, moments = self.parts, self.parts.moments
+        if ctx.number:
+            self._basis = rules.subspace.basis(s, self._context(number=ctx.number - 1))
+            rules.reconstruction.moved_(s, lambda: moments.momentum(s), self._add_, 1.0, ctx)
+            after = rules.subspace.basis(ChainMap(new, s), ctx)  # type: ignore[arg-type]
+            for C, side in zip(after.changes(self._basis), (s, _Turned(s)), strict=False):
+                moments.transport_(side, C, how, ctx)
+            self._basis = after
+            rules.reconstruction.moved_(s, lambda: moments.momentum(s), self._add_, -1.0, ctx)
         for name, tensor in new.items():
             s[name].copy_(tensor)
         s.commit("basis", "moment", "variance")
         s["report"].copy_(torch.tensor([overlap, energy, stable_rank]))
-        self._schedule_next()
+        interval = rules.subspace.adopted_(s, self.group.get("update_proj_gap", 1), overlap)
+        s.commit("exact")
+        self._basis, self.observed = None, True
+        self._schedule_next(interval)
 
-    def project_(self) -> None:
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def project_(self) -> Summing[None]:
         """Add the projection of the gradient to R; the gradient is not needed for R any more."""
-        R = self.parts.subspace.project(self._rows(), self.G)
+        absorbing = self.parts.reconstruction.absorb(self.s, self._gradient, self._context())
+        self.absorbed, self.pending = yield from self._summed(absorbing)
+        R = self.layout.rows_of(self._whole_basis()).project(self.absorbed)
+        if not self.parts.needs_gradient:
+            self.absorbed = None
         self.R = R if self.R is None else self.R.add_(R)
 
-    def measure(self) -> list[Tensor]:
+    def measure(self) -> Summing[list[Tensor]]:
         """Return the projected gradient; a gradient that is not finite makes it so. Twice is the same as once."""
         if self.measured is None:
             if self.R is None:
-                self.project_()
+                yield from self.project_()
             assert self.R is not None
             self.measured, self.R = self.layout.scatter(self.R), None
         return [self.measured]
 
-    def begin_(self, finite: Sequence[bool]) -> Tensor | None:
-        """Update the moments, or count the step as skipped; return what is to be summed over processes."""
+    def step_(self, finite: Sequence[bool]) -> Summing[None]:
+        """Update the moments and write the weight, or count the step as skipped."""
         R, self.measured = self.measured, None
         assert R is not None, "measure() comes first"
         if not finite[0]:
             self.s["skipped"].add_(1)
-            return None
-        self.ctx = self._context()
-        N = self.parts.moments.update(self.s, R, self.ctx)
-        self.c_t = self.parts.moments.step_scale(self.ctx)
-        self.combining = self.parts.reconstruction.combine(self.s, self._norms, R, N, self.c_t, self.ctx)
-        asked = self._combine(None)
-        if asked is None or self.layout.along in ("rows", "columns"):
-            return asked
-        return self._combine(asked)  # this process holds all columns
-
-    def finish_(self, total: Tensor | None) -> None:
-        """Write the weight."""
-        if self.combining is None:
+            self.absorbed, self.pending = None, {}
             return
-        if total is not None:
-            self._combine(total)
-        beta, alpha = 1 - self.ctx.lr * self.ctx.weight_decay, -self.ctx.lr * self.c_t
-        Z, d = self._gathered(self.update)
-        subspace, s = self.parts.subspace, self._rows()
-        G = self.G if d is not None else None
+        s, ctx, rules = self.s, self._context(), self.parts
+        N = yield from self._summed(rules.moments.update(s, R, ctx))
+        c_t = rules.moments.step_scale(ctx)
+        facts = Facts(self._norms, self._gram)
+        update = yield from self._summed(rules.reconstruction.combine(s, facts, R, N, c_t, ctx))
+        self._write_(update, c_t, ctx)
+        for name, value in self.pending.items():
+            s[name].copy_(value)
+        if self.absorbed is not None:
+            rules.reconstruction.after_(s, self.absorbed, R, self._add_)
+            if not self.observed:
+                rules.subspace.observe_(s, self.absorbed)
+        s.commit("moment", "variance", "exact")
+        s.forget("basis")
+        self.absorbed, self.pending, self._basis = None, {}, None
+        advance_(s)
+
+    def _write_(self, update: Update, c_t: float, ctx: Context) -> None:
+        """W <- (1 - lr wd) W - lr c_t (P Z + G diag(d) + rest)."""
+        beta, alpha = 1 - ctx.lr * ctx.weight_decay, -ctx.lr * c_t
+        Z, d = self._gathered(update)
+        basis, G = self.layout.rows_of(self._whole_basis()), self.absorbed
+        Z = None if Z is None else basis.spread(Z)
 
         def write_(block: Tensor, start: int, length: int) -> None:
             if Z is None:
                 block.mul_(beta)
             else:
-                subspace.write_(s, block, Z.narrow(-1, start, length), beta=beta, alpha=alpha)
-            if G is not None and d is not None:
-                columns = G.narrow(-1, start, length).to(block.dtype)
+                basis.add_(block, Z.narrow(-1, start, length), beta=beta, alpha=alpha)
+            if G is None or (d is None and update.rest is None):
+                return
+            columns = G.narrow(-1, start, length).to(block.dtype)
+            if d is not None:
                 block.addcmul_(columns, d.narrow(-1, start, length).unsqueeze(-2), value=alpha)
+            if update.rest is not None:
+                block.add_(update.rest(columns, start, length), alpha=alpha)
 
         W = self.layout.wide(self.weight)
-        linalg.rewrite_(W, write_, lambda: self.ctx.rounding(W.device))
-        self.s.commit("moment", "variance", "exact")
-        self.s.forget("basis")
-        advance_(self.s)
-        self.combining = None
+        linalg.rewrite_(W, write_, lambda: ctx.rounding(W.device), blockwise=update.rest is not None)
 
-    def _combine(self, total: Tensor | None) -> Tensor | None:
-        """Let the reconstruction go on until it asks for a sum (returned) or has the update (kept)."""
-        assert self.combining is not None
-        try:
-            return self.combining.send(total)  # type: ignore[arg-type]
-        except StopIteration as stop:
-            self.update: Update = stop.value
-            return None
+    # ---- the pieces -------------------------------------------------------------------------------------------------
 
-    def _context(self) -> Context:
-        full = clamp_rank(self.group["rank"], self.layout.m, self.layout.n) == self.layout.m
-        return context(self.s, self.group, self.index, full_rank=full, offset=self.layout.offset)
+    @property
+    def _gradient(self) -> Tensor:
+        """This process's piece of the gradient, seen wide."""
+        assert self.weight.grad is not None
+        return self.layout.wide(self.weight.grad)
 
-    def _rows(self) -> State:
-        if self.layout.along != "rows":
-            return self.s
-        return self.parts.subspace.rows(self.s, self.layout.rows_of)
+    @property
+    def _due(self) -> bool:
+        return bool(self.s["step"] >= self.s["refresh_at"])
+
+    @property
+    def _late(self) -> bool:
+        return self.parts.subspace.late and bool(self.s["refreshes"] > 0)
+
+    def _context(self, *, refreshing: bool = False, number: int | None = None) -> Context:
+        chosen = int(self.s["refreshes"])
+        if number is None:
+            number = chosen if refreshing else max(0, chosen - 1)
+        return context(
+            self.s,
+            self.group,
+            self.index,
+            self.columns,
+            number=number,
+            m=self.layout.m,
+            r=self.r,
+            split=self.layout.along,
+            offset=self.layout.offset,
+            device=self.device,
+        )
+
+    def _whole_basis(self) -> Basis:
+        """Return the basis in use, for all rows."""
+        if self._basis is None:
+            self._basis = self.parts.subspace.basis(self.s, self._context())
+        return self._basis
+
+    def _gram(self) -> Tensor | None:
+        exact = self.parts.subspace.orthonormal and self.group["basis_format"] == "fp32"
+        return None if exact else self._whole_basis().gram()
 
     def _norms(self) -> Tensor:
-        return self.layout.scatter(linalg.column_squared_norms(self.G))
+        assert self.absorbed is not None
+        return self.layout.scatter(linalg.column_squared_norms(self.absorbed))
+
+    def _add_(self, X: Tensor, Z: Tensor, alpha: float) -> None:
+        """X <- X + alpha P Z for this process's piece X of a full-size matrix."""
+        basis = self.layout.rows_of(self._whole_basis())
+        basis.add_(X, basis.spread(self.layout.gather(Z)), beta=1.0, alpha=alpha)
+
+    def _summed(self, work: Summing[T]) -> Summing[T]:
+        """Hand sums on to the processes that hold the other columns, if there are such."""
+        if self.layout.summed:
+            return (yield from work)
+        return alone(work)
+
+    def _gathered_stack(self, tensor: Tensor) -> Tensor:
+        """Return a basis for all matrices of a stack that is split over processes."""
+        if self.layout.along != "batch":
+            return tensor
+        return sharded(tensor.contiguous(), self.mesh, 0, self.layout.batch[0]).full_tensor()
+
+    def _gathered_moment(self, tensor: Tensor) -> Tensor:
+        """Return a moment as a whole."""
+        if self.layout.summed:
+            return sharded(tensor.contiguous(), self.mesh, tensor.dim() - 1, self.layout.n).full_tensor()
+        return self._gathered_stack(tensor)
 
     def _gathered(self, update: Update) -> tuple[Tensor | None, Tensor | None]:
         """Return Z and d for all columns of this process's piece of the weight, in at most one collective."""
@@ -241,13 +335,29 @@ class MatrixStep:
         together = self.layout.gather(torch.cat([update.Z, update.d.unsqueeze(-2)], -2))
         return together[..., :-1, :], together[..., -1, :]
 
-    def _schedule_next(self) -> None:
+    def _schedule_next(self, interval: int) -> None:
         s = self.s
-        interval = self.parts.subspace.interval(s, self.group["update_proj_gap"])
-        s["refresh_at"].add_(interval if s["refreshes"] else self.first_interval)
+        s["refresh_at"].add_(interval if s["refreshes"] else min(interval, self.first_interval))
         while s["refresh_at"] <= s["step"]:  # it came late
             s["refresh_at"].add_(interval)
         s["refreshes"].add_(1)
+
+
+class _Turned(Mapping[str, Tensor]):
+    """The state of a matrix with its moments transposed, for the basis of the right side."""
+
+    def __init__(self, s: State) -> None:
+        self.s = s
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.s[name]
+        return value.mT if value.dim() > 1 else value
+
+    def __iter__(self) -> Any:
+        return iter(self.s)
+
+    def __len__(self) -> int:
+        return len(self.s)
 
 
 def advance_(s: State) -> None:
@@ -260,25 +370,3 @@ def _stable_rank(total: Tensor, sigma: Tensor, live: Tensor) -> Tensor:
     """Return ||G||_F^2 / ||G||_2^2, averaged over the slices that are not zero (GaLore, section 3.2)."""
     largest = sigma[..., 0].square()
     return torch.where(largest > 0, total / largest, UNKNOWN)[live].mean()
-
-
-def staggered_intervals(costs: list[float], gap: int, together: int = 1) -> list[int]:
-    """Return for every matrix the first interval, 1 .. gap, that spreads later refreshes evenly by cost.
-
-    Args:
-        costs: work of every refresh.
-        gap: steps between refreshes of one matrix.
-        together: how many matrices are refreshed at once: one per process.
-    """
-    intervals, done, total = [], 0.0, sum(costs)
-    for start in range(0, len(costs), together):
-        some = costs[start : start + together]
-        done += sum(some)
-        intervals += [max(1, round(gap * done / total))] * len(some)
-    return intervals
-
-
-def refresh_cost(weight: Tensor) -> float:
-    """Estimate the work of a refresh: the Gram product on the short side dominates."""
-    *batch, rows, columns = weight.shape
-    return torch.Size(batch).numel() * float(min(rows, columns)) ** 2 * max(rows, columns)

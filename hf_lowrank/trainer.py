@@ -168,7 +168,7 @@ def _layerwise_options(args: TrainingArguments, options: dict[str, Any]) -> dict
     if not filled["layerwise"]:
         return {}
     name = _name(args)
-    in_hook = methods.parts(methods.split(name)[0], filled).reconstruction.needs_gradient
+    in_hook = methods.parts(methods.split(name)[0], filled).needs_gradient
     if args.fp16:
         raise ValueError(f"{name} frees gradients before --fp16's scaler has unscaled them: use --bf16, or fp32")
     if _replicated(args):

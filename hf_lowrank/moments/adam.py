@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_lowrank.formats import Slot, Slots, State
 from hf_lowrank.methods import TRANSPORTS
 from hf_lowrank.moments.transport import largest_direction, rotated_variance
-from hf_lowrank.parts import Context, Moments
+from hf_lowrank.parts import Columns, Context, Moments, Summing
 
 
 RUNAWAY = 100.0
@@ -40,27 +40,26 @@ class Adam(Moments, name="adam"):
 
     elementwise: ClassVar[bool] = True
 
-    def slots(self, shape: tuple[int, ...]) -> Slots:
+    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
         """See `Moments.slots`."""
         return {"exp_avg": Slot(shape, "moment"), "exp_avg_sq": Slot(shape, "variance")}
 
-    def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
+    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
         """See `Moments.update`."""
+        yield from ()
         N = torch.zeros_like(R)
         _adamw_([N], [R], [s], [ctx], lr=-1 / self.step_scale(ctx), weight_decay=0.0)
         return N
 
     def step_scale(self, ctx: Context) -> float:
         """See `Moments.step_scale`."""
-        if not ctx.correct_bias:
-            return 1.0
-        return sqrt(1 - ctx.beta2**ctx.moment_step) / (1 - ctx.beta1**ctx.moment_step)
+        return bias_correction(ctx)
 
     def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
         """See `Moments.transport_`."""
-        M, V = s["exp_avg"], s["exp_avg_sq"]
         if how == "keep":
             return
+        M, V = s["exp_avg"], s["exp_avg_sq"]
         if how == "reset":
             M.zero_()
             V.zero_()
@@ -121,6 +120,13 @@ def _adamw_(
             amsgrad=False,
             maximize=False,
         )
+
+
+def bias_correction(ctx: Context) -> float:
+    """Return c_t = sqrt(1 - b2^t) / (1 - b1^t), or 1 without the correction."""
+    if not ctx.correct_bias:
+        return 1.0
+    return sqrt(1 - ctx.beta2**ctx.moment_step) / (1 - ctx.beta1**ctx.moment_step)
 
 
 def _bias_step(ctx: Context) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from hf_lowrank import linalg
 from hf_lowrank.formats import Slot, Slots, State
 from hf_lowrank.options import choice, number
-from hf_lowrank.parts import Context, Reconstruction, Update
+from hf_lowrank.parts import Context, Facts, Reconstruction, Summing, Update
 
 
 NO_RESIDUAL = 1e-5
@@ -49,22 +48,20 @@ class Fira(Reconstruction, name="fira"):
     fira_form: str = choice("released", "i3s", "paper", help="which of the three published forms")
     limiter: float = number(1.01, above=1.0, help="largest growth of the residual's norm from one step to the next")
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int) -> Slots:
+    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
         """See `Reconstruction.slots`: the limited norm of the last residual, 0 while unset."""
         return {"residual_norm": Slot(batch, "exact")}
 
-    def combine(
-        self, s: State, norms: Callable[[], Tensor], R: Tensor, N: Tensor, c_t: float, ctx: Context
-    ) -> Generator[Tensor, Tensor, Update]:
+    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
         """See `Reconstruction.combine`."""
         within = ctx.scale if self.fira_form == "released" else 1.0  # share of P R that the residual leaves out
-        if ctx.full_rank and within == 1.0:  # no residual
+        if ctx.r == ctx.m and within == 1.0:  # no residual
             return Update(N.mul_(ctx.scale))
         corrected = c_t if self.fira_form == "paper" else 1.0
         eps = ctx.eps if self.fira_form == "paper" else 1e-8
         r_squared = R.square().sum(-2)  # (..., n)
-        g_squared = norms()
-        pr_squared = r_squared if ctx.orthonormal else (R * ((s["basis"].mT @ s["basis"]) @ R)).sum(-2)
+        g_squared = facts.norms()
+        pr_squared = r_squared if facts.gram() is None else facts.inside(R)
         residual = (g_squared - 2 * within * r_squared + within**2 * pr_squared).clamp_min_(0)
         phi = linalg.column_norms(N) * corrected / (r_squared.sqrt() + eps)
         phi = torch.where(r_squared > NO_PROJECTION * g_squared, phi, 0.0)
@@ -78,9 +75,22 @@ class Fira(Reconstruction, name="fira"):
     def _limit_(self, last: Tensor, totals: Tensor, eps: float) -> Tensor:
         """Return L (...,), infinite where there is no residual, and store the limited norm."""
         scaled, residual, gradient = totals.unbind(0)
-        norm = scaled.sqrt()
-        growth = (norm / (last + eps)).clamp_min(self.limiter) / self.limiter
-        L = torch.where(last > 0, growth, 1.0)
         none = residual <= NO_RESIDUAL * gradient
-        last.copy_(torch.where(none, last, norm / L))
+        before = last.clone()
+        L = limit_(last, scaled.sqrt(), self.limiter, eps)
+        last.copy_(torch.where(none, before, last))
         return torch.where(none, torch.inf, L)
+
+
+def limit_(last: Tensor, norm: Tensor, limiter: float, eps: float) -> Tensor:
+    """Return L = max(norm / (last + eps), limiter) / limiter, 1 while `last` is 0, and store norm / L in `last`.
+
+    Divided by L the norm grows by the factor `limiter` at most.
+
+    References:
+        Fira, arXiv 2410.01623, eq. 13.
+    """
+    growth = (norm / (last + eps)).clamp_min(limiter) / limiter
+    L = torch.where(last > 0, growth, 1.0)
+    last.copy_(norm / L)
+    return L

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from hf_lowrank.formats import State
-from hf_lowrank.parts import Context, Reconstruction, Update
+from hf_lowrank.parts import Context, Facts, Reconstruction, Summing, Update
 
 
 @dataclass(frozen=True)
@@ -19,9 +18,7 @@ class Project(Reconstruction, name="project"):
         GaLore, arXiv 2403.03507, Algorithm 2; I3S, arXiv 2502.05790, eq. 1.
     """
 
-    def combine(
-        self, s: State, norms: Callable[[], Tensor], R: Tensor, N: Tensor, c_t: float, ctx: Context
-    ) -> Generator[Tensor, Tensor, Update]:
+    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
         """See `Reconstruction.combine`."""
         yield from ()
         return Update(N.mul_(ctx.scale))

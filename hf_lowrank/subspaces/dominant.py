@@ -33,10 +33,22 @@ class Dominant(Subspace, name="dominant"):
 
     def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         """See `Subspace.choose`."""
-        r = P.shape[-1]
-        if self.refresh == "randomized":
-            return linalg.range_finder(G, r, ctx.generator())
-        if self.refresh == "power" and ctx.refreshes:
-            return linalg.power_step(G, P)
-        U, sigma = linalg.svd_basis(G) if self.refresh == "svd" else linalg.gram_basis(G)
-        return U[..., :r], sigma
+        return dominant(G, P, self.refresh, ctx)
+
+
+def dominant(G: Tensor, P: Tensor, refresh: str, ctx: Context) -> tuple[Tensor, Tensor]:
+    """Return the r leading left singular vectors of G (..., m, n) and singular values, by the way `refresh` says.
+
+    Args:
+        G: gradient.
+        P: the basis so far (..., m, r).
+        refresh: gram, svd, randomized or power.
+        ctx: the step.
+    """
+    r = P.shape[-1]
+    if refresh == "randomized":
+        return linalg.range_finder(G, r, ctx.generator())
+    if refresh == "power" and ctx.number:
+        return linalg.power_step(G, P)
+    U, sigma = linalg.svd_basis(G) if refresh == "svd" else linalg.gram_basis(G)
+    return U[..., :r], sigma

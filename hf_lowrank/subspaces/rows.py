@@ -1,0 +1,73 @@
+"""Rows of the gradient instead of mixtures of them: Grass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowrank import linalg
+from hf_lowrank.bases import Basis, SelectedRows
+from hf_lowrank.formats import Slot, Slots, State
+from hf_lowrank.options import choice
+from hf_lowrank.parts import Context, Subspace
+
+
+@dataclass(frozen=True)
+class Rows(Subspace, name="rows"):
+    """P^T selects r rows of the gradient and scales them: R = scale∘G[index].
+
+    * `top`: the r rows of the largest norm; what changes the gradient least, but the same rows win for ever
+    * `norm` (default): r draws with replacement, row j with probability q_j = ||G_j||^2 / ||G||^2, scale 1/sqrt(r q_j),
+      so that E[P P^T] = I, and with the least variance
+    * `norm_without`: r draws without replacement with weight ||G_j||^2, scale 1
+    * `uniform`: r draws with replacement, q_j = 1/m, scale sqrt(m/r), E[P P^T] = I
+    * `uniform_without`: r draws without replacement, all alike, scale 1
+
+    Indices are kept in ascending order. Rows of different refreshes have nothing to do with each other, so moments and
+    their step count start anew. State: r indices and r scales, and no product with a basis at a step.
+
+    References:
+        Grass, arXiv 2406.17660, sections 3 and 4.
+    """
+
+    on_refresh: ClassVar[str] = "reset"
+
+    rows: str = choice(
+        "norm", "top", "norm_without", "uniform", "uniform_without", help="Grass: which rows of the gradient are taken"
+    )
+
+    @property
+    def orthonormal(self) -> bool:  # type: ignore[override]
+        """See `Subspace.orthonormal`."""
+        return self.rows in ("top", "norm_without", "uniform_without")
+
+    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
+        """See `Subspace.slots`."""
+        return {
+            "row_index": Slot((*batch, r), "basis", dtype=torch.int64),
+            "row_scale": Slot((*batch, r), "basis", form="fp32"),
+        }
+
+    def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
+        """See `Subspace.refresh_`."""
+        r = s["row_index"].shape[-1]
+        squares = linalg.column_squared_norms(G.mT)  # (..., m)
+        weights = torch.ones_like(squares) if self.rows.startswith("uniform") else squares
+        if self.rows == "top":
+            index = squares.topk(r, -1).indices
+        elif self.rows.endswith("_without"):
+            index = linalg.gumbel_top_r(weights, r, ctx.generator())
+        else:
+            index = linalg.draw(weights, r, ctx.generator())
+        index = index.sort(-1).values
+        q = (weights / weights.sum(-1, keepdim=True)).gather(-1, index)
+        s["row_index"].copy_(index)
+        s["row_scale"].copy_(torch.ones_like(q) if self.orthonormal else (r * q).rsqrt())
+        return None
+
+    def basis(self, s: State, ctx: Context) -> Basis:
+        """See `Subspace.basis`."""
+        return SelectedRows(s["row_index"], s["row_scale"])

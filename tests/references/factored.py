@@ -1,0 +1,111 @@
+"""Moments with small second statistics on R: Adafactor (1804.04235), CAME (2307.02047), Adam-mini (2406.16793)."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+from references.base import Adam
+from torch import Tensor
+
+
+def rms(X: Tensor) -> float:
+    return float(X.norm()) / sqrt(X.numel())
+
+
+def clipped(U: Tensor, threshold: float = 1.0) -> Tensor:
+    """Adafactor Algorithm 6 (section 6): U / max(1, RMS(U) / d)."""
+    return U / max(1.0, rms(U) / threshold)
+
+
+class Factored:
+    """EMA of the row and column means of non-negative X (r, n); X is taken to be row column^T / mean(row)."""
+
+    row: Any = 0.0  # (r, 1)
+    column: Any = 0.0  # (1, n)
+
+    def update(self, X: Tensor, beta: float) -> Tensor:
+        self.row = beta * self.row + (1 - beta) * X.mean(1, keepdim=True)
+        self.column = beta * self.column + (1 - beta) * X.mean(0, keepdim=True)
+        return self.row * self.column / self.row.mean()
+
+    def rotated(self, C: Tensor) -> Factored:
+        """row_i <- sum_j C_ij^2 row_j; columns, of the long side, stay."""
+        new = Factored()
+        new.row, new.column = (C * C) @ self.row, self.column
+        return new
+
+
+class Adafactor:
+    """Adafactor with a first moment of the normalised update, lr outside it."""
+
+    M: Any = 0.0
+    t = 0
+
+    def __init__(self) -> None:
+        self.v = Factored()
+
+    def __copy__(self) -> Adafactor:
+        return type(self)()
+
+    def update(self, R: Tensor, h: Any) -> tuple[Tensor, float]:
+        self.t += 1
+        u = clipped(R / self.v.update(R * R + 1e-30, 1 - self.t**-0.8).sqrt())
+        self.M = h.beta1 * self.M + (1 - h.beta1) * u
+        return self.M, 1.0
+
+    def transport(self, how: str, C: Tensor, h: Any) -> None:
+        if how != "keep":
+            self.M, self.v = C @ self.M, self.v.rotated(C)
+
+
+class CAME:
+    """CAME Algorithm 2."""
+
+    M: Any = 0.0
+
+    def __init__(self, beta3: float = 0.9999) -> None:
+        self.beta3, self.v, self.s = beta3, Factored(), Factored()
+
+    def __copy__(self) -> CAME:
+        return CAME(self.beta3)
+
+    def update(self, R: Tensor, h: Any) -> tuple[Tensor, float]:
+        u = clipped(R / self.v.update(R * R + 1e-30, h.beta2).sqrt())
+        self.M = h.beta1 * self.M + (1 - h.beta1) * u
+        S = self.s.update((u - self.M) ** 2 + 1e-16, self.beta3)  # instability of the update
+        return self.M / S.sqrt(), 1.0
+
+    def transport(self, how: str, C: Tensor, h: Any) -> None:
+        if how != "keep":
+            self.M, self.v, self.s = C @ self.M, self.v.rotated(C), self.s.rotated(C)
+
+
+class AdamMini(Adam):
+    """Adam with one second moment per block of R.
+
+    by = "row": one per row of R; "column": one per column; a number: one per so many columns (a head). Columns are
+    output neurons where the weight is seen transposed. `outside`: hand the bias correction out, as Adam does.
+    """
+
+    def __init__(self, by: str | int = "row", outside: bool = False) -> None:
+        self.by, self.outside = by, outside
+
+    def second(self, squares: Tensor) -> Tensor:
+        if self.by == "row":
+            return squares.mean(1, keepdim=True).expand_as(squares)
+        if self.by == "column":
+            return squares.mean(0, keepdim=True).expand_as(squares)
+        r, n = squares.shape
+        heads = squares.reshape(r, n // int(self.by), int(self.by)).mean((0, 2), keepdim=True)
+        return heads.expand(r, -1, int(self.by)).reshape(r, n)
+
+    def update(self, R: Tensor, h: Any) -> tuple[Tensor, float]:
+        N, c = super().update(R, h)
+        return (N, c) if self.outside else (c * N, 1.0)
+
+    def transport(self, how: str, C: Tensor, h: Any) -> None:
+        if how != "keep":
+            self.M = C @ self.M
+            if self.by == "row":  # one per column is a mean over the rows and stays
+                self.V = (C * C) @ self.V

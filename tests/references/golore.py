@@ -1,0 +1,32 @@
+"""GoLore (arXiv 2410.11289): dominant at first, uniform on the Stiefel manifold from step `switch` on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from references.base import LowRank, aligned
+from torch import Tensor
+
+
+def uniform_stiefel(Z: Tensor) -> Tensor:
+    """Z (Z^T Z)^(-1/2), uniform on the Stiefel manifold for Gaussian Z."""
+    U, _, Vh = torch.linalg.svd(Z, full_matrices=False)
+    return U @ Vh
+
+
+@dataclass
+class GoLore(LowRank):
+    """With moments=Momentum() it is golore_msgd."""
+
+    _: KW_ONLY
+    switch: int
+    draw: Callable[[int, int], Tensor]  # (m, r) -> orthonormal (m, r)
+    on_refresh: str = "rotate"  # M <- P_new^T P_old M, V stays
+    scale: float = 0.25
+
+    def refresh(self, G: Tensor) -> None:
+        if self.steps >= self.switch:  # the flag is looked at at refreshes only
+            self.choose = lambda G, r, old: aligned(self.draw(G.shape[0], r), old)
+        super().refresh(G)

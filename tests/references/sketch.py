@@ -1,0 +1,37 @@
+"""FLora (arXiv 2402.03293): Adafactor on the whole gradient, its first moment kept in a Gaussian sketch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from references.base import Matrix
+from references.factored import Factored, clipped
+from torch import Tensor
+
+
+@dataclass
+class FLora(Matrix):
+    """sketch(k): A (r, m) of the k-th interval, A_ij ~ N(0, 1/r); down(X) = A X, up(Y) = A^T Y."""
+
+    _: KW_ONLY
+    gap: int  # kappa
+    sketch: Callable[[int], Tensor]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.v, self.k, self.due = Factored(), 0, self.gap
+        self.A, self.M = self.sketch(0).double(), None
+
+    def update(self, G: Tensor) -> Tensor:
+        t, b1 = self.steps + 1, self.beta1
+        u = G / self.v.update(G * G + 1e-30, 1 - t**-0.8).sqrt()
+        M: Any = 0 * self.A @ u if self.M is None else self.M
+        U = (1 - b1) * u + b1 * self.A.T @ M  # the momentum before this step, through the sketch it was made with
+        if self.steps == self.due:
+            self.k, self.due = self.k + 1, self.due + self.gap
+            old, self.A = self.A, self.sketch(self.k).double()
+            M = self.A @ (old.T @ M)
+        self.M = b1 * M + (1 - b1) * self.A @ u
+        return self.scale * clipped(U)
