@@ -12,6 +12,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertModel,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
+    Trainer,
     TrainingArguments,
 )
 
@@ -223,7 +225,7 @@ def test_settings_are_those_of_the_papers(paper, rank):
         options = dict(item.split("=") for item in found["optim_args"].split(","))
         expected = {"rank": rank, "update_proj_gap": 500, "scale": SCALES[rank]}
         if paper == "subtrack":
-            assert options.pop("step") == "raw"
+            assert (options.pop("step"), options.pop("accumulate")) == ("raw", "true")  # its Algorithm 1
             expected["eta"] = STEP_SIZES[rank][i]
         assert {name: float(value) for name, value in options.items()} == expected
         assert found["optim"] == {"galore": "galore_dominant_adamw", "subtrack": "subtrack_adamw"}[paper]
@@ -245,16 +247,21 @@ def test_lora_has_the_settings_of_hu_et_al():
             assert found["adapter_targets"] == "query,value"
 
 
-def test_transformers_reads_every_file_of_settings():
+def test_every_file_of_settings_is_read_by_transformers_and_by_its_optimizer(encoder):
+    model = AutoModelForSequenceClassification.from_pretrained(encoder)
     files = sorted((RECIPE / "configs").rglob("*.yaml"))
     assert len(files) == 8 * 7
     for file in files:
         name = yaml.safe_load(file.read_text())["optim"]
-        if name.endswith("_adamw") and name not in hf_lowrank.METHODS:
-            continue
         parser = HfArgumentParser((GlueArguments, BaselineArguments, TrainingArguments))
         glue, _, args = parser.parse_yaml_file(str(file))
         assert (glue.task, args.optim) == (file.stem, name)
+        if name in hf_lowrank.METHODS:
+            _, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            projected = [pair for group in kwargs["params"] if "rank" in group for pair in group["params"]]
+            assert (
+                len(projected) == 6
+            )  # query, key, value, two of the attention's and the layer's output, intermediate
         assert args.output_dir == f"runs/glue/{file.parent.name}/{file.stem}"
 
 
