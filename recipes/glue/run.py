@@ -59,7 +59,7 @@ def comparison_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", nargs="+", default=[])
     parser.add_argument("--rows", nargs="+", default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[])
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/glue"))
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("runs/glue"))
     return parser
 
 

@@ -66,15 +66,13 @@ def spread(values: list[float], form: str = "{:.2f}") -> str:
 
 def _scores(row: str, by_task: dict[str, list[Run]], first: dict[str, str] | None = None) -> list[str]:
     """Return a row of scores; `first` says which metric leads where it is not the task's own first."""
-    metrics = {
-        name: sorted(task.metrics, key=lambda metric: metric != (first or {}).get(name, task.metrics[0]))  # noqa: B023
-        for name, task in TASKS.items()
-    }
+    leading = {name: task.metrics[0] for name, task in TASKS.items()} | (first or {})
     cells = []
-    for name in TASKS:
-        texts = [spread([_score(run, metric) for run in by_task.get(name, [])]) for metric in metrics[name]]
+    for name, task in TASKS.items():
+        metrics = [leading[name], *(metric for metric in task.metrics if metric != leading[name])]
+        texts = [spread([_score(run, metric) for run in by_task.get(name, [])]) for metric in metrics]
         cells.append(f"{texts[0]} ({texts[1]})" if len(texts) > 1 and name in by_task else texts[0])
-    return [row, *cells, _average(by_task, lambda run, name: _score(run, metrics[name][0]), "{:.2f}")]
+    return [row, *cells, _average(by_task, lambda run, name: _score(run, leading[name]), "{:.2f}")]
 
 
 def _seconds(row: str, by_task: dict[str, list[Run]]) -> list[str]:
