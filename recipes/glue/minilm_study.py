@@ -88,7 +88,7 @@ def main() -> None:
 def study(ledger: Ledger, arguments: argparse.Namespace) -> None:
     """Run the grid, then the tasks, seed by seed, of every method there is."""
     where = ["--model_name_or_path", arguments.model, "--data_dir", arguments.data_dir]
-    where += [] if torch.cuda.is_available() else ["--use_cpu", "True"]
+    where += [] if torch.cuda.is_available() else ["--use_cpu", "True", "--attn_implementation", "eager"]
     hardware = machine()
 
     def train_there(command: list[str]) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class GlueArguments:
     model_name_or_path: str = field(
         default="FacebookAI/roberta-base", metadata={"help": "Encoder: a name on the hub, or a folder."}
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager or another of transformers'. On a CPU eager trains short texts 1.5 x as fast."},
+    )
     data_dir: str | None = field(
         default=None,
         metadata={"help": "Folder of local data: TASK/train.csv and TASK/validation.csv, or .tsv. Default: the hub."},
@@ -71,7 +75,7 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     task = task_named(glue.task)
     resume = checkpoint_to_resume(args)
     rows = data.load(glue.task, glue.data_dir)
-    tokenizer, model = load_encoder(glue.model_name_or_path, task, seed=args.seed)
+    tokenizer, model = load_encoder(glue, task, seed=args.seed)
     counts = {"train": glue.max_train_samples}
     splits = {name: data.first_rows(split, counts.get(name, glue.max_eval_samples)) for name, split in rows.items()}
     splits = {name: data.tokenize(split, task, tokenizer, glue.max_seq_length) for name, split in splits.items()}
@@ -121,16 +125,18 @@ def run(trainer: Trainer, validation: dict[str, Dataset], task: Task, resume: st
     }
 
 
-def load_encoder(name: str, task: Task, *, seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Return tokenizer and model; the head is new and drawn from the seed.
 
     Ends with one sentence if there is no such model, or no way to it.
     """
-    kind = {"problem_type": "regression"} if task.labels == 1 else {}
+    name = glue.model_name_or_path
+    kind = {"num_labels": task.labels, "attn_implementation": glue.attn_implementation}
+    kind |= {"problem_type": "regression"} if task.labels == 1 else {}
     set_seed(seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=task.labels, **kind)
+        model = AutoModelForSequenceClassification.from_pretrained(name, **kind)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
         stop(
