@@ -1,0 +1,179 @@
+"""One training on one task: from arguments to a dictionary of results."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from recipes.baselines import BaselineArguments, prepare_, to_plain_
+from recipes.common import checkpoint_to_resume, state_bytes, stop
+from recipes.glue import data
+from recipes.glue.tasks import Task, task_named
+
+
+LOCAL_METRIC = Path(__file__).resolve().parent / "metric.py"
+MIB = 2**20
+
+
+@dataclass
+class GlueArguments:
+    """Task, encoder and data."""
+
+    task: str = field(
+        metadata={"help": "cola, stsb, mrpc, rte, sst2, mnli, qnli or qqp; several or `all` for a comparison."}
+    )
+    model_name_or_path: str = field(
+        default="FacebookAI/roberta-base", metadata={"help": "Encoder: a name on the hub, or a folder."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager or another of transformers'. On a CPU eager trains short texts 1.5 x as fast."},
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of local data: TASK/train.csv and TASK/validation.csv, or .tsv. Default: the hub."},
+    )
+    max_seq_length: int = field(default=512, metadata={"help": "Longer texts are cut to this many tokens."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+
+
+def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArguments) -> dict[str, Any]:
+    """Fine-tune and evaluate, and return what the tables need.
+
+    Args:
+        glue: task, encoder and data.
+        baseline: what trains instead of the optimizer that `args` names, if anything.
+        args: transformers' arguments.
+
+    Returns:
+        Metrics of every validation set, seconds of training, steps, and MiB of weights, of the optimizer's state and
+        (on CUDA) of the peak; also written to `result.json` in the output folder.
+
+    Ends with one sentence if data, model or options are wrong. Nothing has been written then.
+    """
+    task = task_named(glue.task)
+    resume = checkpoint_to_resume(args)
+    rows = data.load(glue.task, glue.data_dir)
+    tokenizer, model = load_encoder(glue, task, seed=args.seed)
+    counts = {"train": glue.max_train_samples}
+    splits = {name: data.first_rows(split, counts.get(name, glue.max_eval_samples)) for name, split in rows.items()}
+    splits = {name: data.tokenize(split, task, tokenizer, glue.max_seq_length) for name, split in splits.items()}
+    try:  # the optimizer is asked for here: Trainer would make its folder before it finds a mistake in the options
+        callbacks = prepare_(model, baseline, args, also_train=head_names(model))
+        optimizer = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ValueError, ImportError) as error:
+        stop(str(error))
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=splits.pop("train"),
+        eval_dataset=splits[task.validation[0]],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=metrics_of(glue.task, task, local=glue.data_dir is not None),
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer,
+    )
+    result = run(trainer, splits, task, resume)
+    if trainer.is_world_process_zero():
+        (Path(args.output_dir) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    if args.save_strategy != "no":
+        to_plain_(model)
+        trainer.save_model()
+    del trainer, model
+    gc.collect()  # a Trainer and its callbacks refer to each other, and the next training may want the memory
+    return result
+
+
+def run(trainer: Trainer, validation: dict[str, Dataset], task: Task, resume: str | None) -> dict[str, Any]:
+    """Train, evaluate and measure."""
+    device = trainer.args.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    done = trainer.train(resume_from_checkpoint=resume)
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    sizes = {"weights_mib": weights / MIB, "state_mib": state_bytes(trainer.optimizer) / MIB}
+    if device.type == "cuda":
+        sizes["peak_mib"] = torch.cuda.max_memory_allocated(device) / MIB
+    return {
+        "metrics": {split: scores(trainer.evaluate(rows), task) for split, rows in validation.items()},
+        "train_seconds": round(done.metrics["train_runtime"], 2),
+        "train_loss": round(done.training_loss, 4),
+        "steps": done.global_step,
+        **{name: round(size, 2) for name, size in sizes.items()},
+    }
+
+
+def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Return tokenizer and model; the head is new and drawn from the seed.
+
+    Ends with one sentence if there is no such model, or no way to it.
+    """
+    name = glue.model_name_or_path
+    kind = {"num_labels": task.labels, "attn_implementation": glue.attn_implementation}
+    kind |= {"problem_type": "regression"} if task.labels == 1 else {}
+    set_seed(seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(name, **kind)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        stop(
+            f"cannot load the model {name!r} ({reason}); give a folder with --model_name_or_path, or a name on the "
+            "hub and a network"
+        )
+    return tokenizer, model
+
+
+def head_names(model: PreTrainedModel) -> str:
+    """Return a regular expression for the names of the head's parameters: all that are not the encoder's."""
+    return rf"^(?!{model.base_model_prefix}\.)"
+
+
+def metrics_of(name: str, task: Task, *, local: bool) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return the function that Trainer calls with predictions: logits (rows, labels) and targets (rows,)."""
+    metric = load_metric(name, local=local)
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        predicted = np.squeeze(logits, 1) if task.labels == 1 else logits.argmax(1)
+        return metric.compute(predictions=predicted, references=prediction.label_ids)
+
+    return compute
+
+
+def load_metric(name: str, *, local: bool) -> evaluate.EvaluationModule:
+    """Return GLUE's metric of a task: the hub's, or ours, which has the same values, if `local` or without a hub."""
+    if not local:
+        try:
+            return evaluate.load("glue", name)
+        except (OSError, ValueError):
+            pass  # the data may be in the cache where the metric is not
+    return evaluate.load(str(LOCAL_METRIC), name)
+
+
+def scores(metrics: dict[str, float], task: Task) -> dict[str, float]:
+    """Return the task's metrics from those of Trainer.evaluate."""
+    return {name: float(metrics[f"eval_{name}"]) for name in task.metrics}
