@@ -154,7 +154,7 @@ class MatrixStep:
                 self.new[name].copy_(torch.where(keep, self.new[name], tensor))
         basis = subspace.basis(s, ctx)
         unknown = torch.tensor(UNKNOWN)
-        before = subspace.basis(ChainMap(old, s), self._context(number=ctx.number - 1))  # type: ignore[arg-type]
+        before = subspace.basis(ChainMap(old, s), self._context(number=ctx.number - 1))
         overlap = linalg.overlap(basis.changes(before)[0]) if ctx.number and subspace.orthonormal else unknown
         energy = linalg.squared_norm(basis.project(G)).sum() / total.sum() if subspace.orthonormal else unknown
         stable_rank = unknown if sigma is None else _stable_rank(total, sigma, live)

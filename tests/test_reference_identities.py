@@ -525,7 +525,7 @@ def test_at_level_zero_both_are_adam():
     same(finish(FOAM(W, level=0, **options), gradients), adam)
     same(finish(FOAM(W, level=0, square_of_mean=True, **options), gradients), adam)
     gwt = GWT(W, level=0, **options)
-    gwt.limit = lambda N: N
+    gwt.limit = lambda N, **_: N
     same(finish(gwt, gradients), adam)
 
 
@@ -534,7 +534,7 @@ def test_gwt_without_its_limiter_is_foams_numerator_over_one_denominator_per_blo
     """All coefficients of a block share sqrt(V): U = (G - mean + EMA of the mean) / sqrt(V), V of A = 2^(l/2) mean."""
     W, gradients = randn(3, 16), [randn(3, 16, seed=s) for s in range(6)]
     ref = GWT(W, level=level, scale=1.0, lr=1.0, beta2=0.9, eps=0.0, correct_bias=False)
-    ref.limit = lambda N: N
+    ref.limit = lambda N, **_: N
     M = V = 0.0
     for G in gradients:
         before, mean = ref.weight, fold(G, level)
@@ -549,7 +549,7 @@ def test_the_limiter_of_gwt_holds_back_approximation_and_details_alike():
     free, held = GWT(W, **options), GWT(W, **options)
     for ref in (free, held):
         ref.V = torch.ones(3, 2, dtype=torch.float64)
-    free.limit = lambda N: N
+    free.limit = lambda N, **_: N
     finish(free, [G, 10 * G])
     finish(held, [G, 10 * G])
     same(W - free.weight, 0.25 * 11 * G)
