@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_lowrank.callback import LowRankCallback
     from hf_lowrank.formats import Slot
     from hf_lowrank.groups import param_groups, target_parameters
+    from hf_lowrank.memory import MemoryEstimate, estimate_memory, fit_budget
     from hf_lowrank.methods import METHODS, Method
     from hf_lowrank.optimizer import LowRankOptimizer
     from hf_lowrank.parts import Context, Moments, Reconstruction, Subspace, Update
@@ -26,6 +27,9 @@ _LAZY = {
     "LowRankOptimizer": "optimizer",
     "param_groups": "groups",
     "target_parameters": "groups",
+    "MemoryEstimate": "memory",
+    "estimate_memory": "memory",
+    "fit_budget": "memory",
     "optimizer_cls_and_kwargs": "trainer",
     "register": "trainer",
     "unregister": "trainer",
@@ -45,6 +49,7 @@ __all__ = [
     "LowRankCallback",
     "LowRankOptimizer",
     "LowRankTrainer",
+    "MemoryEstimate",
     "Method",
     "Moments",
     "Reconstruction",
@@ -52,6 +57,8 @@ __all__ = [
     "Subspace",
     "Update",
     "__version__",
+    "estimate_memory",
+    "fit_budget",
     "optimizer_cls_and_kwargs",
     "param_groups",
     "register",
