@@ -32,7 +32,7 @@ app = typer.Typer(
     epilog="Train with: python -m hf_lowrank run_clm.py --optim galore_i3s_adamw --optim_args rank=128 ...",
 )
 
-_MODEL = "Hub id, folder with a config.json, such a file, or a built-in size: llama-60m, 130m, 350m, 1b, 7b, ..."
+_MODEL = "Hub id, folder with a config.json, such a file, or a built-in size: 60m, 130m, 350m, 1b, 7b, ..."
 Model = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
 Optim = Annotated[str, typer.Option("--optim", "-o", help="Name of the optimizer, as for --optim of the Trainer.")]
 OptimArgs = Annotated[str, typer.Option(help="Options as option=value,option=value, as for the Trainer.")]
@@ -71,39 +71,36 @@ def _options(
 
 
 @app.command(
-    "methods", epilog=_examples("hf-lowrank methods", "hf-lowrank methods fira", "hf-lowrank methods '*_i3s_*' --json")
+    "methods",
+    epilog=_examples("hf-lowrank methods", "hf-lowrank methods fira --details", "hf-lowrank methods '*_i3s_*' --json"),
 )
 def list_methods(
     pattern: Annotated[
         str, typer.Argument(help="Part of a name, or a pattern with * and ?. Default: all.", show_default=False)
     ] = "*",
-    options: Annotated[
-        bool, typer.Option("--options", help="Also list each method's options (imports torch).")
+    details: Annotated[
+        bool, typer.Option("--details", help="Also the parts, the limits and every option with its default.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the optimizers: their parts, their state per m x n matrix (m <= n, rank r), the paper, their limits.
+    """List the optimizers, with their state per m x n matrix (m <= n, rank r) and the paper.
 
     Every name also exists with [bold]_8bit[/bold], [bold]_layerwise[/bold] and [bold]_8bit_layerwise[/bold].
     """
-    names = _matching(pattern)
-    rows = [{"name": name, **_described(methods.METHODS[name])} for name in names]
-    if options:
-        for row, name in zip(rows, names, strict=True):
-            row["options"] = methods.complete(name, {"rank": 128})
+    rows = {name: _described(methods.METHODS[name], name, details) for name in _matching(pattern)}
     if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = _table("name", "what it is", "parts", "state", "paper", "cannot", no_wrap=("name",))
-    for row in rows:
-        shown = " x ".join(row[kind] for kind in methods.KINDS)
-        table.add_row(row["name"], row["summary"], shown, row["state"], row["paper"], row["limits"] or "-")
-    _print(table)
-    for row in rows if options else ():
-        text = ", ".join(f"{key}={value}" for key, value in row["options"].items())
-        _print(f"[bold]{row['name']}[/bold] {escape(text)}")
-    if len(rows) > 1:
-        _print("Each also with _8bit, _layerwise, _8bit_layerwise. m <= n are a matrix's sides, r is the rank.")
+        print(json.dumps([{"name": name, **row} for name, row in rows.items()], indent=2))
+    elif details:
+        for name, row in rows.items():
+            _print(f"[bold]{name}[/bold]: {escape(row['summary'])}")
+            shown = {key: value for key, value in row.items() if key not in ("summary", "options") and value}
+            shown |= {f"  {key}": value for key, value in row["options"].items()}
+            _print("\n".join(f"  {key:22} {escape(str(value))}" for key, value in shown.items()) + "\n")
+    else:
+        table = _table("name", "what it is", "state", "paper", no_wrap=("name", "state"))
+        for name, row in rows.items():
+            table.add_row(name, row["summary"], row["state"], row["paper"])
+        _print(table)
 
 
 def _matching(pattern: str) -> list[str]:
@@ -113,16 +110,16 @@ def _matching(pattern: str) -> list[str]:
     return [methods.split(pattern)[0]]  # a name with an ending, or an error that names the nearest
 
 
-def _described(method: methods.Method) -> dict[str, Any]:
+def _described(method: methods.Method, name: str, details: bool) -> dict[str, Any]:
     parts = {kind: getattr(method, kind) for kind in methods.KINDS}
     shown = {kind: part if isinstance(part, str) else type(part).__name__ for kind, part in parts.items()}
-    keys = ("summary", "paper", "state", "limits")
-    return {**shown, **{key: getattr(method, key) for key in keys}}
+    row = {key: getattr(method, key) for key in ("summary", "state", "paper", "limits")} | shown
+    return row | {"options": methods.complete(name, {"rank": 128})} if details else row  # options import torch
 
 
 @app.command(
     epilog=_examples(
-        "hf-lowrank targets llama-60m --optim-args rank=128",
+        "hf-lowrank targets 60m --optim-args rank=128",
         "hf-lowrank targets HuggingFaceTB/SmolLM2-135M -o fira_adamw_8bit --optim-args rank=0.25",
         "hf-lowrank targets runs/my_model/config.json --target-modules 'q_proj,v_proj' --json",
     )
@@ -141,12 +138,12 @@ def targets(
     Only the configuration is read: no weights, and no memory for them.
     """
     from hf_lowrank.callback import summary
-    from hf_lowrank.skeletons import load_skeleton
+    from hf_lowrank.models import load_model
     from hf_lowrank.targets import plan
 
     options: dict[str, Any] = split_assignments(optim_args)
     methods.complete(optim, {"rank": 128, **options})  # refuse what is wrong before looking at the model
-    optimizer, rows = plan(load_skeleton(model), optim, target_modules=target_modules, **options)
+    optimizer, rows = plan(load_model(model), optim, target_modules=target_modules, **options)
     if as_json:
         print(json.dumps({"summary": summary(optimizer), "parameters": [asdict(row) for row in rows]}, indent=2))
         return
@@ -160,15 +157,75 @@ def targets(
     _print(escape(summary(optimizer)))
 
 
+@app.command(
+    epilog=_examples(
+        "hf-lowrank memory 7b --rank 1024 --batch 16",
+        "hf-lowrank memory 7b --optim galore_i3s_adamw_8bit_layerwise --checkpointing",
+        "hf-lowrank memory 7b --budget 24GB",
+    )
+)
+def memory(
+    model: Model,
+    optim: Optim = "galore_i3s_adamw",
+    rank: Annotated[float, typer.Option(help="Dimension of the subspace; 0: the method's default.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences in one (micro-)batch.")] = 1,
+    seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Type of weights, gradients, activations: bf16, fp16, fp32.")] = "bf16",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
+    optim_args: OptimArgs = "",
+    budget: Annotated[str, typer.Option(help="Instead: what fits into this much (24GB, 24GiB)?")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Count the bytes of a training run before it starts, or say what fits into a budget.
+
+    Weights, gradients and optimizer state are exact; activations follow a rule of thumb, and the accelerator's own
+    context (about 0.5 GB under CUDA) is not counted.
+    """
+    from hf_lowrank.memory import estimate_memory, fit_budget, parse_bytes
+
+    options = split_assignments(optim_args)
+    shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options}
+    if budget:
+        ranks = [int(rank)] if rank else None
+        found = fit_budget(model, parse_bytes(budget), optim, ranks=ranks, **shared)
+    else:
+        found = [estimate_memory(model, optim, rank=rank or None, checkpointing=checkpointing, **shared)]
+    if as_json:
+        print(json.dumps([estimate.as_dict() for estimate in found], indent=2))
+    elif not found:
+        print(f"hf-lowrank: {model} does not fit into {budget} at batch {batch} x {seq} in any mode", file=sys.stderr)
+        raise typer.Exit(1)
+    else:
+        _print_memory(found)
+
+
+def _print_memory(found: list[Any]) -> None:
+    """Print estimates side by side: GB, that is 10^9 bytes."""
+    columns = ("weights", "gradients", "low_rank_state", "dense_state", "activations", "total")
+    heads = ("weights", "gradients", "matrices' state", "dense state", "activations", "total GB")
+    table = _table("optimizer", "rank", "mode", *heads, right=(1, *range(3, 9)), no_wrap=("optimizer",))
+    for one in found:
+        modes = [mode for mode in ("layerwise", "checkpointing") if getattr(one, mode)]
+        sizes = (f"{getattr(one, column) / 1e9:,.2f}" for column in columns)
+        table.add_row(one.optim, f"{one.rank or '-'}", ", ".join(modes) or "-", *sizes)
+    one = found[0]
+    parameters = f"{one.parameters / 1e6:,.1f} M parameters"
+    _print(f"{escape(one.model)}: {parameters}, {one.dtype}, batch {one.batch} x {one.seq} tokens")
+    _print(table)
+
+
 def _table(*columns: str, right: tuple[int, ...] = (), no_wrap: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i in right else "left", no_wrap=column in no_wrap)
+        justify = "right" if i in right else "left"
+        table.add_column(column, justify=justify, no_wrap=column in no_wrap, overflow="fold")  # type: ignore[arg-type]
     return table
 
 
 def _print(what: Any) -> None:
-    Console(soft_wrap=isinstance(what, str), highlight=False).print(what)
+    """Print to the terminal's width; into a pipe or file without one."""
+    width = None if sys.stdout.isatty() else 200
+    Console(soft_wrap=isinstance(what, str), highlight=False, width=width).print(what)
 
 
 @app.command(

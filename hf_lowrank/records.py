@@ -53,7 +53,7 @@ def append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows of a file of JSON lines, and how many lines could not be read; a file that is absent has none."""
+    """Return the rows of a file of JSON lines, none if it is absent, and how many lines could not be read."""
     if not file.exists():
         return [], 0
     rows, broken = list[dict[str, Any]](), 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -63,13 +64,7 @@ def plan(
         key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank
         found[key].append(sum(slot.nbytes for slot in stored))
     rows = [
-        Row(*key[:1], len(sizes), *key[1:], sum(sizes), _adamw(key[1], len(sizes))) for key, sizes in found.items()
+        Row(name, len(sizes), shape, rank, sum(sizes), ADAMW_BYTES * prod(shape) * len(sizes))
+        for (name, shape, rank), sizes in found.items()
     ]
     return optimizer, rows
-
-
-def _adamw(shape: tuple[int, ...], count: int) -> int:
-    elements = count
-    for size in shape:
-        elements *= size
-    return ADAMW_BYTES * elements
