@@ -176,13 +176,14 @@ def test_the_effective_rank_is_exact_where_asked_and_near_where_estimated(shape)
 def test_the_limiter_is_seen_where_the_residual_grows():
     gen = torch.Generator().manual_seed(0)
     W = torch.nn.Parameter(torch.randn(8, 12, generator=gen))
-    optimizer = LowRankOptimizer([{"params": [W], "rank": 2, "update_proj_gap": 100}], "fira_adamw")
+    groups = [{"params": [W], "rank": 2, "update_proj_gap": 100, "fira_form": "i3s"}]  # its residual is G - P R
+    optimizer = LowRankOptimizer(groups, "fira_adamw")
     U, V = (torch.linalg.qr(torch.randn(n, 8, generator=gen))[0] for n in (8, 12))
-    inside, outside = U[:, :2] @ V[:, :2].T, U[:, 2:] @ V[:, 2:].T
+    inside, outside = 9 * U[:, :2] @ V[:, :2].T, U[:, 2:] @ V[:, 2:].T
     activity = metrics.LimiterActivity()
     for growth, expected in ((2.0, 1.0), (0.5, 0.0)):
         for step in range(6):
-            W.grad = inside + 0.01 * growth ** (step if growth > 1 else step + 3) * outside
+            W.grad = inside + growth ** (step if growth > 1 else step + 3) * outside
             optimizer.step()
             activity.look(optimizer)
             if step == 0:
