@@ -54,8 +54,8 @@ def add_to_model_card(folder: str | Path) -> Path:
         raise ValueError(f"{folder} has no readable {RUN_FILE}: it is not a run of ours ({error})") from None
     file = folder / "README.md"
     card = ModelCard(file.read_text() if file.exists() else "---\ntags: []\n---\n", ignore_metadata_errors=True)
-    tags = list(card.data.tags or [])
-    card.data.tags = [*tags, *({TAG} - set(tags))]
+    tags = list(card.data.get("tags") or [])
+    card.data["tags"] = [*tags, *({TAG} - set(tags))]
     kept = re.sub(f"\\s*{re.escape(BEGIN)}.*?{re.escape(END)}\\s*", "\n\n", card.text, flags=re.DOTALL)
     card.text = f"{kept.strip()}\n\n{BEGIN}\n{text}\n{END}\n"
     card.save(file)
