@@ -95,6 +95,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self._written = {name: refreshes for name, refreshes, _ in reports(self.optimizer)}
         self._firsts: dict[str, float] = {}  # last overlap with the first subspace, by matrix
         self._rank: metrics.UpdateRank | None = None
+        self._measured_at = state.global_step
         self._limiter = metrics.LimiterActivity()
         self._limiter.look(self.optimizer)
         rows = [row for row in state.log_history if "lowrank/refreshes" in row]
@@ -155,6 +156,11 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         if self.optimizer is not None and control.should_save:
             self._before_saving(state)
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As before a save, where that was not announced: Trainer saves the best model right after an evaluation."""
+        if self.optimizer is not None:
+            self._before_saving(state)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks of the layerwise mode off the model."""
         if self.optimizer is not None:
@@ -201,7 +207,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
 
     def _before_saving(self, state: Any) -> None:
         """Measure the rank of the update, on all processes, and put what a resumed run needs into the state."""
-        if self._rank is not None and state.stateful_callbacks.get(SAVED, {}).get("step") != state.global_step:
+        if self._rank is not None and self._measured_at != state.global_step:
+            self._measured_at = state.global_step
             found = self._rank.measure(self._matrices())
             values = {"lowrank/update_rank": fmean(found.values())} if found else {}
             values |= {f"lowrank/update_rank/{kind}": v for kind, v in metrics.by_type(found).items()}
@@ -209,8 +216,11 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             if found and state.is_world_process_zero:
                 state.log_history.append({**self._pending, "epoch": state.epoch, "step": state.global_step})
         self._flush()
-        kept = {"step": state.global_step, "pending": self._pending, "firsts": self._firsts}
-        kept["limited"] = self._limiter.counts
+        self._keep(state)
+
+    def _keep(self, state: Any) -> None:
+        """Put what a resumed run needs into the state that Trainer saves."""
+        kept = {"pending": self._pending, "firsts": dict(self._firsts), "limited": self._limiter.counts}
         state.stateful_callbacks[SAVED] = {**kept, "folder": str(self._first_file.parent.resolve())}
 
     def _flush(self) -> None:
@@ -226,6 +236,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self._pending = {}  # they have their own row in the history, at the step of the checkpoint
         if state.log_history:
             state.log_history[-1].update(found)
+        self._keep(state)
         if state.is_world_process_zero:
             self._flush()
             if "lowrank/refreshes" in found and any("/" in key.removeprefix("lowrank/") for key in found):
