@@ -93,11 +93,12 @@ def finish(figure: Canvas, axes: list[Any], *, columns: int = 2, whole_steps: bo
 def save(figure: Canvas, name: str, folder: Path) -> str:
     """Write NAME.png on white, and return the figure as SVG for the page, in the page's colours."""
     figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
+    figure.set_layout_engine("none")  # it has been laid out
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):  # ids that no other figure on the page has
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
-    svg = re.sub(r'\bid="(?!.{8,}[0-9a-f]")([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'\bid="|url\(#|href="#', lambda found: f"{found[0]}{name}-", svg)
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     return re.sub(
         r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ([^>]*?)height="[^"]*" width="[^"]*"', r"<svg \1\2", svg

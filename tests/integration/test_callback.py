@@ -275,7 +275,7 @@ def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("kind", ["ddp", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.full), "SHARDED_STATE_DICT"])
 def test_two_processes_write_each_line_once_and_measure_the_same(kind, tmp_path):
     result = torchrun(2, Path(__file__).parent / "parallel_worker.py", kind, "fira_adamw", tmp_path)
     assert (tmp_path / "report.json").exists(), result.stderr[-4000:]
