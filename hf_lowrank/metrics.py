@@ -139,8 +139,8 @@ class UpdateRank:
         Under FSDP2 this is a collective operation: every process calls it.
         """
         result = {}
-        for index, (name, p) in enumerate(weights):
-            now = self._sketch(p, index)
+        for name, p in weights:
+            now = self._sketch(p)
             before, self.before[name] = self.before.get(name), now
             if before is not None:
                 K = self._gram(p, now.float() - before.float())
@@ -149,12 +149,11 @@ class UpdateRank:
                     result[name] = float(value)
         return result
 
-    def _sketch(self, p: Tensor, index: int) -> Tensor:
+    def _sketch(self, p: Tensor) -> Tensor:
         W = local(p.detach())
         if self.exact:
             return W.to("cpu", copy=True)
-        draw = torch.randn(W.shape[-1], COLUMNS, generator=linalg.generator(_SKETCH, index, W.shape[-1]))
-        return linalg.project(draw.to(W.device), W.mT).mT.cpu()  # (..., rows, 32)
+        return linalg.project(_gaussian(W.shape[-1]).to(W.device), W.mT).mT.cpu()  # (..., rows, 32)
 
     def _gram(self, p: Tensor, D: Tensor) -> Tensor:
         """Return D^T D (..., k, k), or the smaller D D^T, summed over the processes that hold rows of the weight."""
@@ -164,6 +163,12 @@ class UpdateRank:
         if isinstance(p, DTensor) and rows_here:
             (K,) = distributed.sum_together([K.to(local(p).device)], p.device_mesh.get_group())
         return K
+
+
+@lru_cache
+def _gaussian(columns: int) -> Tensor:
+    """Return Omega (columns, 32), the same in every run."""
+    return torch.randn(columns, COLUMNS, generator=linalg.generator(_SKETCH, columns))
 
 
 def effective_rank(K: Tensor) -> Tensor:

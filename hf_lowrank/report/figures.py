@@ -267,7 +267,7 @@ def _memory(runs: Sequence[Run]) -> Drawing:
             label=label,
         )
     for j, name in enumerate(names):
-        axes.text(sum(bars[name].values()) / size, j, f" {sum(bars[name].values()) / size:.3g}", va="center")
+        axes.text(sum(bars[name].values()) / size, j, f" {sum(bars[name].values()) / size:#.3g}", va="center")
     axes.set(xlabel=unit, xlim=(0, 1.12 * largest / size))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)

@@ -25,7 +25,7 @@ th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } td:first-child { font-weight: 600; }
 .problems { background: var(--note); border-radius: .5rem; padding: .6rem 1rem .6rem 2rem; overflow-wrap: anywhere; }
 .figures { display: grid; gap: 1.5rem; margin: 1.5rem 0;
-           grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
+           grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); align-items: start; }
 figure { margin: 0; padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; min-width: 0; }
 @media (max-width: 40rem) { body { padding: .5rem; } figure { padding: .5rem; } }
 figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
