@@ -137,15 +137,14 @@ def targets(
 
     Only the configuration is read: no weights, and no memory for them.
     """
-    from hf_lowrank.callback import summary
     from hf_lowrank.models import load_model
     from hf_lowrank.targets import plan
 
     options: dict[str, Any] = split_assignments(optim_args)
     methods.complete(optim, {"rank": 128, **options})  # refuse what is wrong before looking at the model
-    optimizer, rows = plan(load_model(model), optim, target_modules=target_modules, **options)
+    rows = plan(load_model(model), optim, target_modules=target_modules, **options)
     if as_json:
-        print(json.dumps({"summary": summary(optimizer), "parameters": [asdict(row) for row in rows]}, indent=2))
+        print(json.dumps([asdict(row) for row in rows], indent=2))
         return
     table = _table("parameters", "number", "shape", "rank", "state MiB", "AdamW MiB", "saved", right=(1, 3, 4, 5, 6))
     for row in sorted(rows, key=lambda row: row.rank is None):
@@ -154,7 +153,12 @@ def targets(
         shape = " x ".join(map(str, row.shape))
         table.add_row(row.name, str(row.count), shape, str(row.rank or "dense"), *sizes, saved)
     _print(table)
-    _print(escape(summary(optimizer)))
+    state, adamw = (sum(getattr(row, key) for row in rows) for key in ("state_bytes", "adamw_bytes"))
+    projected, dense = (sum(row.count for row in rows if bool(row.rank) is low_rank) for low_rank in (True, False))
+    _print(
+        f"\n{optim}: {projected} matrices in a subspace, {dense} parameters dense; "
+        f"state {state / MIB:,.1f} MiB, AdamW's {adamw / MIB:,.1f} MiB ({1 - state / adamw:.0%} less)"
+    )
 
 
 @app.command(

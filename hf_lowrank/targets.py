@@ -41,10 +41,8 @@ class Row:
     adamw_bytes: int
 
 
-def plan(
-    model: nn.Module, method: str, *, target_modules: str | None = None, **options: Any
-) -> tuple[LowRankOptimizer, list[Row]]:
-    """Return the optimizer that would be built (with no state yet) and one row per kind of parameter.
+def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **options: Any) -> list[Row]:
+    """Return one row per kind of parameter of a model, as an optimizer would treat it.
 
     Args:
         model: the model; on the meta device it costs nothing.
@@ -63,8 +61,7 @@ def plan(
         stored = state.stored(*declared_state(p, parts, group)).values()
         key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank
         found[key].append(sum(slot.nbytes for slot in stored))
-    rows = [
+    return [
         Row(name, len(sizes), shape, rank, sum(sizes), ADAMW_BYTES * prod(shape) * len(sizes))
         for (name, shape, rank), sizes in found.items()
     ]
-    return optimizer, rows

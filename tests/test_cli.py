@@ -75,7 +75,7 @@ def test_methods_as_json_and_by_pattern(run):
 def test_targets_says_what_would_be_projected_and_what_it_saves(run, tmp_path):
     arguments = ["targets", tiny_config(tmp_path), "--optim-args", "rank=4"]
     code, out, _ = run(*arguments, "--json")
-    rows = {row["name"]: row for row in json.loads(out)["parameters"]}
+    rows = {row["name"]: row for row in json.loads(out)}
     query = rows["model.layers.*.self_attn.q_proj"]
     assert code == 0
     assert (query["count"], query["shape"], query["rank"]) == (2, [16, 16], 4)
@@ -84,16 +84,16 @@ def test_targets_says_what_would_be_projected_and_what_it_saves(run, tmp_path):
     assert query["adamw_bytes"] == 2 * 8 * 16 * 16
     assert rows["model.embed_tokens"]["rank"] is None and rows["lm_head"]["rank"] is None
     _, out, _ = run(*arguments)
-    assert "14 matrices at rank 4" in out and "model.layers.*.mlp.down_proj" in out
+    assert "14 matrices in a subspace, 7 parameters dense" in out and "model.layers.*.mlp.down_proj" in out
     _, out, _ = run(*arguments, "--target-modules", "q_proj,v_proj", "--json")
-    projected = {row["name"] for row in json.loads(out)["parameters"] if row["rank"]}
+    projected = {row["name"] for row in json.loads(out) if row["rank"]}
     assert projected == {"model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.v_proj"}
 
 
 def test_targets_and_memory_agree(run, tmp_path):
     model = tiny_config(tmp_path)
     _, out, _ = run("targets", model, "--optim", "fira_adamw", "--optim-args", "rank=4", "--json")
-    rows = json.loads(out)["parameters"]
+    rows = json.loads(out)
     _, out, _ = run("memory", model, "--optim", "fira_adamw", "--rank", 4, "--json")
     (estimate,) = json.loads(out)
     assert estimate["low_rank_state"] == sum(row["state_bytes"] for row in rows if row["rank"])
