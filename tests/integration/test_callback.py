@@ -294,3 +294,24 @@ def test_two_processes_write_each_line_once_and_measure_the_same(kind, tmp_path)
     for file in ("hf_lowrank_refreshes.jsonl", "hf_lowrank_steps.jsonl"):
         count = [len((tmp_path / run / file).read_text().splitlines()) for run in ("first", "alone")]
         assert count[0] == count[1]
+
+
+@pytest.mark.full
+def test_wandb_gets_every_metric_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for key, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(key, value)
+    train(arguments(tmp_path, "galore_i3s_adamw", max_steps=4, report_to="wandb"))
+    seen = dict(wandb.run.summary)
+    wandb.finish()
+    assert {f"train/lowrank/{key}" for key in ("overlap", "overlap_first", "energy/q", "refreshes")} < seen.keys()
+    assert seen["train/lowrank/refreshes"] == 28
+
+
+@pytest.mark.full
+def test_trackio_gets_every_metric_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at import
+    pytest.importorskip("trackio")
+    train(arguments(tmp_path, "galore_i3s_adamw", max_steps=4, report_to="trackio"))
+    stored = b"".join(file.read_bytes() for file in (tmp_path / "trackio").rglob("*.db*"))
+    assert all(f"lowrank/{key}".encode() in stored for key in ("overlap", "overlap_first", "energy/q", "refreshes"))
