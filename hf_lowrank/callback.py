@@ -34,11 +34,12 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
     In every log, as means over matrices: overlap: ||U^T V||_F^2 / r of the last basis with the one before (I3S paper,
     eq. 3); overlap_first: with the first one; energy: share of the gradient's squared norm inside the basis at its
     refresh; stable_rank: ||G||_F^2 / ||G||_2^2 there (GaLore paper, section 3.2); limited: share of the steps since
-    the last log in which Fira's limiter was active. Further refreshes: so far, over all matrices; refresh_ms: time of
-    the refreshes since the last log; skipped: steps left out for a gradient that was not finite, over all parameters;
-    state_mib: the optimizer's state.
+    the last log in which Fira's limiter was active; residual_share: of the gradient's squared norm outside the
+    subspace at the last step, where a method keeps it. Further refreshes: so far, over all matrices; refresh_ms: time
+    of the refreshes since the last log; skipped: steps left out for a gradient that was not finite, over all
+    parameters; state_mib: the optimizer's state.
 
-    After a refresh the first four also by module type, as overlap/q; after a checkpoint update_rank, the effective
+    After a refresh what is known per matrix also by module type, as overlap/q; after a checkpoint update_rank, the effective
     rank of what the weights changed by since the checkpoint before. Where a CUDA device works ahead of the host, times
     are the host's.
 
@@ -251,6 +252,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             key: {n: row[key] for (n, *_), row in zip(found, values, strict=True) if key in row} for key in REPORT
         }
         columns["overlap_first"] = self._firsts
+        columns["residual_share"] = metrics.residual_shares(optimizer)
         result |= {f"lowrank/{key}": round(fmean(column.values()), 6) for key, column in columns.items() if column}
         refreshes = sum(count for _, count, _ in found)
         if refreshes != self._logged_refreshes:

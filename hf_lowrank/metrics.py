@@ -67,6 +67,13 @@ def by_type(values: Mapping[str, float]) -> dict[str, float]:
     return {kind: fmean(some) for kind, some in found.items()}
 
 
+def residual_shares(optimizer: LowRankOptimizer) -> dict[str, float]:
+    """Return the share of the last gradient outside the subspace, by name, where a method keeps it in its state."""
+    found = [(name, local(s["residual_share"])) for name, _, _, s in matrices(optimizer) if "residual_share" in s]
+    rows = known(("share",), [share.float().mean().reshape(1) for _, share in found])
+    return {name: row["share"] for (name, _), row in zip(found, rows, strict=True)}
+
+
 class FirstSubspaces:
     """The overlap ||P^T P_0||_F^2 / r of the present subspaces with the first ones.
 
