@@ -39,9 +39,9 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
     of the refreshes since the last log; skipped: steps left out for a gradient that was not finite, over all
     parameters; state_mib: the optimizer's state.
 
-    After a refresh what is known per matrix also by module type, as overlap/q; after a checkpoint update_rank, the effective
-    rank of what the weights changed by since the checkpoint before. Where a CUDA device works ahead of the host, times
-    are the host's.
+    After a refresh what is known per matrix also by module type, as overlap/q; after a checkpoint update_rank, the
+    effective rank of what the weights changed by since the checkpoint before. Where a CUDA device works ahead of the
+    host, times are the host's.
 
     It is attached by itself where the optimizers are registered, and does nothing for any other optimizer. One that is
     given to Trainer by hand lends its arguments to the one that is there already.

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
@@ -303,28 +302,3 @@ def _step_times(runs: Sequence[Run]) -> Drawing:
     caption = "Ticks: ordinary steps, their median a long one; triangles: steps with a refresh, the first among them. "
     title = "Step times"
     return Drawing("step_times", title, caption + " ".join(notes), figure if timed else None)
-
-
-def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the numbers of the page's table, one row per run."""
-    rows = []
-    for run in runs:
-        training, validation = run.curve("loss"), run.curve("eval_loss")
-        state = run.curve("lowrank/state_mib")
-        times = [float(s["ms"]) for s in run.steps]
-        runtime = run.curve("train_runtime")
-        rows.append(
-            {
-                "run": run.name,
-                "optimizer": run.optimizer,
-                "rank": "–" if run.rank is None else f"{run.rank:g}",
-                "steps": f"{max((step for step, _ in [*training, *validation]), default=0):.0f}",
-                "training loss": f"{training[-1][1]:.4g}" if training else "–",
-                "best validation loss": f"{min(y for _, y in validation):.4g}" if validation else "–",
-                "perplexity": f"{math.exp(min(min(y for _, y in validation), 700.0)):.4g}" if validation else "–",
-                "state, MiB": f"{state[-1][1]:,.4g}" if state else "–",
-                "ms per step": f"{median(times):.3g}" if times else "–",
-                "seconds": f"{runtime[-1][1]:,.4g}" if runtime else "–",
-            }
-        )
-    return rows

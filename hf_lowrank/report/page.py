@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
+from statistics import median
+from typing import Any
 
 from hf_lowrank import __version__
-from hf_lowrank.report.figures import Figure, summary_rows
+from hf_lowrank.report.figures import Figure
 from hf_lowrank.report.runs import Run
 
 
@@ -65,3 +68,28 @@ def _figure(figure: Figure) -> str:
         f'<figure id="{figure.name}"><h2>{escape(figure.title)}</h2>{svg}'
         f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
     )
+
+
+def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the numbers of the page's table, one row per run."""
+    rows = []
+    for run in runs:
+        training, validation = run.curve("loss"), run.curve("eval_loss")
+        state = run.curve("lowrank/state_mib")
+        times = [float(s["ms"]) for s in run.steps]
+        runtime = run.curve("train_runtime")
+        rows.append(
+            {
+                "run": run.name,
+                "optimizer": run.optimizer,
+                "rank": "–" if run.rank is None else f"{run.rank:g}",
+                "steps": f"{max((step for step, _ in [*training, *validation]), default=0):.0f}",
+                "training loss": f"{training[-1][1]:.4g}" if training else "–",
+                "best validation loss": f"{min(y for _, y in validation):.4g}" if validation else "–",
+                "perplexity": f"{math.exp(min(min(y for _, y in validation), 700.0)):.4g}" if validation else "–",
+                "state, MiB": f"{state[-1][1]:,.4g}" if state else "–",
+                "ms per step": f"{median(times):.3g}" if times else "–",
+                "seconds": f"{runtime[-1][1]:,.4g}" if runtime else "–",
+            }
+        )
+    return rows
