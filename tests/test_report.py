@@ -17,9 +17,9 @@ from hf_lowrank import records
 
 pytest.importorskip("matplotlib")
 from hf_lowrank.report import write_report  # noqa: E402
-from hf_lowrank.report.figures import _by_type, _mean_spectrum  # noqa: E402
+from hf_lowrank.report.figures import _by_type  # noqa: E402
 from hf_lowrank.report.runs import read_run  # noqa: E402
-from hf_lowrank.report.spectra import weight_change  # noqa: E402
+from hf_lowrank.report.spectra import mean_spectrum, weight_change  # noqa: E402
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -215,7 +215,7 @@ def test_the_spectrum_is_that_of_the_difference_of_weights(tmp_path):
     gen = torch.Generator().manual_seed(0)
     sigma = torch.linalg.svdvals(0.5 * torch.randn(8, 12, generator=gen))  # weights x 1.5 less weights
     assert spectra["model.layers.0.self_attn.q_proj.weight"] == pytest.approx((sigma / sigma[0]).tolist(), rel=1e-4)
-    shares, mean = _mean_spectrum([[1.0, 0.1], [1.0, 0.001]], points=2)
+    shares, mean = mean_spectrum([[1.0, 0.1], [1.0, 0.001]], points=2)
     assert shares == [0.0, 1.0] and mean == pytest.approx([1.0, 0.01])
 
 

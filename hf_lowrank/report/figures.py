@@ -200,7 +200,7 @@ def _spectrum(runs: Sequence[Run], matrices: int) -> Drawing:
     for i, run in enumerate(runs):
         if matrices < 1 or len(run.checkpoints) < 2:
             continue
-        from hf_lowrank.report.spectra import weight_change
+        from hf_lowrank.report.spectra import mean_spectrum, weight_change
 
         try:
             change = weight_change(run, matrices)
@@ -209,7 +209,7 @@ def _spectrum(runs: Sequence[Run], matrices: int) -> Drawing:
             continue
         if change is not None:
             (first, last), spectra = change
-            x, y = _mean_spectrum(list(spectra.values()))
+            x, y = mean_spectrum(list(spectra.values()))
             axes.plot(x, y, **style.look(i), label=run.name)
             notes.append(f"{run.name}: steps {first} to {last}, {len(spectra)} matrices.")
     axes.set(xlabel="i / number of singular values", ylabel="σᵢ / σ₁", yscale="log", xlim=(0, 1))
@@ -217,13 +217,6 @@ def _spectrum(runs: Sequence[Run], matrices: int) -> Drawing:
     drawn = bool(axes.lines)
     title = "Spectrum of the weights' change"
     return Drawing("spectrum", title, caption, style.finish(figure, [axes], whole_steps=False) if drawn else None)
-
-
-def _mean_spectrum(spectra: list[list[float]], points: int = 100) -> tuple[list[float], list[float]]:
-    """Return the geometric mean of spectra of several lengths, at evenly spaced shares of them."""
-    shares = [i / (points - 1) for i in range(points)]
-    logs = [[math.log(max(s[round(x * (len(s) - 1))], 1e-8)) for x in shares] for s in spectra]
-    return shares, [math.exp(fmean(column)) for column in zip(*logs, strict=True)]
 
 
 COMPONENTS = {

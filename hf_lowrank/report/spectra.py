@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -39,6 +41,13 @@ def weight_change(run: Run, matrices: int) -> tuple[tuple[int, int], dict[str, l
         if sigma[0] > 0:
             result[name] = (sigma / sigma[0]).tolist()
     return ((first, last), result) if result else None
+
+
+def mean_spectrum(spectra: list[list[float]], points: int = 100) -> tuple[list[float], list[float]]:
+    """Return the geometric mean of spectra of several lengths, at evenly spaced shares of them."""
+    shares = [i / (points - 1) for i in range(points)]
+    logs = [[math.log(max(s[round(x * (len(s) - 1))], 1e-8)) for x in shares] for s in spectra]
+    return shares, [math.exp(fmean(column)) for column in zip(*logs, strict=True)]
 
 
 class _Weights:
