@@ -116,7 +116,7 @@ METHODS: dict[str, Method] = {
         "fira",
         "Fira: GaLore plus the scaled, limited residual",
         _FIRA,
-        "mr + 2nr + 1",
+        "mr + 2nr + 2",
         limits=_UPDATES_IN_HOOK,
     ),
     "fira_i3s_adamw": Method(
@@ -125,7 +125,7 @@ METHODS: dict[str, Method] = {
         "fira",
         "Fira in an I3S subspace",
         f"{_I3S}; {_FIRA}",
-        "mr + 2nr + 1",
+        "mr + 2nr + 2",
         limits=_UPDATES_IN_HOOK,
     ),
     "subtrack_adamw": Method(
@@ -142,7 +142,7 @@ METHODS: dict[str, Method] = {
         "fira",
         "SubTrack++: the same with moments carried along and recovery scaling",
         "arXiv 2502.01586",
-        "mr + 2nr + 1 (+ mn with accumulate)",
+        "mr + 2nr + 2 (+ mn with accumulate)",
         {"on_refresh": "rotate_variance", "fira_form": "paper"},
         _UPDATES_IN_HOOK,
     ),
@@ -280,7 +280,7 @@ for _family in ("galore_dominant", "galore_i3s", "galore_hybrid", "fira", "fira_
             _row,
             moments=_moments,
             summary=f"the subspace and step of `{_family}_adamw` with {_name}",
-            state=_state + (" + 1" if _row.reconstruction == "fira" else ""),
+            state=_state + (" + 2" if _row.reconstruction == "fira" else ""),
         )
 
 

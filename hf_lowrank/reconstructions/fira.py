@@ -49,8 +49,8 @@ class Fira(Reconstruction, name="fira"):
     limiter: float = number(1.01, above=1.0, help="largest growth of the residual's norm from one step to the next")
 
     def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Reconstruction.slots`: the limited norm of the last residual, 0 while unset."""
-        return {"residual_norm": Slot(batch, "exact")}
+        """See `Reconstruction.slots`: the limited norm of the last residual, 0 while unset, and its share of G."""
+        return {"residual_norm": Slot(batch, "exact"), "residual_share": Slot(batch, "exact")}
 
     def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
         """See `Reconstruction.combine`."""
@@ -66,6 +66,7 @@ class Fira(Reconstruction, name="fira"):
         phi = linalg.column_norms(N) * corrected / (r_squared.sqrt() + eps)
         phi = torch.where(r_squared > NO_PROJECTION * g_squared, phi, 0.0)
         totals = yield torch.stack([(phi.square() * residual).sum(-1), residual.sum(-1), g_squared.sum(-1)])
+        s["residual_share"].copy_(totals[1] / totals[2].clamp_min(torch.finfo(torch.float32).tiny))
         phi = phi / self._limit_(s["residual_norm"], totals, eps).unsqueeze(-1) / corrected
         if self.fira_form == "i3s":
             return Update(N.mul_(ctx.scale).addcmul_(R, phi.unsqueeze(-2), value=-1), phi)
