@@ -186,9 +186,11 @@ def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mappi
     chosen = {k: v for k, v in given.items() if k != "target_modules"}
     if rank is not None:
         chosen["rank"] = rank
-    filled = methods.complete(optim, chosen)
-    named = {**chosen, "rank": filled["rank"], "layerwise": filled["layerwise"]}
-    return LowRankOptimizer(groups.param_groups(net, target_modules=given.get("target_modules"), **named), optim)
+    options = groups.filled_for(net, optim, chosen)
+    layerwise = methods.complete(optim, chosen)["layerwise"]
+    target_modules = given.get("target_modules")
+    split = groups.param_groups(net, target_modules=target_modules, **{**options, "layerwise": layerwise})
+    return LowRankOptimizer(split, optim)
 
 
 def _with_method(blank: MemoryEstimate, optimizer: LowRankOptimizer, width: int, *, paper: bool) -> MemoryEstimate:
@@ -197,14 +199,14 @@ def _with_method(blank: MemoryEstimate, optimizer: LowRankOptimizer, width: int,
     dense, matrices, projected = 0, [0], 0
     hook = layerwise = False
     rank = blank.rank
-    for _, p, parts, group in optimizer.declared():
+    for name, p, parts, group in optimizer.declared():
         low_rank = "rank" in group
-        stored = state.stored(*declared_state(p, parts, group)).values()
+        stored = state.stored(*declared_state(p, parts, group, name)).values()
         counts[low_rank] += paper_bytes(stored) if paper else sum(slot.nbytes for slot in stored)
         if low_rank:
             matrices.append(width * p.numel())
             projected += projected_bytes(p, group)
-            rank, layerwise, hook = group["rank"], group["layerwise"], parts.reconstruction.needs_gradient
+            rank, layerwise, hook = group["rank"], group["layerwise"], parts.needs_gradient
         else:
             dense += width * p.numel()
     freed = dense + max(matrices) + (0 if hook else projected)

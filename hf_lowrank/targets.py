@@ -53,12 +53,13 @@ def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    split = groups.param_groups(model, target_modules=target_modules, **options)
+    filled = groups.filled_for(model, method, options)
+    split = groups.param_groups(model, target_modules=target_modules, **filled)
     optimizer = LowRankOptimizer(split, method)
     found: dict[tuple[str, tuple[int, ...], int | None], list[int]] = defaultdict(list)
     for name, p, parts, group in optimizer.declared():
         rank = clamp_rank(group["rank"], *p.shape[-2:]) if "rank" in group else None
-        stored = state.stored(*declared_state(p, parts, group)).values()
+        stored = state.stored(*declared_state(p, parts, group, name)).values()
         key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank
         found[key].append(sum(slot.nbytes for slot in stored))
     return [

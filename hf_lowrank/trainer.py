@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import methods, optimizer_names
 from hf_lowrank.callback import RUN_FILE, LowRankCallback, summary
-from hf_lowrank.groups import param_groups
+from hf_lowrank.groups import filled_for, param_groups
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.options import split_assignments
 
@@ -87,24 +87,12 @@ def optimizer_cls_and_kwargs(
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    options = options if rank is None else {"rank": rank, **options}
-    filled = methods.complete(method, options)  # refuse what is wrong before looking at the model
-    if filled.get("head_dim") == 0:  # Adam-mini has one block per head of the queries and keys
-        options["head_dim"] = _head_dim(model)
-    options["rank"] = filled["rank"]
+    options = filled_for(model, method, options if rank is None else {"rank": rank, **options})
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
     decay = values.pop("weight_decay")
     groups = param_groups(model, target_modules=target_modules, weight_decay=decay, **options)
     return LowRankOptimizer, {"params": groups, "method": method, **values}
-
-
-def _head_dim(model: nn.Module) -> int:
-    """Return the size of a model's attention heads, or 0 where its configuration does not say."""
-    config = getattr(model, "config", None)
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    size = getattr(config, "head_dim", None) or (width // heads if heads and width else 0)
-    return int(size)
 
 
 class LowRankTrainer(Trainer):  # type: ignore[misc]

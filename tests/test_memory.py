@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fitting import fitting
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,10 +53,11 @@ def real_bytes(model, optim, **options):
 @pytest.mark.parametrize("ending", ["", "_8bit", "_layerwise", "_8bit_layerwise"])
 @pytest.mark.parametrize("row", hf_lowrank.METHODS)
 def test_state_is_what_the_first_step_allocates(row, ending):
-    low_rank, dense, declared = real_bytes(tiny(), row + ending, rank=40)
+    rank = fitting(row, {"rank": 40})["rank"]
+    low_rank, dense, declared = real_bytes(tiny(), row + ending, **fitting(row, {"rank": 40}))
     with torch.device("meta"):
         shapes = tiny()
-    estimate = memory.estimate_memory(shapes, row + ending, rank=40, dtype="fp32")
+    estimate = memory.estimate_memory(shapes, row + ending, rank=rank, dtype="fp32")
     assert (estimate.low_rank_state, estimate.dense_state) == (low_rank, dense)
     assert estimate.state == declared
 

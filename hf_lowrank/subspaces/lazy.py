@@ -55,8 +55,8 @@ class Lazy(Subspace, name="lazy"):
             full = known == self.queue_size
             if overlap < self.threshold and doublings:
                 doublings, known = doublings - 1, 0
-            elif full and float(s["overlaps"].mean()) >= self.threshold and 2 ** (doublings + 1) <= self.longest:
+            elif full and float(s["overlaps"].mean()) >= self.threshold and 2**doublings < self.longest:
                 doublings, known = doublings + 1, 0
         s["doublings"].fill_(doublings)
         s["known"].fill_(known)
-        return int(gap * 2**doublings)
+        return int(gap * min(2**doublings, self.longest))
