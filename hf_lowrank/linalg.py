@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -18,10 +19,14 @@ BLOCK = 2**20
 """Elements of the largest fp32 copy made of a low-precision weight or gradient."""
 
 
-def blocks(shape: torch.Size) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) along the last axis: blocks of at most `BLOCK` elements, but at least one column."""
+CACHED = 2**17
+"""Elements of a block that stays in a processor's cache."""
+
+
+def blocks(shape: torch.Size, limit: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) along the last axis: blocks of at most `limit` (BLOCK) elements, but at least one column."""
     size = shape[-1]
-    length = max(1, BLOCK * size // max(1, shape.numel()))
+    length = max(1, (BLOCK if limit is None else limit) * size // max(1, shape.numel()))
     for start in range(0, size, length):
         yield start, min(length, size - start)
 
@@ -51,9 +56,11 @@ def add_product_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float) 
 
 
 def column_squared_norms(G: Tensor) -> Tensor:
-    """Return ||G_j||^2 of every column, (..., n), in fp32, with one block of columns as the only temporary."""
+    """Return ||G_j||^2 of every column, (..., n), in fp32, with at most a small block as temporary."""
+    if G.dtype == torch.float32 and G.stride(-2) == 1:  # columns lie in one piece: one pass, no temporary
+        return torch.linalg.vector_norm(G, dim=-2).square_()
     norms = torch.empty(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
-    for block in blocks(G.shape):
+    for block in blocks(G.shape, CACHED):
         norms.narrow(-1, *block).copy_(G.narrow(-1, *block).float().square().sum(-2))
     return norms
 
@@ -70,6 +77,8 @@ def all_finite(tensors: list[Tensor]) -> list[bool]:
     """
     if not tensors:
         return []
+    if len(tensors) == 1:
+        return [isfinite(float(sum_of_squares(tensors[0])))]
     sums = [sum_of_squares(x) for x in tensors]
     return torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()
 

@@ -56,7 +56,7 @@ class Fira(Reconstruction, name="fira"):
         """See `Reconstruction.combine`."""
         within = ctx.scale if self.fira_form == "released" else 1.0  # share of P R that the residual leaves out
         if ctx.r == ctx.m and within == 1.0:  # no residual
-            return Update(N.mul_(ctx.scale))
+            return Update(N, ctx.scale)
         corrected = c_t if self.fira_form == "paper" else 1.0
         eps = ctx.eps if self.fira_form == "paper" else 1e-8
         r_squared = R.square().sum(-2)  # (..., n)
@@ -69,9 +69,9 @@ class Fira(Reconstruction, name="fira"):
         s["residual_share"].copy_(totals[1] / totals[2].clamp_min(torch.finfo(torch.float32).tiny))
         phi = phi / self._limit_(s["residual_norm"], totals, eps).unsqueeze(-1) / corrected
         if self.fira_form == "i3s":
-            return Update(N.mul_(ctx.scale).addcmul_(R, phi.unsqueeze(-2), value=-1), phi)
-        Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale)
-        return Update(Z, phi if self.fira_form == "released" else phi * ctx.scale)
+            return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, phi)
+        Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1)
+        return Update(Z, ctx.scale, phi if self.fira_form == "released" else phi * ctx.scale)
 
     def _limit_(self, last: Tensor, totals: Tensor, eps: float) -> Tensor:
         """Return L (...,), infinite where there is no residual, and store the limited norm."""

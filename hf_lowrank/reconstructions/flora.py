@@ -68,4 +68,4 @@ class Flora(Reconstruction, name="flora"):
         total = yield squares.clamp_min_(0).sum(-1)
         rms = (total / (ctx.m * ctx.columns.n)).sqrt()
         factor = (ctx.scale / (rms / self.clip_threshold).clamp_min(1.0)).unsqueeze(-1)
-        return Update(Z * factor.unsqueeze(-1), (fresh * factor).expand(squares.shape))
+        return Update(Z * factor.unsqueeze(-1), d=(fresh * factor).expand(squares.shape))
