@@ -24,7 +24,7 @@ CACHED = 2**17
 
 
 def blocks(shape: torch.Size, limit: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) along the last axis: blocks of at most `limit` (BLOCK) elements, but at least one column."""
+    """Yield (start, length) along the last axis: blocks of at most `limit` (BLOCK) elements, at least one column."""
     size = shape[-1]
     length = max(1, (BLOCK if limit is None else limit) * size // max(1, shape.numel()))
     for start in range(0, size, length):
