@@ -58,11 +58,12 @@ def add_product_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float) 
 def column_squared_norms(G: Tensor) -> Tensor:
     """Return ||G_j||^2 of every column, (..., n), in fp32, with at most a small block as temporary."""
     if G.dtype == torch.float32 and G.stride(-2) == 1:  # columns lie in one piece: one pass, no temporary
-        return torch.linalg.vector_norm(G, dim=-2).square_()
-    norms = torch.empty(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
+        norms: Tensor = torch.linalg.vector_norm(G, dim=-2)
+        return norms.square_()
+    squares = torch.empty(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
     for block in blocks(G.shape, CACHED):
-        norms.narrow(-1, *block).copy_(G.narrow(-1, *block).float().square().sum(-2))
-    return norms
+        squares.narrow(-1, *block).copy_(G.narrow(-1, *block).float().square().sum(-2))
+    return squares
 
 
 def squared_norm(G: Tensor) -> Tensor:
