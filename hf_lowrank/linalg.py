@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-BLOCK = 2**20
+BLOCK = 2**18
 """Elements of the largest fp32 copy made of a low-precision weight or gradient."""
 
 
@@ -277,13 +277,15 @@ def round_(target: Tensor, value: Tensor, gen: torch.Generator | None) -> None:
         return
     bits = value.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 24, bits.shape, dtype=torch.int32, device=bits.device, generator=gen)
-    rounded = ((bits + (noise >> 24 - dropped)) >> dropped << dropped).view(torch.float32)
+    small = None
     if dropped == 13:  # below 2^-14 fp16 has a fixed grid of 2^-24
-        grid = torch.floor(value * 2.0**24 + noise * 2.0**-24) * 2.0**-24
-        rounded = torch.where(value.abs() < 2.0**-14, grid, rounded)
-    target.copy_(rounded)
+        grid = torch.floor(value * 2.0**24 + noise * 2.0**-24).mul_(2.0**-24)
+        small = value.abs() < 2.0**-14, grid
+    rounded = noise.bitwise_right_shift_(24 - dropped).add_(bits)
+    rounded = rounded.bitwise_right_shift_(dropped).bitwise_left_shift_(dropped).view(torch.float32)
+    target.copy_(rounded if small is None else torch.where(small[0], small[1], rounded))
 
 
 def column_norms(R: Tensor) -> Tensor:
-    """Return the Euclidean norm of every column of R (..., r, n), (..., n). (torch's own is several times slower.)"""
-    return R.square().sum(-2).sqrt()
+    """Return the Euclidean norm of every column of R (..., r, n), (..., n)."""
+    return column_squared_norms(R).sqrt_()

@@ -59,7 +59,7 @@ class Fira(Reconstruction, name="fira"):
             return Update(N, ctx.scale)
         corrected = c_t if self.fira_form == "paper" else 1.0
         eps = ctx.eps if self.fira_form == "paper" else 1e-8
-        r_squared = R.square().sum(-2)  # (..., n)
+        r_squared = linalg.column_squared_norms(R)  # (..., n)
         g_squared = facts.norms()
         pr_squared = r_squared if facts.gram() is None else facts.inside(R)
         residual = (g_squared - 2 * within * r_squared + within**2 * pr_squared).clamp_min_(0)
