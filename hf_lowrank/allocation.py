@@ -48,7 +48,7 @@ def matrix_state(parts: Parts, layout: Layout, group: Mapping[str, Any], name: s
         (layout.stack, layout.m, layout.columns, rank_of(parts, layout, group)),
         layout.piece,
         columns_of(layout, group, name),
-        group["basis_format"],
+        group.get("basis_format", "fp32"),
         group["state_format"],
     )
 
@@ -75,8 +75,10 @@ def _matrix_state(
 
 def dense_shape(parts: Parts, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape in which the moments' rule sees a dense tensor."""
-    if parts.moments.dense.elementwise or len(shape) < 2:
+    if parts.moments.dense.elementwise:
         return shape
+    if len(shape) < 2:
+        return shape or (1,)
     size = 1
     for length in shape[1:]:
         size *= length
@@ -141,7 +143,7 @@ def _growths(weight: DTensor, parts: Parts, group: Mapping[str, Any], name: str)
         return [(grown, weight.shape[0])]
     layout = Layout.of(weight, group["proj_type"])
     r, columns = rank_of(parts, layout, group), columns_of(layout, group, name)
-    forms = group["basis_format"], "fp32"
+    forms = group.get("basis_format", "fp32"), "fp32"
     m, n, batch = layout.m, layout.n, layout.batch
 
     def stored(stack: tuple[int, ...], held: int, piece: tuple[int, int]) -> Slots:

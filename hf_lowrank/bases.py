@@ -30,9 +30,9 @@ class Basis(ABC):
     def rows(self, start: int, length: int) -> Basis:
         """Return the same map onto some rows only."""
 
-    @abstractmethod
     def gram(self) -> Tensor:
         """Return P^T P (..., r, r)."""
+        raise NotImplementedError
 
     def changes(self, old: Basis) -> list[Tensor]:
         """Return the change of basis from `old` for every side that is projected: [C], or [C, C of the right side]."""
@@ -138,9 +138,10 @@ class SelectedRows(Basis):
         return self._same(self) * self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
 
     def changes(self, old: Basis) -> list[Tensor]:
-        """See `Basis.changes`: which slot holds the same row, scales aside."""
+        """See `Basis.changes`: a slot takes over the mean of the old slots that held its row, scales aside."""
         assert isinstance(old, SelectedRows)
-        return [self._same(old)]
+        same = self._same(old)
+        return [same / same.sum(-1, keepdim=True).clamp_min(1)]
 
     def _same(self, other: SelectedRows) -> Tensor:
         return (self.index.unsqueeze(-1) == other.index.unsqueeze(-2)).to(self.scale.dtype)
@@ -164,13 +165,18 @@ class Blocks(Basis):
 
     def fold(self, X: Tensor) -> Tensor:
         """Return the sum over every block times the factor, (..., r, n), in fp32."""
-        short = -self.m % self.size
-        padded = torch.nn.functional.pad(X, (0, 0, 0, short)) if short else X
-        blocks = padded.reshape(*X.shape[:-2], -1, self.size, X.shape[-1])
-        return blocks.sum(-2, dtype=torch.float32).mul_(self.factor)
+        whole = self.m // self.size * self.size
+        blocks = X.narrow(-2, 0, whole).reshape(*X.shape[:-2], -1, self.size, X.shape[-1])
+        folded = blocks.sum(-2, dtype=torch.float32)
+        if whole < self.m:  # a short last block
+            rest = X.narrow(-2, whole, self.m - whole).sum(-2, keepdim=True, dtype=torch.float32)
+            folded = torch.cat([folded, rest], -2)
+        return folded.mul_(self.factor)
 
     def repeat(self, X: Tensor) -> Tensor:
         """Return every row of X (..., r, n) on all rows of its block, (..., m, n)."""
+        if self.size >= self.m:
+            return X.expand(*X.shape[:-2], self.m, X.shape[-1]).contiguous()
         return X.repeat_interleave(self.size, -2).narrow(-2, 0, self.m)
 
     def project(self, G: Tensor) -> Tensor:
@@ -191,12 +197,3 @@ class Blocks(Basis):
             ValueError: always: a block could be cut.
         """
         raise ValueError("blocks of rows cannot be split over processes: leave out proj_type (the default is right)")
-
-    def gram(self) -> Tensor:
-        """See `Basis.gram`."""
-        lengths = torch.tensor([min(self.size, self.m - start) for start in range(0, self.m, self.size)])
-        return torch.diag(lengths * self.factor**2)
-
-    def changes(self, old: Basis) -> list[Tensor]:
-        """See `Basis.changes`: nothing ever changes."""
-        return [self.gram()]

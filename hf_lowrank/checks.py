@@ -87,6 +87,10 @@ def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     return {**now, **saved, **{key: now[key] for key in _RUN_OPTIONS if key in now}}
 
 
+_SHAPES_STATE = ("error_feedback", "accumulate", "history", "queue_size", "head_dim")
+"""Options of parts that say which tensors there are: a checkpoint's hold, an edit would have none."""
+
+
 def check_edits(groups: Sequence[Mapping[str, Any]], checked: Sequence[Mapping[str, Any]]) -> None:
     """Check groups whose values were edited.
 
@@ -94,13 +98,19 @@ def check_edits(groups: Sequence[Mapping[str, Any]], checked: Sequence[Mapping[s
         ValueError: for a value that is not valid, and for an edit of what the state is built on.
     """
     for group, before in zip(groups, checked, strict=False):
-        for key in _STRUCTURE:
+        for key in (*_STRUCTURE, *_SHAPES_STATE):
             if group.get(key) != before.get(key):
                 raise ValueError(f"{key} cannot be changed while training; it was {before.get(key)}")
     for group in groups:
         options = {k: v for k, v in group.items() if k not in TORCH_KEYS}
         methods.complete(group["method"], options, low_rank="rank" in group)
         check_group(group, "rank" in group)
+    norms = {float(group["max_grad_norm"]) for group in groups} - {0.0}
+    if len(norms) > 1:
+        raise ValueError(f"all groups are clipped together: give them one max_grad_norm, not {sorted(norms)}")
+    along = [g["method"] for g in groups if "rank" in g and methods.parts(g["method"], g).needs_gradient]
+    if max(norms, default=0.0) and along:
+        raise ValueError(f"{along[0]} steps along the gradient itself, which is not clipped: set max_grad_norm=0")
 
 
 def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -53,7 +53,7 @@ class DenseStep:
             else:
                 self._step_in_blocks(i)
         if together:
-            weights, grads = [local(self.weights[i]) for i in together], [self._grad(i) for i in together]
+            weights, grads = [local(self.weights[i]) for i in together], [self._grad(i).float() for i in together]
             states, contexts = [self.views[i] for i in together], [self._context(i) for i in together]
             self.rule.dense_step_(weights, grads, states, contexts)
         for s, good in zip(self.views, finite, strict=True):
@@ -63,7 +63,7 @@ class DenseStep:
     def _step_whole(self, i: int) -> Summing[None]:
         """Step a tensor by a rule that looks at all of it, its first axis as columns."""
         W, G, s, ctx = local(self.weights[i]), self._grad(i).float(), self.views[i], self._context(i)
-        N = yield from self.rule.update(s, G.flatten(1).mT if G.dim() > 1 else G, ctx)
+        N = yield from self.rule.update(s, G.flatten(1).mT if G.dim() > 1 else G.reshape(-1), ctx)
         step = (N.mT if G.dim() > 1 else N).reshape(W.shape)
         image = W.float()
         image.mul_(1 - ctx.lr * ctx.weight_decay).sub_(step, alpha=ctx.lr * self.rule.step_scale(ctx))
@@ -91,7 +91,7 @@ class DenseStep:
     def _grad(self, i: int) -> Tensor:
         grad = self.weights[i].grad
         assert grad is not None
-        return local(grad).to(self.weights[i].dtype)  # a gradient may be kept in another type than its weight
+        return local(grad)  # it may be kept in another type than its weight
 
     def _context(self, i: int) -> Context:
         weight = self.weights[i]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_lowrank.matrices import clamp_rank
+from hf_lowrank.allocation import rank_of
+from hf_lowrank.matrices import Layout
 from hf_lowrank.optimizer import LowRankOptimizer
 
 
@@ -39,15 +40,15 @@ def resolved_options(optimizer: LowRankOptimizer) -> dict[str, Any]:
 
 def summary(optimizer: LowRankOptimizer) -> str:
     """Describe in one line what is projected, at which rank and learning rates, and what the state costs."""
-    matrices = [(p, group) for group in optimizer.param_groups if "rank" in group for p in group["params"]]
+    matrices = [(p, parts, group) for _, p, parts, group in optimizer.declared() if "rank" in group]
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     declared = optimizer.declared_bytes()
     adamw = sum(8 * p.numel() for p in everything)
-    ranks = sorted({clamp_rank(group["rank"], *p.shape[-2:]) for p, group in matrices})
+    ranks = sorted({rank_of(parts, Layout.of(p, group["proj_type"]), group) for p, parts, group in matrices})
     lr = optimizer.param_groups[0]["lr"]
     text = f"{optimizer.defaults['method']}: {len(matrices)} matrices at rank {_span(ranks)}"
     if matrices:
-        scale = matrices[0][1]["scale"]
+        scale = matrices[0][2]["scale"]
         text += f", lr {lr * scale:g} ({lr:g} x scale {scale:g})"
     text += f"; {len(everything) - len(matrices)} dense parameters, lr {lr:g}"
     return text + f"; state {declared / MIB:.1f} MiB (AdamW: {adamw / MIB:.1f} MiB)"

@@ -23,7 +23,8 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 def param_groups(
     model: nn.Module,
     *,
-    rank: float = 128,
+    method: str | None = None,
+    rank: float | None = None,
     target_modules: str | Sequence[str] | None = None,
     weight_decay: float = 0.0,
     **method_options: Any,
@@ -36,11 +37,12 @@ def param_groups(
 
     Args:
         model: the model; torch.compile, DDP and peft wrappers are seen through.
-        rank: dimension of the subspace, an integer or a fraction < 1 of the short side.
-        target_modules: None or "all-linear" for the default; a regular expression that must match a module's whole
-            name;
-            or a list (in one string: separated by commas) of such expressions or substrings of names. A matrix named
-            so is projected even where its short side is not above the rank.
+        method: a name from METHODS for these groups; None leaves it to the optimizer's.
+        rank: dimension of the subspace, an integer or a fraction < 1 of the short side; by default the method's, or
+            128.
+        target_modules: None or "all-linear" for the default. Else a regular expression that must match a module's
+            whole name, or a list (in one string: separated by commas) of such expressions or of substrings of names;
+            a matrix named so is projected even where its short side is not above the rank.
         weight_decay: decay of the parameters that decay.
         method_options: options of the method, for instance update_proj_gap=200, scale=0.25.
 
@@ -50,10 +52,15 @@ def param_groups(
     Raises:
         ValueError: if nothing matches; the message says what there is.
     """
-    rank = options.parse("rank", rank, options.schema(methods.LowRankOptions), what="param_groups")
+    if method is not None:
+        given = method_options if rank is None else {"rank": rank, **method_options}
+        method_options = {"method": method, **filled_for(model, method, given)}
+        rank = method_options.pop("rank")
+    rank = options.parse("rank", 128 if rank is None else rank, options.schema(methods.LowRankOptions), what="rank")
     targets = set(target_parameters(model, rank=rank, target_modules=target_modules))
     decaying = set(decay_names(model))
-    dense_options = {k: v for k, v in method_options.items() if k in methods.dense_options()}
+    dense = {"method", *methods.dense_options(method)}
+    dense_options = {k: v for k, v in method_options.items() if k in dense}
     groups: list[dict[str, Any]] = []
     for low_rank in (True, False):
         extra = {"rank": rank, **method_options} if low_rank else dense_options

@@ -87,7 +87,8 @@ def all_finite(tensors: list[Tensor]) -> list[bool]:
 def sum_of_squares(x: Tensor) -> Tensor:
     """Return the sum of squares of all elements in fp32, without a copy of x."""
     if x.dtype == torch.float32 and x.numel() < 2**31:
-        return torch.dot(x.reshape(-1), x.reshape(-1))
+        flat = (x if x.is_contiguous() or x.dim() < 2 else x.mT).reshape(-1)
+        return torch.dot(flat, flat)
     # the norm is accumulated in fp32; fp16 could not hold it, bf16 can
     norm: Tensor = torch.linalg.vector_norm(x, dtype=None if x.dtype == torch.bfloat16 else torch.float32)
     return norm.float().square()

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowrank import groups, methods, state
-from hf_lowrank.allocation import declared_state
+from hf_lowrank.allocation import declared_state, rank_of
 from hf_lowrank.formats import Slot
-from hf_lowrank.matrices import Layout, clamp_rank
+from hf_lowrank.matrices import Layout
+from hf_lowrank.methods import Parts
 from hf_lowrank.models import activation_bytes, load_model
 from hf_lowrank.optimizer import LowRankOptimizer
 
@@ -186,10 +187,7 @@ def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mappi
     chosen = {k: v for k, v in given.items() if k != "target_modules"}
     if rank is not None:
         chosen["rank"] = rank
-    options = groups.filled_for(net, optim, chosen)
-    layerwise = methods.complete(optim, chosen)["layerwise"]
-    target_modules = given.get("target_modules")
-    split = groups.param_groups(net, target_modules=target_modules, **{**options, "layerwise": layerwise})
+    split = groups.param_groups(net, method=optim, target_modules=given.get("target_modules"), **chosen)
     return LowRankOptimizer(split, optim)
 
 
@@ -205,7 +203,7 @@ def _with_method(blank: MemoryEstimate, optimizer: LowRankOptimizer, width: int,
         counts[low_rank] += paper_bytes(stored) if paper else sum(slot.nbytes for slot in stored)
         if low_rank:
             matrices.append(width * p.numel())
-            projected += projected_bytes(p, group)
+            projected += projected_bytes(p, parts, group)
             rank, layerwise, hook = group["rank"], group["layerwise"], parts.needs_gradient
         else:
             dense += width * p.numel()
@@ -220,10 +218,10 @@ def _with_method(blank: MemoryEstimate, optimizer: LowRankOptimizer, width: int,
     )
 
 
-def projected_bytes(weight: Tensor, group: Mapping[str, Any]) -> int:
+def projected_bytes(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> int:
     """Return the bytes of a matrix's projected gradient in fp32, which the layerwise mode keeps until `step`."""
     layout = Layout.of(weight, group["proj_type"])
-    return 4 * prod(layout.batch) * clamp_rank(group["rank"], layout.m, layout.n) * layout.n
+    return 4 * prod(layout.batch) * prod(parts.subspace.shape(layout.m, layout.n, rank_of(parts, layout, group)))
 
 
 def paper_bytes(slots: Iterable[Slot]) -> int:

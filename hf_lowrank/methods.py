@@ -44,7 +44,7 @@ class LowRankOptions:
 
     rank: float = opt.rank(128, help="dimension of the subspace; clamped to the matrix's short side")
     update_proj_gap: int = opt.integer(200, minimum=1, help="steps between refreshes of the subspace")
-    scale: float = opt.number(0.25, above=0.0, help="factor alpha on the low-rank update")
+    scale: float = opt.number(0.25, above=0.0, below=1e9, help="factor alpha on the low-rank update")
     proj_type: str = opt.choice(
         "std",
         "paper",
@@ -253,10 +253,16 @@ def _free_schema() -> dict[str, Field[Any]]:
     return {kind: opt.choice(*names, help=f"which {kind}") for kind, names in free.items()}
 
 
-def dense_options() -> set[str]:
-    """Return the names of the options that dense parameters have: the shared ones and those of the moments."""
+def dense_options(method: str | None = None) -> set[str]:
+    """Return the names of the options that dense parameters have: the shared ones and those of the moments.
+
+    Args:
+        method: a valid name, or None for what any method may have.
+    """
+    if method is not None and not METHODS[split(method)[0]].free:
+        return set(opt.schema(SharedOptions, _prototype("moments", METHODS[split(method)[0]].moments)))
     owners: list[Any] = [SharedOptions, *_registry("moments").values()]
-    return {item.name for owner in owners for item in fields(owner)}
+    return {*KINDS, *(item.name for owner in owners for item in fields(owner))}
 
 
 def _registry(kind: str) -> dict[str, type[Any]]:

@@ -257,9 +257,7 @@ def component_bytes(optimizer: LowRankOptimizer, model: nn.Module) -> dict[str, 
 
     held = gradients(low_rank)
     if any(group["layerwise"] for *_, group in low_rank):
-        projected = sum(
-            projected_bytes(p, g) for _, p, parts, g in low_rank if not parts.reconstruction.needs_gradient
-        )
+        projected = sum(projected_bytes(p, parts, g) for _, p, parts, g in low_rank if not parts.needs_gradient)
         held = projected + max(x.nbytes for x, *_ in low_rank)
     return {
         "weights": sum(local(p).nbytes for p in model.parameters()),

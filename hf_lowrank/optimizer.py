@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from time import perf_counter
 from typing import Any, overload
 
@@ -129,7 +130,7 @@ class LowRankOptimizer(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discard all gradients, also those that the layerwise mode has projected already."""
+        """Discard all gradients, also those that the layerwise mode has projected; what it has stepped stays so."""
         super().zero_grad(set_to_none)
         self._forget_gradients()
 
@@ -147,8 +148,12 @@ class LowRankOptimizer(Optimizer):
         return torch.autocast(next(devices, "cpu"), enabled=False)
 
     def _check_edits(self) -> None:
-        """Check the options of groups that were edited since the last step."""
-        plain = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in self.param_groups]
+        """Check the options of groups that were edited since the last step; a schedule edits lr at every step."""
+        rates = [float(group["lr"]) for group in self.param_groups]
+        if not all(0 <= rate < inf for rate in rates):
+            raise ValueError(f"lr must be in [0, inf), got {rates}")
+        left_out = ("params", "param_names", "lr")
+        plain = [{k: v for k, v in group.items() if k not in left_out} for group in self.param_groups]
         if plain != self._checked:
             check_edits(self.param_groups, self._checked)
             self._checked = plain
@@ -179,6 +184,7 @@ class LowRankOptimizer(Optimizer):
     def take_gradient(self, g: int, i: int, p: Tensor) -> None:
         """Project (or apply) one matrix's gradient and free it; one whose refresh is due is left for `step`."""
         self._allocate_missing()
+        self._check_edits()
         index = self._index(g, i)
         group = self.param_groups[g]
         unit = self._held.get(index) or self._matrix(g, i, p, methods.parts(group["method"], group))

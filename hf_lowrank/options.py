@@ -19,7 +19,8 @@ def number(default: float, *, above: float | None = None, minimum: float = 0.0, 
     if above is None:
         expected = f"a number >= {minimum:g}" + (f" and < {below:g}" if below < inf else "")
         return _option(default, float, lambda v: isfinite(v) and minimum <= v < below, expected, help)
-    return _option(default, float, lambda v: isfinite(v) and v > above, f"a number > {above:g}", help)
+    expected = f"a number > {above:g}" + (f" and < {below:g}" if below < inf else "")
+    return _option(default, float, lambda v: isfinite(v) and above < v < below, expected, help)
 
 
 def choice(*values: str, help: str) -> Any:
@@ -67,12 +68,12 @@ def schema(*owners: Any) -> dict[str, Field[Any]]:
     """Return the option fields of several dataclasses by name.
 
     Raises:
-        TypeError: if two of them declare the same name.
+        TypeError: if two of them declare the same name with another meaning.
     """
     found: dict[str, Field[Any]] = {}
     for owner in owners:
         for item in fields(owner):
-            if item.name in found:
+            if item.name in found and found[item.name].metadata["help"] != item.metadata["help"]:
                 raise TypeError(f"option {item.name!r} is declared by two parts of one method")
             found[item.name] = item
     return found

@@ -206,7 +206,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2501.07237",
         "2mn/2^level + 1",
         {"rank": 0.25, "proj_type": "right"},
-        _UPDATES_IN_HOOK,
+        f"{_UPDATES_IN_HOOK}; no bound on its first steps: warm up",
     ),
     "foam_adamw": Method(
         "fold",

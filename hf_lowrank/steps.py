@@ -301,7 +301,7 @@ class MatrixStep:
         return self._basis
 
     def _gram(self) -> Tensor | None:
-        exact = self.parts.subspace.orthonormal and self.group["basis_format"] == "fp32"
+        exact = self.parts.subspace.orthonormal and self.group.get("basis_format", "fp32") == "fp32"
         return None if exact else self._whole_basis().gram()
 
     def _norms(self) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank import groups, state
-from hf_lowrank.allocation import declared_state
-from hf_lowrank.matrices import clamp_rank
+from hf_lowrank.allocation import declared_state, rank_of
+from hf_lowrank.matrices import Layout
 from hf_lowrank.optimizer import LowRankOptimizer
 
 
@@ -53,12 +53,11 @@ def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    filled = groups.filled_for(model, method, options)
-    split = groups.param_groups(model, target_modules=target_modules, **filled)
+    split = groups.param_groups(model, method=method, target_modules=target_modules, **options)
     optimizer = LowRankOptimizer(split, method)
     found: dict[tuple[str, tuple[int, ...], int | None], list[int]] = defaultdict(list)
     for name, p, parts, group in optimizer.declared():
-        rank = clamp_rank(group["rank"], *p.shape[-2:]) if "rank" in group else None
+        rank = rank_of(parts, Layout.of(p, group["proj_type"]), group) if "rank" in group else None
         stored = state.stored(*declared_state(p, parts, group, name)).values()
         key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank
         found[key].append(sum(slot.nbytes for slot in stored))

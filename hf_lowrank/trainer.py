@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import methods, optimizer_names
 from hf_lowrank.callback import RUN_FILE, LowRankCallback, summary
-from hf_lowrank.groups import filled_for, param_groups
+from hf_lowrank.groups import param_groups
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.options import split_assignments
 
@@ -87,11 +87,13 @@ def optimizer_cls_and_kwargs(
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    options = filled_for(model, method, options if rank is None else {"rank": rank, **options})
+    methods.complete(method, options if rank is None else {"rank": rank, **options})  # before looking at the model
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
     decay = values.pop("weight_decay")
-    groups = param_groups(model, target_modules=target_modules, weight_decay=decay, **options)
+    groups = param_groups(
+        model, method=method, rank=rank, target_modules=target_modules, weight_decay=decay, **options
+    )
     return LowRankOptimizer, {"params": groups, "method": method, **values}
 
 

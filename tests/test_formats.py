@@ -90,7 +90,7 @@ def test_eight_bit_names_store_codes_and_the_declared_bytes(name):
             assert small or optimizer.state[p][f"{key}.absmax"].dtype == torch.float32
     assert optimizer.state[b]["exp_avg"].dtype == torch.uint8
     if "basis" in optimizer.state[w]:
-        packed = optimizer.param_groups[0]["basis_format"] == "4bit"
+        packed = optimizer.param_groups[0].get("basis_format") == "4bit"
         assert optimizer.state[w]["basis"].dtype == (torch.uint8 if packed else torch.float32)
     assert declared == sum(state.nbytes(s) for s in optimizer.state.values())
 

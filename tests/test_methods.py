@@ -824,7 +824,7 @@ def test_declared_bytes_are_those_of_the_tables_formula(name, shape):
 
 @pytest.mark.parametrize("name, options, formula, own", [
     ("subtrack_adamw", {"accumulate": True}, "mr + 2nr + mn", 8),
-    ("subtrack_pp_adamw", {"accumulate": True}, "mr + 2nr + 1 + mn", 8),
+    ("subtrack_pp_adamw", {"accumulate": True}, "mr + 2nr + 2 + mn", 8),
     ("ldadam", {"error_feedback": "off"}, "mr + 2nr", 0),
     ("ldadam", {"error_feedback": "bf16"}, "mr + 2nr + mn/2", 0),
     ("ldadam", {"error_feedback": "8bit"}, "mr + 2nr + mn/4 + mn/256", 0),

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hf_lowrank import METHODS, methods
+from hf_lowrank import methods
 
 
 ROOT = Path(__file__).parent.parent

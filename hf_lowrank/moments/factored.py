@@ -86,7 +86,7 @@ class Adafactor(Moments, name="adafactor"):
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
-    decay_rate: float = number(0.8, help="Adafactor: the second moment's decay is 1 - t^-decay_rate")
+    decay_rate: float = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
     clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
 
     def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
@@ -120,7 +120,7 @@ class CAME(Moments, name="came"):
 
     clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
     beta3: float = number(0.9999, below=1.0, help="CAME: decay of the confidence")
-    eps2: float = number(1e-16, help="CAME: added to the squared instability")
+    eps2: float = number(1e-16, above=0.0, help="CAME: added to the squared instability")
 
     def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
         """See `Moments.slots`."""
@@ -128,7 +128,13 @@ class CAME(Moments, name="came"):
         return {"exp_avg": Slot(shape, "moment"), **factors(shape, "square"), **confidence}
 
     def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """See `Moments.update`."""
+        """See `Moments.update`.
+
+        Raises:
+            ValueError: without momentum, from which the instability is measured.
+        """
+        if ctx.beta1 == 0:
+            raise ValueError("CAME measures an update against its momentum: set beta1 (adam_beta1) above 0")
         root = yield from observe(s, R.square() + TINY, "square", ctx.beta2, ctx.columns)
         u = yield from clipped(R * root, self.clip_threshold, ctx.columns)
         M = s["exp_avg"].lerp_(u, 1 - ctx.beta1)
@@ -154,10 +160,13 @@ class SketchedMomentum(Moments, name="sketched_momentum"):
     composable: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = Momentum.transports
 
+    decay_rate: float = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
+    clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
+
     @property
     def dense(self) -> Moments:
         """See `Moments.dense`."""
-        return Adafactor()
+        return Adafactor(self.decay_rate, self.clip_threshold)
 
     def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
         """See `Moments.slots`."""

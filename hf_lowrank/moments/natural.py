@@ -19,7 +19,7 @@ class NaturalAdam(Moments, name="natural_adam"):
     """g = vec(R), H the last `history` of them (this one included), F = lambda I + H H^T;  R <- F^-1 R, then Adam.
 
     By Woodbury, g being the column e of H, F^-1 g = H z with (lambda I + H^T H) z = e: one small solve per matrix.
-    At a refresh the window is rotated into the new basis with M, or cleared.
+    At a refresh the window is rotated into the new basis, or cleared, whatever becomes of the moments.
 
     State: history x rn beside Adam's 2rn. Dense parameters take plain Adam.
 
@@ -68,7 +68,7 @@ class NaturalAdam(Moments, name="natural_adam"):
         system = torch.eye(self.history, dtype=gram.dtype, device=gram.device) + gram / damping[..., None]
         chosen = torch.zeros_like(norms)
         chosen[..., place] = 1  # g is a column of H
-        z = torch.linalg.solve(system, chosen) / damping  # (..., history)
+        z = torch.linalg.solve_ex(system, chosen)[0] / damping  # (..., history)
         natural = (z.to(R.dtype).unsqueeze(-2) @ rows).view(R.shape)
         return (yield from Adam().update(s, natural, ctx))
 

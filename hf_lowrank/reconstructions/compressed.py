@@ -30,6 +30,9 @@ class Details(Reconstruction, name="details"):
 
     References:
         GWT, arXiv 2501.07237, Algorithm 1.
+
+    As printed nothing bounds the details: where a block's mean is next to nothing so is D, above all in the first
+    steps. Warm up.
     """
 
     needs_gradient: ClassVar[bool] = True

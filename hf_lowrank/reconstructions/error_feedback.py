@@ -18,7 +18,7 @@ class ErrorFeedback(Reconstruction, name="error_feedback"):
 
     What the projection of a and the transport of M leave out is in E and comes back later: with V held at 1 the steps
     add up to those of full momentum. The two changes are orthogonal to P, so E takes the second one at the change of
-    basis and the first after the step, with no temporary.
+    basis and the first after the step.
 
     State: mn for E, in a number format of its own.
 

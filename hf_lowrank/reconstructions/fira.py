@@ -61,12 +61,13 @@ class Fira(Reconstruction, name="fira"):
         eps = ctx.eps if self.fira_form == "paper" else 1e-8
         r_squared = linalg.column_squared_norms(R)  # (..., n)
         g_squared = facts.norms()
-        pr_squared = r_squared if facts.gram() is None else facts.inside(R)
+        pr_squared = facts.inside(R)
         residual = (g_squared - 2 * within * r_squared + within**2 * pr_squared).clamp_min_(0)
         phi = linalg.column_norms(N) * corrected / (r_squared.sqrt() + eps)
         phi = torch.where(r_squared > NO_PROJECTION * g_squared, phi, 0.0)
         totals = yield torch.stack([(phi.square() * residual).sum(-1), residual.sum(-1), g_squared.sum(-1)])
-        s["residual_share"].copy_(totals[1] / totals[2].clamp_min(torch.finfo(torch.float32).tiny))
+        share = totals[1] / totals[2].clamp_min(torch.finfo(torch.float32).tiny)
+        s["residual_share"].copy_(share.nan_to_num(nan=1.0))  # squares may overflow where R does not
         phi = phi / self._limit_(s["residual_norm"], totals, eps).unsqueeze(-1) / corrected
         if self.fira_form == "i3s":
             return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, phi)

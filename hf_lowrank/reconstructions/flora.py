@@ -36,8 +36,8 @@ class Flora(Reconstruction, name="flora"):
     needs_gradient: ClassVar[bool] = True
     composable: ClassVar[bool] = False
 
-    decay_rate: float = number(0.8, help="FLora: the second moment's decay is 1 - t^-decay_rate")
-    clip_threshold: float = number(1.0, above=0.0, help="FLora: largest RMS of an update")
+    decay_rate: float = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
+    clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
 
     def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
         """See `Reconstruction.slots`."""

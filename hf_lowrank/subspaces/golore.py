@@ -39,8 +39,10 @@ class GoLore(Subspace, name="golore"):
         Raises:
             ValueError: if the number of steps is not known.
         """
-        if self.total_steps is None:
-            raise ValueError("golore switches at a share of the run: set total_steps, the number of optimizer steps")
-        if ctx.step >= self.switch_at * self.total_steps:
+        if self.switch_at < 1 and self.total_steps is None:
+            raise ValueError(
+                "golore switches at a share of the run: set total_steps=<optimizer steps of the whole run>"
+            )
+        if self.switch_at < 1 and ctx.step >= self.switch_at * (self.total_steps or 0):
             return linalg.uniform_stiefel(P.shape, ctx.generator()).to(P), None
         return dominant(G, P, self.refresh, ctx)

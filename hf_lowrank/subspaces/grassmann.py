@@ -65,7 +65,7 @@ class Grassmann(Subspace, name="grassmann"):
 
     def evidence(self, s: State, G: Tensor, ctx: Context) -> Tensor:
         """See `Subspace.evidence`."""
-        return (s["gradients"] + G) / (int(s["seen"]) + 1) if self.accumulate else G
+        return (s["gradients"] + G).div_(int(s["seen"]) + 1) if self.accumulate else G
 
     def observe_(self, s: State, G: Tensor) -> None:
         """See `Subspace.observe_`."""
@@ -88,7 +88,7 @@ class Grassmann(Subspace, name="grassmann"):
             S.copy_(linalg.align_signs(U[..., : S.shape[-1]], None))
             return sigma
         total = linalg.squared_norm(G)[..., None, None]
-        G = torch.where(total > 0, G / total.sqrt(), 0.0)  # of norm 1, so that no square overflows
+        G = G * torch.where(total > 0, total.rsqrt(), 0.0)  # of norm 1, so that no square overflows
         A = S.mT @ G
         T = G @ A.mT - S @ (A @ A.mT)
         u, sigma, v = _leading_triple(T, S)

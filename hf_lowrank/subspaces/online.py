@@ -26,7 +26,7 @@ class Online(Subspace, name="online"):
     the dominant one, at whose own gradient f is stationary, so it first moves one step later. It is never made
     orthonormal again, so the size of P N drifts. Its learning rate follows the schedule of the model's.
 
-    State: 3mr for P and its moments.
+    State: 3mr for P and its moments, in fp32: what is accumulated must not be rounded to fewer bits.
 
     References:
         Online Subspace Descent, arXiv 2408.12857, section 4 and its code (AdamW with weight decay 0.01, learning rate
@@ -35,7 +35,7 @@ class Online(Subspace, name="online"):
 
     orthonormal: ClassVar[bool] = False
     late: ClassVar[bool] = True
-    without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger")
+    without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger", "basis_format")
 
     basis_lr: float = number(
         0.005, help="Online Subspace Descent: learning rate of the basis at the peak of the schedule"
@@ -55,7 +55,7 @@ class Online(Subspace, name="online"):
             P.copy_(linalg.align_signs(U[..., : P.shape[-1]], None))
             return sigma
         total = linalg.squared_norm(G)[..., None, None]
-        G = torch.where(total > 0, G / total.sqrt(), 0.0)
+        G = G * torch.where(total > 0, total.rsqrt(), 0.0)
         A = P.mT @ G
         GA = G @ A.mT
         gradient = 2 * (P @ (A @ A.mT) + GA @ (P.mT @ P) - 2 * GA)

@@ -34,6 +34,7 @@ class Rows(Subspace, name="rows"):
     """
 
     on_refresh: ClassVar[str] = "reset"
+    without: ClassVar[tuple[str, ...]] = ("basis_format",)
 
     rows: str = choice(
         "norm", "top", "norm_without", "uniform", "uniform_without", help="Grass: which rows of the gradient are taken"
@@ -48,7 +49,7 @@ class Rows(Subspace, name="rows"):
         """See `Subspace.slots`."""
         return {
             "row_index": Slot((*batch, r), "basis", dtype=torch.int64),
-            "row_scale": Slot((*batch, r), "basis", form="fp32"),
+            "row_scale": Slot((*batch, r), "basis", form="fp32"),  # 0: never chosen
         }
 
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
@@ -70,4 +71,7 @@ class Rows(Subspace, name="rows"):
 
     def basis(self, s: State, ctx: Context) -> Basis:
         """See `Subspace.basis`."""
-        return SelectedRows(s["row_index"], s["row_scale"])
+        index, scale = s["row_index"], s["row_scale"]
+        never = (scale == 0).all(-1, keepdim=True)  # a slice that has had no gradient yet takes the first rows
+        first = torch.arange(index.shape[-1], device=index.device)
+        return SelectedRows(torch.where(never, first, index), torch.where(never, 1.0, scale))

@@ -28,6 +28,7 @@ class Sketch(Subspace, name="sketch"):
     """
 
     orthonormal: ClassVar[bool] = False
+    without: ClassVar[tuple[str, ...]] = ("basis_format",)
 
     def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
         """See `Subspace.slots`."""

@@ -29,7 +29,7 @@ class BothSides(Subspace):
     inner: Subspace
 
     def __post_init__(self) -> None:
-        if set(self.inner.slots((), 2, 2, 1, (2, 2))) != {"basis"}:
+        if set(self.inner.slots((), 2, 2, 1, (2, 2))) != {"basis"} or self.inner.wants or self.inner.needs_gradient:
             raise ValueError("proj_type=full needs a subspace that is one stored basis: use another proj_type")
 
     def rank(self, m: int, n: int, rank: float) -> int:
