@@ -18,6 +18,7 @@ from hf_lowrank import METHODS, methods
 
 FOLDER = "methods"
 WIDE = (1024, 4096)
+ADAMW = 2 * 4 * WIDE[0] * WIDE[1] / 2**20
 RANK = 256
 OTHER_MOMENTS = ("adafactor", "adam_mini", "came")
 
@@ -79,7 +80,7 @@ m is a matrix's short side, n its long one, r the rank. State is counted in numb
 ## What that is in MiB
 
 Optimizer state of one {WIDE[0]} x {WIDE[1]} matrix at rank {RANK} (or the method's own, where it has one), moments in
-fp32 and in 8-bit. AdamW in fp32 takes {2 * 4 * WIDE[0] * WIDE[1] / 2**20:.0f} MiB.
+fp32 and in 8-bit. AdamW in fp32 takes {ADAMW:.0f} MiB.
 
 {_sizes(METHODS)}
 """
@@ -98,9 +99,9 @@ def page(name: str) -> str:
 
 {_use(name)}
 
-What happens at a step is the same for all methods (see [Adding a method](../adding.md#the-step)): R = PᵀG, the moments turn
-R into a direction N, the reconstruction turns N into the step U. G is the gradient seen short side first, P the basis.
-This method fills in three parts.
+What happens at a step is the same for all methods (see [Adding a method](../adding.md#the-step)): R = PᵀG, the moments
+turn R into a direction N, the reconstruction turns N into the step U. G is the gradient seen short side first, P the
+basis. This method fills in three parts.
 
 {described}
 
@@ -108,8 +109,8 @@ This method fills in three parts.
 
 {_sizes([name])}
 
-For one {WIDE[0]} x {WIDE[1]} matrix; AdamW in fp32 takes {2 * 4 * WIDE[0] * WIDE[1] / 2**20:.0f} MiB. Parameters that have
-no subspace keep full moments.
+For one {WIDE[0]} x {WIDE[1]} matrix; AdamW in fp32 takes {ADAMW:.0f} MiB. Parameters that have no subspace keep full
+moments.
 
 ## Options
 
