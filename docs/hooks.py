@@ -125,11 +125,13 @@ moments.
 def _use(name: str) -> str:
     """Return how it is started, and the same in plain PyTorch."""
     own = METHODS[name].defaults.get("rank")
-    given: dict[str, Any] = {"rank": 8 if own is None else own}
+    chosen = {"subspace": "i3s", "moments": "adafactor", "reconstruction": "fira"} if METHODS[name].free else {}
+    given: dict[str, Any] = {"rank": 8 if own is None else own, **chosen}
     if "total_steps" in methods.complete(name, {}):
         given["total_steps"] = 1000
-    options = ", ".join(f"{key}={value!r}" for key, value in given.items())
-    flags = f" --optim_args rank={128 if own is None else own}"
+    options = ", ".join(f"{key}={value!r}" for key, value in given.items()).replace("'", '"')
+    assignments = {"rank": 128 if own is None else own, **chosen}
+    flags = " --optim_args " + ",".join(f"{key}={value}" for key, value in assignments.items())
     return f"""``` {{.sh .no-run}}
 python -m hf_lowrank run_clm.py --optim {name}{flags} ...
 ```
@@ -188,13 +190,21 @@ def _options(name: str) -> str:
     shared = {item.name: item for owner in (methods.LowRankOptions, methods.SharedOptions) for item in fields(owner)}
     lines = ["| option | default | valid | meaning |", "|---|---|---|---|"]
     if row.free:
-        lines += [f"| `{kind}` | `{getattr(row, kind)}` | a part's name | which {kind} |" for kind in methods.KINDS]
+        lines += [
+            f"| `{kind}` | {getattr(row, kind)} | {_parts_named(kind)} | which {kind} |" for kind in methods.KINDS
+        ]
     for key, item in {**own, **shared}.items():
         if key in values:
             default = "-" if values[key] is None else str(values[key]).lower()
             text = [default, item.metadata["expected"], item.metadata["help"]]
             lines.append(f"| `{key}` | " + " | ".join(piece.replace("|", "\\|") for piece in text) + " |")
     return "\n".join(lines) + "\n\nLearning rate, betas, epsilon and weight decay are Trainer's own arguments."
+
+
+def _parts_named(kind: str) -> str:
+    """Return the names of the parts that may be combined freely."""
+    registry = {"subspace": hf_lowrank.Subspace, "moments": hf_lowrank.Moments}.get(kind, hf_lowrank.Reconstruction)
+    return "one of " + ", ".join(sorted(name for name, part in registry.registry.items() if part.composable))
 
 
 def _limits(name: str) -> str:
