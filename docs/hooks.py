@@ -66,7 +66,11 @@ def pages() -> dict[str, str]:
 def index() -> str:
     """Return the page with the table of all methods."""
     linked = re.sub(r"^\| `(\w+)`", r"| [`\1`](\1.md)", methods.table(), flags=re.M)
-    return f"""# Methods
+    return f"""---
+hide: [toc]
+---
+
+# Methods
 
 A method is a subspace (where the moments live), moments (which running statistics) and a reconstruction (how the step
 of the whole matrix follows). Each row below is a choice for `--optim`, and exists also with `_8bit` (moments in 8-bit
