@@ -1,0 +1,189 @@
+"""The documentation says what is true: its blocks run, its site builds without a warning.
+
+Python blocks of one page share a namespace, and a folder with its shell blocks. A block with a title is a file. One
+that is marked `.no-run` needs a GPU, a hub or an installation. Every line of a block marked `.output` begins a line
+that the block above it has printed; three dots stand for anything.
+"""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import hf_lowrank
+from hf_lowrank import METHODS
+
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```[ ]*(?P<info>[^`\n]*)\n(?P<code>.*?)^```$", re.M | re.S)
+KNOWN = {"python", "sh", "text", "yaml"}
+
+
+def hooks():
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HOOKS = hooks()
+WRITTEN = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
+GENERATED = HOOKS.pages()
+
+
+def blocks(page):
+    """Yield (language, marks, title, code) of every fenced block."""
+    for match in BLOCK.finditer(page):
+        info = match["info"]
+        language, *marks = re.findall(r"(?:^|\.)([\w-]+)", info.split("title=")[0])
+        title = re.search(r'title="([^"]+)"', info)
+        yield language, set(marks), title and title[1], match["code"]
+
+
+def spaced(text):
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def table():
+    """Forget what a page adds to the tables of methods and parts."""
+    rows, parts = dict(METHODS), hf_lowrank.Subspace.registry
+    kept = dict(parts)
+    yield
+    for registry, before in ((METHODS, rows), (parts, kept)):
+        registry.clear()
+        registry.update(before)
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Put this Python first in PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "python").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+def run_shell(code):
+    """Run a block; our own command without a process of its own, which would import torch once more."""
+    if code.startswith("hf-lowrank "):
+        from hf_lowrank import cli
+
+        printed = io.StringIO()
+        argv = mock.patch.object(sys, "argv", shlex.split(code))
+        with argv, contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        return printed.getvalue()
+    done = subprocess.run(["bash", "-ec", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def run_python(code, namespace, name):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, name, "exec", dont_inherit=True), namespace)
+    return printed.getvalue()
+
+
+def run(page, name):
+    namespace, printed = {"__name__": "__main__"}, ""
+    for language, marks, title, code in blocks(page):
+        if title:
+            Path(title).write_text(code)
+        elif "output" in marks:
+            lines = spaced(printed)
+            patterns = {line: re.escape(line).replace(r"\.\.\.", ".*") for line in spaced(code)}
+            missing = [line for line, pattern in patterns.items() if not any(re.match(pattern, x) for x in lines)]
+            assert not missing, f"{name}: not printed: {missing}; printed: {lines}"
+        elif "no-run" not in marks and language in ("python", "sh"):
+            printed = run_shell(code) if language == "sh" else run_python(code, namespace, name)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_blocks_of_a_page_run(name, commands, table):
+    logging.getLogger("hf_lowrank").setLevel(logging.WARNING)
+    try:
+        run(WRITTEN[name], name)
+    finally:
+        logging.getLogger("hf_lowrank").setLevel(logging.INFO)
+        hf_lowrank.register()
+
+
+def test_the_blocks_of_the_method_pages_run():
+    for name, page in GENERATED.items():
+        run(page, name)
+
+
+def test_every_method_has_a_page_with_its_parts_and_options():
+    assert set(GENERATED) == {"methods/index.md", *(f"methods/{name}.md" for name in METHODS)}
+    for name, row in METHODS.items():
+        page = GENERATED[f"methods/{name}.md"]
+        for option in hf_lowrank.methods.complete(name, {}):
+            assert f"| `{option}` |" in page, (name, option)
+        for kind in hf_lowrank.methods.KINDS:
+            assert f"## {kind.capitalize()}: {getattr(row, kind)}" in page
+        assert page.count("**References:**") == 3 and row.state in page
+
+
+def test_every_block_says_what_it_is():
+    for name, page in {**WRITTEN, **GENERATED}.items():
+        assert page.count("\n```") == 2 * len(list(blocks(page))), f"{name}: a fence is left open"
+        for language, marks, _, _ in blocks(page):
+            assert language in KNOWN and marks <= {"no-run", "output", "equation"}, (name, language, marks)
+
+
+def test_names_of_methods_in_the_pages_exist():
+    names = hf_lowrank.methods.names()
+    for name, page in WRITTEN.items():
+        ours = r"`((?:galore_(?:dominant|i3s|hybrid|random|uniform)|fira|apollo_(?:random|dominant|mini))_\w+)`"
+        assert not set(re.findall(ours, page)) - set(names), name
+
+
+def test_the_axolotl_plugin_registers(monkeypatch):
+    if importlib.util.find_spec("axolotl") is None:  # the interface that it needs is one class
+        for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+            monkeypatch.setitem(sys.modules, name, type(sys)(name))
+        sys.modules["axolotl.integrations.base"].BasePlugin = object
+    from transformers.training_args import OptimizerNames
+
+    from hf_lowrank.axolotl import LowRankPlugin
+
+    hf_lowrank.unregister()
+    assert "galore_i3s_adamw" not in set(OptimizerNames)
+    LowRankPlugin().register({})
+    assert OptimizerNames("galore_i3s_adamw") == "galore_i3s_adamw"
+
+
+@pytest.mark.processes
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},  # an advertisement of its theme
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stderr
+    for name in METHODS:
+        assert (tmp_path / "site" / "methods" / name / "index.html").exists()
