@@ -6,7 +6,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Packages that parity is tested against. They pin old versions of what they need, hence --no-deps.
-PEERS = galore-torch==1.0 fira==1.0.2
+PEERS = galore-torch==1.0 fira==1.0.2 adam-mini==1.1.1 came-pytorch==0.1.3 apollo-torch==1.0.3
+BENCH_PEERS = q-galore-torch==1.0 pytorch-optimizer==4.1.0
 
 .PHONY: quickstart test test-all test-4.57 bench check clean
 
@@ -22,10 +23,10 @@ test-all: $(VENV)/.test
 # The integration tests on the last 4.x line of transformers.
 test-4.57:
 	$(MAKE) VENV=.venv-4.57 TRANSFORMERS="transformers>=4.57,<4.58" .venv-4.57/.test
-	.venv-4.57/bin/python -m pytest -n 2 -m "not full" tests/integration tests/test_quickstart.py
+	.venv-4.57/bin/python -m pytest -n 2 -m "not full" tests/integration tests/test_quickstart.py tests/recipes
 
-bench: $(VENV)/.test
-	$(BIN)/python recipes/benchmarks/step_time.py
+bench: $(VENV)/.bench
+	$(BIN)/python recipes/benchmarks/run.py --json runs/bench.json --markdown runs/bench.md
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,6 +45,11 @@ $(VENV)/.recipes: $(VENV)/.torch setup.cfg
 $(VENV)/.test: $(VENV)/.torch setup.cfg
 	$(PIP) --editable ".[test]" $(if $(TRANSFORMERS),"$(TRANSFORMERS)")
 	$(PIP) --no-deps $(PEERS)
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) --no-deps $(BENCH_PEERS)
+	mkdir -p runs
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

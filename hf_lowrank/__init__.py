@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from hf_lowrank.bases import Basis
     from hf_lowrank.callback import LowRankCallback
     from hf_lowrank.formats import Slot
     from hf_lowrank.groups import param_groups, target_parameters
+    from hf_lowrank.memory import MemoryEstimate, estimate_memory, fit_budget
     from hf_lowrank.methods import METHODS, Method
+    from hf_lowrank.model_card import add_to_model_card
     from hf_lowrank.optimizer import LowRankOptimizer
-    from hf_lowrank.parts import Context, Moments, Reconstruction, Subspace, Update
+    from hf_lowrank.parts import Columns, Context, Facts, Moments, Reconstruction, Subspace, Update
     from hf_lowrank.trainer import LowRankTrainer, optimizer_cls_and_kwargs, register, unregister
 
 __version__ = "0.1.0"
@@ -24,8 +27,12 @@ _LAZY = {
     "METHODS": "methods",
     "Method": "methods",
     "LowRankOptimizer": "optimizer",
+    "add_to_model_card": "model_card",
     "param_groups": "groups",
     "target_parameters": "groups",
+    "MemoryEstimate": "memory",
+    "estimate_memory": "memory",
+    "fit_budget": "memory",
     "optimizer_cls_and_kwargs": "trainer",
     "register": "trainer",
     "unregister": "trainer",
@@ -35,16 +42,23 @@ _LAZY = {
     "Moments": "parts",
     "Reconstruction": "parts",
     "Update": "parts",
+    "Basis": "bases",
+    "Columns": "parts",
     "Context": "parts",
+    "Facts": "parts",
     "Slot": "formats",
 }
 
 __all__ = [
     "METHODS",
+    "Basis",
+    "Columns",
     "Context",
+    "Facts",
     "LowRankCallback",
     "LowRankOptimizer",
     "LowRankTrainer",
+    "MemoryEstimate",
     "Method",
     "Moments",
     "Reconstruction",
@@ -52,6 +66,9 @@ __all__ = [
     "Subspace",
     "Update",
     "__version__",
+    "add_to_model_card",
+    "estimate_memory",
+    "fit_budget",
     "optimizer_cls_and_kwargs",
     "param_groups",
     "register",

@@ -133,9 +133,7 @@ def sharded_axis(
     return None
 
 
-def _growths(
-    weight: DTensor, parts: Parts, group: Mapping[str, Any], name: str
-) -> list[tuple[list[Slots], int]]:
+def _growths(weight: DTensor, parts: Parts, group: Mapping[str, Any], name: str) -> list[tuple[list[Slots], int]]:
     """Return pairs of stored states for two lengths of whatever is split, and the whole length of that."""
     if "rank" not in group:
         columns = dense_columns(tuple(weight.shape))

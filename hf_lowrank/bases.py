@@ -1,7 +1,7 @@
 """What a basis can do, whatever form it has: a stored matrix, an index of rows, blocks of rows, a pair of matrices.
 
-Legend: G gradient (..., m, n) · R = P^T G (..., r, n) · W weight (..., m, n) · Z coefficients (..., r, n) · C = P_new^T
-P_old (..., r, r).
+Legend: G gradient (..., m, n) · R = P^T G (..., r, n) · W weight (..., m, n) · Z coefficients (..., r, n) · C =
+P_new^T P_old (..., r, r).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Basis(ABC):
 
     @abstractmethod
     def project(self, G: Tensor) -> Tensor:
-        """Return R = P^T G in fp32; G may be of lower precision."""
+        """Return R = P^T G in fp32; G may be of lower precision. Any entry of G that is not finite makes R so."""
 
     @abstractmethod
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
@@ -120,7 +120,8 @@ class SelectedRows(Basis):
     def project(self, G: Tensor) -> Tensor:
         """See `Basis.project`."""
         index = self.index.unsqueeze(-1).expand(*self.index.shape, G.shape[-1])
-        return G.gather(-2, index).to(self.scale.dtype).mul_(self.scale.unsqueeze(-1))
+        unseen = linalg.sum_of_squares(G).mul_(0)  # NaN if a row that is not taken is bad
+        return G.gather(-2, index).to(self.scale.dtype).mul_(self.scale.unsqueeze(-1)).add_(unseen)
 
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
         """See `Basis.add_`."""
@@ -165,7 +166,8 @@ class Blocks(Basis):
         """Return the sum over every block times the factor, (..., r, n), in fp32."""
         short = -self.m % self.size
         padded = torch.nn.functional.pad(X, (0, 0, 0, short)) if short else X
-        return padded.unflatten(-2, (-1, self.size)).sum(-2, dtype=torch.float32).mul_(self.factor)
+        blocks = padded.reshape(*X.shape[:-2], -1, self.size, X.shape[-1])
+        return blocks.sum(-2, dtype=torch.float32).mul_(self.factor)
 
     def repeat(self, X: Tensor) -> Tensor:
         """Return every row of X (..., r, n) on all rows of its block, (..., m, n)."""

@@ -16,7 +16,7 @@ from hf_lowrank.state import FORMAT_VERSION
 TORCH_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "name", "initial_lr", "method", "format"}
 """Keys of a group that are no options of a method."""
 
-_RUN_OPTIONS = ("layerwise", "max_grad_norm")
+_RUN_OPTIONS = ("layerwise", "max_grad_norm", "total_steps")
 """How a run is run, not what it computes: the caller's value holds, not the checkpoint's."""
 
 _STRUCTURE = (
@@ -84,7 +84,7 @@ def check_group(group: Mapping[str, Any], low_rank: bool) -> None:
 
 def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return a saved group as it is to be loaded: its own options, those that it lacks, and how this run is run."""
-    return {**now, **saved, **{key: now[key] for key in _RUN_OPTIONS}}
+    return {**now, **saved, **{key: now[key] for key in _RUN_OPTIONS if key in now}}
 
 
 def check_edits(groups: Sequence[Mapping[str, Any]], checked: Sequence[Mapping[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +66,21 @@ def param_groups(
             if members:
                 groups.append({"params": members, "weight_decay": weight_decay if decays else 0.0, **extra})
     return groups
+
+
+def filled_for(model: nn.Module, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options for `param_groups` with what depends on the method (its rank) and on the model (its heads).
+
+    Raises:
+        ValueError: for an unknown method or option.
+    """
+    complete = methods.complete(method, options)
+    filled = {**options, "rank": complete["rank"]}
+    if complete.get("head_dim") == 0:  # Adam-mini has one block per head of the queries and keys
+        config = getattr(model, "config", None)
+        heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+        filled["head_dim"] = int(getattr(config, "head_dim", None) or (width // heads if heads and width else 0))
+    return filled
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

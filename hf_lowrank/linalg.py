@@ -9,19 +9,24 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 
-BLOCK = 2**20
+BLOCK = 2**18
 """Elements of the largest fp32 copy made of a low-precision weight or gradient."""
 
 
-def blocks(shape: torch.Size) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) along the last axis: blocks of at most `BLOCK` elements, but at least one column."""
+CACHED = 2**17
+"""Elements of a block that stays in a processor's cache."""
+
+
+def blocks(shape: torch.Size, limit: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) along the last axis: blocks of at most `limit` (BLOCK) elements, at least one column."""
     size = shape[-1]
-    length = max(1, BLOCK * size // max(1, shape.numel()))
+    length = max(1, (BLOCK if limit is None else limit) * size // max(1, shape.numel()))
     for start in range(0, size, length):
         yield start, min(length, size - start)
 
@@ -51,11 +56,14 @@ def add_product_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float) 
 
 
 def column_squared_norms(G: Tensor) -> Tensor:
-    """Return ||G_j||^2 of every column, (..., n), in fp32, with one block of columns as the only temporary."""
-    norms = torch.empty(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
-    for block in blocks(G.shape):
-        norms.narrow(-1, *block).copy_(G.narrow(-1, *block).float().square().sum(-2))
-    return norms
+    """Return ||G_j||^2 of every column, (..., n), in fp32, with at most a small block as temporary."""
+    if G.dtype == torch.float32 and G.stride(-2) == 1:  # columns lie in one piece: one pass, no temporary
+        norms: Tensor = torch.linalg.vector_norm(G, dim=-2)
+        return norms.square_()
+    squares = torch.empty(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
+    for block in blocks(G.shape, CACHED):
+        squares.narrow(-1, *block).copy_(G.narrow(-1, *block).float().square().sum(-2))
+    return squares
 
 
 def squared_norm(G: Tensor) -> Tensor:
@@ -70,6 +78,8 @@ def all_finite(tensors: list[Tensor]) -> list[bool]:
     """
     if not tensors:
         return []
+    if len(tensors) == 1:
+        return [isfinite(float(sum_of_squares(tensors[0])))]
     sums = [sum_of_squares(x) for x in tensors]
     return torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()
 
@@ -267,13 +277,15 @@ def round_(target: Tensor, value: Tensor, gen: torch.Generator | None) -> None:
         return
     bits = value.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 24, bits.shape, dtype=torch.int32, device=bits.device, generator=gen)
-    rounded = ((bits + (noise >> 24 - dropped)) >> dropped << dropped).view(torch.float32)
+    small = None
     if dropped == 13:  # below 2^-14 fp16 has a fixed grid of 2^-24
-        grid = torch.floor(value * 2.0**24 + noise * 2.0**-24) * 2.0**-24
-        rounded = torch.where(value.abs() < 2.0**-14, grid, rounded)
-    target.copy_(rounded)
+        grid = torch.floor(value * 2.0**24 + noise * 2.0**-24).mul_(2.0**-24)
+        small = value.abs() < 2.0**-14, grid
+    rounded = noise.bitwise_right_shift_(24 - dropped).add_(bits)
+    rounded = rounded.bitwise_right_shift_(dropped).bitwise_left_shift_(dropped).view(torch.float32)
+    target.copy_(rounded if small is None else torch.where(small[0], small[1], rounded))
 
 
 def column_norms(R: Tensor) -> Tensor:
-    """Return the Euclidean norm of every column of R (..., r, n), (..., n). (torch's own is several times slower.)"""
-    return R.square().sum(-2).sqrt()
+    """Return the Euclidean norm of every column of R (..., r, n), (..., n)."""
+    return column_squared_norms(R).sqrt_()

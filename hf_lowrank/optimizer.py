@@ -120,7 +120,7 @@ class LowRankOptimizer(Optimizer):
             self._check_edits()
             matrices, dense = self._work()
             self._refresh([unit for unit in matrices if unit.R is None and unit.due])
-            work = [*matrices, *dense]
+            work: list[engine.Unit] = [*matrices, *dense]
             if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
                 self.projected_grad_norm = engine.clip_(work, max_norm)
             engine.update_(work)
@@ -180,7 +180,8 @@ class LowRankOptimizer(Optimizer):
         """Project (or apply) one matrix's gradient and free it; one whose refresh is due is left for `step`."""
         self._allocate_missing()
         index = self._index(g, i)
-        unit = self._held.get(index) or self._matrix(g, i, p)
+        group = self.param_groups[g]
+        unit = self._held.get(index) or self._matrix(g, i, p, methods.parts(group["method"], group))
         in_hook = unit.parts.needs_gradient
         first = unit.s["refreshes"] == 0  # no basis yet: it comes from the first gradient there is
         if unit.due and not first and not in_hook:
@@ -275,24 +276,24 @@ class LowRankOptimizer(Optimizer):
         for g, group in enumerate(self.param_groups):
             first = self._index(g, 0)
             with_grad = [(i, p) for i, p in enumerate(group["params"]) if _has_gradient(p) or first + i in self._held]
-            if "rank" in group:
-                matrices += [self._held.get(first + i) or self._matrix(g, i, p) for i, p in with_grad]
-                continue
             parts = methods.parts(group["method"], group)
+            if "rank" in group:
+                matrices += [self._held.get(first + i) or self._matrix(g, i, p, parts) for i, p in with_grad]
+                continue
             for mesh in dict.fromkeys(getattr(p, "device_mesh", None) for _, p in with_grad):
                 some = [(first + i, p) for i, p in with_grad if getattr(p, "device_mesh", None) == mesh]
                 weights = [p for _, p in some]
                 dense.append(DenseStep(weights, [self.state[p] for p in weights], parts, group, [i for i, _ in some]))
         return matrices, dense
 
-    def _matrix(self, g: int, i: int, p: Tensor) -> MatrixStep:
+    def _matrix(self, g: int, i: int, p: Tensor, parts: Parts) -> MatrixStep:
         group = self.param_groups[g]
-        interval = group.get("update_proj_gap", 1)
+        interval = None
         if group.get("stagger") and self.state[p]["refreshes"] == 0:
             world = engine.team(getattr(p, "device_mesh", None), share=self.share_refreshes)[1]
-            interval = staggered_intervals([refresh_cost(q) for q in group["params"]], interval, world)[i]
+            costs = [refresh_cost(q) for q in group["params"]]
+            interval = staggered_intervals(costs, group["update_proj_gap"], world)[i]
         name = group["param_names"][i] if group.get("param_names") else ""
-        parts = methods.parts(group["method"], group)
         return MatrixStep(p, self.state[p], parts, group, self._index(g, i), name, interval)
 
 

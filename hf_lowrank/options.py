@@ -14,9 +14,7 @@ def integer(default: int | None, *, minimum: int, help: str) -> Any:
     return _option(default, lambda v: _whole(v), lambda v: minimum <= v < 2**63, f"an integer >= {minimum}", help)
 
 
-def number(
-    default: float, *, above: float | None = None, minimum: float = 0.0, below: float = inf, help: str
-) -> Any:
+def number(default: float, *, above: float | None = None, minimum: float = 0.0, below: float = inf, help: str) -> Any:
     """Declare a finite real option greater than `above`, or of at least `minimum`; and less than `below`."""
     if above is None:
         expected = f"a number >= {minimum:g}" + (f" and < {below:g}" if below < inf else "")

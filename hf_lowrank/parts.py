@@ -43,7 +43,8 @@ class Columns:
 
     Attributes:
         n: how many there are on all processes.
-        block: how many adjacent ones belong together because they are the outputs of one neuron (1) or of one head (the
+        block: how many adjacent ones belong together because they are the outputs of one neuron (1) or of one head
+            (the
             head's size); 0 where they are inputs.
         start: the first one that this process holds.
     """
@@ -129,16 +130,18 @@ class Facts:
 
 @dataclass(frozen=True)
 class Update:
-    """A step U = P Z + G diag(d) + rest, to be subtracted from the weight times lr and the bias correction.
+    """A step U = alpha P Z + G diag(d) + rest, to be subtracted from the weight times lr and the bias correction.
 
     Attributes:
         Z: (..., r, n) coefficients in the subspace, or None.
+        alpha: a factor of all of them.
         d: (..., n) factor of every column of the gradient, or None.
         rest: gives any other step of some columns from their gradient, fp32 (..., m, length), and (start, length): for
             rules that act on every element of the gradient.
     """
 
     Z: Tensor | None = None
+    alpha: float = 1.0
     d: Tensor | None = None
     rest: Callable[[Tensor, int, int], Tensor] | None = None
 

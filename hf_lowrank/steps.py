@@ -63,7 +63,7 @@ class MatrixStep:
         group: its options.
         index: its place in group order.
         name: its name, or ''.
-        first_interval: steps between the first refresh and the second (shorter than the gap when staggered).
+        first_interval: steps between the first refresh and the second where they are staggered, else None.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MatrixStep:
         group: Mapping[str, Any],
         index: int,
         name: str,
-        first_interval: int,
+        first_interval: int | None,
     ) -> None:
         self.weight, self.parts, self.group, self.index = weight, parts, group, index
         self.first_interval = first_interval
@@ -91,6 +91,7 @@ class MatrixStep:
         self.whole: Tensor | None = None  # the gradient of all processes, on the one that chooses
         self.new: dict[str, Tensor] = {}  # a basis on its way in
         self._basis: Basis | None = None
+        self._now: Context | None = None  # of the step that is being made
 
     # ---- what the engine asks ---------------------------------------------------------------------------------------
 
@@ -154,7 +155,7 @@ class MatrixStep:
                 self.new[name].copy_(torch.where(keep, self.new[name], tensor))
         basis = subspace.basis(s, ctx)
         unknown = torch.tensor(UNKNOWN)
-        before = subspace.basis(ChainMap(old, s), self._context(number=ctx.number - 1))  # type: ignore[arg-type]
+        before = subspace.basis(ChainMap(old, s), self._context(number=ctx.number - 1))
         overlap = linalg.overlap(basis.changes(before)[0]) if ctx.number and subspace.orthonormal else unknown
         energy = linalg.squared_norm(basis.project(G)).sum() / total.sum() if subspace.orthonormal else unknown
         stable_rank = unknown if sigma is None else _stable_rank(total, sigma, live)
@@ -187,7 +188,7 @@ class MatrixStep:
         s["report"].copy_(torch.tensor([overlap, energy, stable_rank]))
         interval = rules.subspace.adopted_(s, self.group.get("update_proj_gap", 1), overlap)
         s.commit("exact")
-        self._basis, self.observed = None, True
+        self._basis, self._now, self.observed = None, None, True
         self._schedule_next(interval)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -219,6 +220,7 @@ class MatrixStep:
             self.absorbed, self.pending = None, {}
             return
         s, ctx, rules = self.s, self._context(), self.parts
+        self._now = ctx
         N = yield from self._summed(rules.moments.update(s, R, ctx))
         c_t = rules.moments.step_scale(ctx)
         facts = Facts(self._norms, self._gram)
@@ -232,11 +234,11 @@ class MatrixStep:
                 rules.subspace.observe_(s, self.absorbed)
         s.commit("moment", "variance", "exact")
         s.forget("basis")
-        self.absorbed, self.pending, self._basis = None, {}, None
+        self.absorbed, self.pending, self._basis, self._now = None, {}, None, None
         advance_(s)
 
     def _write_(self, update: Update, c_t: float, ctx: Context) -> None:
-        """W <- (1 - lr wd) W - lr c_t (P Z + G diag(d) + rest)."""
+        """W <- (1 - lr wd) W - lr c_t (alpha P Z + G diag(d) + rest)."""
         beta, alpha = 1 - ctx.lr * ctx.weight_decay, -ctx.lr * c_t
         Z, d = self._gathered(update)
         basis, G = self.layout.rows_of(self._whole_basis()), self.absorbed
@@ -244,9 +246,10 @@ class MatrixStep:
 
         def write_(block: Tensor, start: int, length: int) -> None:
             if Z is None:
-                block.mul_(beta)
+                if beta != 1.0:
+                    block.mul_(beta)
             else:
-                basis.add_(block, Z.narrow(-1, start, length), beta=beta, alpha=alpha)
+                basis.add_(block, Z.narrow(-1, start, length), beta=beta, alpha=alpha * update.alpha)
             if G is None or (d is None and update.rest is None):
                 return
             columns = G.narrow(-1, start, length).to(block.dtype)
@@ -294,7 +297,7 @@ class MatrixStep:
     def _whole_basis(self) -> Basis:
         """Return the basis in use, for all rows."""
         if self._basis is None:
-            self._basis = self.parts.subspace.basis(self.s, self._context())
+            self._basis = self.parts.subspace.basis(self.s, self._now or self._context())
         return self._basis
 
     def _gram(self) -> Tensor | None:
@@ -337,7 +340,8 @@ class MatrixStep:
 
     def _schedule_next(self, interval: int) -> None:
         s = self.s
-        s["refresh_at"].add_(interval if s["refreshes"] else min(interval, self.first_interval))
+        first = None if s["refreshes"] else self.first_interval
+        s["refresh_at"].add_(interval if first is None else first)
         while s["refresh_at"] <= s["step"]:  # it came late
             s["refresh_at"].add_(interval)
         s["refreshes"].add_(1)

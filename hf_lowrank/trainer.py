@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import methods, optimizer_names
 from hf_lowrank.callback import RUN_FILE, LowRankCallback, summary
-from hf_lowrank.groups import param_groups
+from hf_lowrank.groups import filled_for, param_groups
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.options import split_assignments
 
@@ -68,7 +68,7 @@ def optimizer_cls_and_kwargs(
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
     weight_decay: float | None = None,
-    rank: float = 128,
+    rank: float | None = None,
     target_modules: Any = None,
     seed: int | None = None,
     **options: Any,
@@ -81,16 +81,17 @@ def optimizer_cls_and_kwargs(
         args: where lr, betas, eps, weight_decay and seed come from if they are not given. Trainer does not pass its
             arguments on along this route, so give them here or there.
         lr, betas, eps, weight_decay, seed: defaults without `args`: 1e-3, (0.9, 0.999), 1e-8, 0, 0.
-        rank, target_modules, options: see `param_groups`.
+        rank: by default the method's own, 128 for most.
+        target_modules, options: see `param_groups`.
 
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    methods.complete(method, {"rank": rank, **options})  # refuse what is wrong before looking at the model
+    options = filled_for(model, method, options if rank is None else {"rank": rank, **options})
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
     decay = values.pop("weight_decay")
-    groups = param_groups(model, rank=rank, target_modules=target_modules, weight_decay=decay, **options)
+    groups = param_groups(model, target_modules=target_modules, weight_decay=decay, **options)
     return LowRankOptimizer, {"params": groups, "method": method, **values}
 
 
@@ -164,7 +165,7 @@ def _replicated(args: TrainingArguments) -> bool:
 
 def _layerwise_options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that the layerwise mode adds, having refused what it cannot honour."""
-    filled = methods.complete(_name(args), {"rank": 128, **options})
+    filled = methods.complete(_name(args), options)
     if not filled["layerwise"]:
         return {}
     name = _name(args)
@@ -194,6 +195,7 @@ _TRAINING_ARGUMENTS = {
     "weight_decay": "weight_decay",
     "target_modules": "optim_target_modules",
     "max_grad_norm": "max_grad_norm",
+    "total_steps": "max_steps or num_train_epochs",
     "args": "optim",
     "model": "optim",
     "method": "optim",

@@ -92,14 +92,7 @@ def prepare_(
         factorize_(model, targets, rank=args.adapter_rank)
         return []
     add_lora_(model, targets, args, also_train=also_train)
-    if args.baseline == "lora":
-        return []
-    if not 0 <= args.relora_warmup < args.relora_every:
-        raise ValueError(
-            f"--relora_warmup must be at least 0 and below --relora_every, not {args.relora_warmup} and "
-            f"{args.relora_every}"
-        )
-    return [ReLoRACallback(args.relora_every, args.relora_warmup)]
+    return [ReLoRACallback(args.relora_every, args.relora_warmup)] if args.baseline == "relora" else []
 
 
 def to_plain_(model: nn.Module) -> None:
@@ -138,10 +131,10 @@ class ReLoRACallback(TrainerCallback):
     """Merges the adapters into the base every `every` steps and starts new ones (ReLoRA, arXiv 2307.05695).
 
     At a merge W0 <- W0 + (alpha / r) B A, A is drawn anew, B is zero: the model computes what it did before. The
-    optimizer's state of the factors is dropped (the authors' code zeroes 99.9 % of it at random). The learning rate
-    then rises linearly, within `warmup` steps, to where the schedule of --lr_scheduler_type is by that time: with a
-    cosine that is the paper's jagged cosine. There is no full-rank warm start; the tables of the low-rank papers have
-    none either.
+    optimizer's state of the factors starts anew too (the authors' code zeroes 99.9 % of it at random). The learning
+    rate then rises linearly, within `warmup` steps, to where the schedule of --lr_scheduler_type is by that time: with
+    a cosine that is the paper's jagged cosine. There is no full-rank warm start; the tables of the low-rank papers
+    have none either.
 
     New factors come from a generator keyed by (seed, step), the same on every process and in a run that is resumed.
 
@@ -151,6 +144,8 @@ class ReLoRACallback(TrainerCallback):
     """
 
     def __init__(self, every: int, warmup: int) -> None:
+        if not 0 <= warmup < every:
+            raise ValueError(f"--relora_warmup must be at least 0 and below --relora_every, not {warmup} and {every}")
         self.every = every
         self.warmup = warmup
 
@@ -169,7 +164,7 @@ class ReLoRACallback(TrainerCallback):
             factors = merge_and_restart_(model, seed=1_000_003 * args.seed + state.global_step)
             states = getattr(optimizer, "optimizer", optimizer).state  # accelerate wraps it
             for p in factors:
-                states.pop(p, None)
+                reset_(states[p])
 
 
 @torch.no_grad()
@@ -189,6 +184,19 @@ def merge_and_restart_(model: nn.Module, *, seed: int) -> list[Tensor]:
         B.zero_()
         factors += [A, B]
     return factors
+
+
+def reset_(state: dict[str, Any]) -> None:
+    """Put the state of one parameter back to its beginning, in place, so that every key stays where it is.
+
+    Known: torch's AdamW, bitsandbytes' (its 8-bit moments are code x absmax, and `qmap` is the codes' meaning) and
+    hf_lowrank's.
+    """
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            state[key] = 0  # the number of steps
+        elif not key.startswith("qmap"):
+            value.zero_()
 
 
 def jagged(multiplier: Callable[[int], float], *, every: int, warmup: int) -> Callable[[int], float]:

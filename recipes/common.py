@@ -91,6 +91,7 @@ class StepTimer(TrainerCallback):
     def __init__(self) -> None:
         self.step_seconds: list[float] = []
         self.optimizer_seconds: list[float] = []
+        self.total_seconds = 0.0
 
     def on_step_begin(self, args: TrainingArguments, *unused: object, **kwargs: object) -> None:
         """Start the clock of the step."""
@@ -107,6 +108,7 @@ class StepTimer(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, *unused: object, **kwargs: object) -> None:
         """Stop the clock of the step."""
         self.step_seconds.append(now(args.device) - self.step_start)
+        self.total_seconds += self.step_seconds[-1]
 
 
 def now(device: torch.device) -> float:

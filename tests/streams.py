@@ -6,12 +6,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from fitting import fitting
 from torch import Tensor
 
 from hf_lowrank import METHODS, LowRankOptimizer
 
 
 NAMES = sorted(METHODS)
+PLAIN = [  # Adam in a stored basis that a refresh chooses from the gradient, or draws
+    name
+    for name in NAMES
+    if METHODS[name].subspace in ("dominant", "i3s", "hybrid", "uniform", "random")
+    and METHODS[name].moments == "adam"
+    and METHODS[name].reconstruction in ("project", "fira")
+]
 WIDE, TALL, SQUARE, STACK = (6, 11), (11, 6), (7, 7), (3, 5, 9)
 
 
@@ -59,11 +67,8 @@ def weight(shape: Sequence[int], *, seed: int = 7, dtype: torch.dtype = torch.fl
 def optimizer(p: Any, method: str, *, rank: float | None = 3, lr: float = 1e-2, **options: Any) -> LowRankOptimizer:
     """One group, low-rank unless rank is None; options of the group and of the optimizer as they come."""
     common = {k: options.pop(k) for k in ("betas", "eps", "weight_decay", "seed") if k in options}
-    group = {
-        "params": [p] if isinstance(p, Tensor) else list(p),
-        **({} if rank is None else {"rank": rank}),
-        **options,
-    }
+    low_rank = {} if rank is None else fitting(method, {"rank": rank, **options})
+    group = {"params": [p] if isinstance(p, Tensor) else list(p), **(low_rank or options)}
     return LowRankOptimizer([group], method, lr=lr, **common)
 
 

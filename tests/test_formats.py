@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fitting import fitting
 from torch import nn
 
 from hf_lowrank import METHODS, LowRankOptimizer, state
@@ -64,7 +65,8 @@ def build(name, shape=(96, 128), rank=64, dtype=torch.float32, **options):
     gen = torch.Generator().manual_seed(0)
     w = nn.Parameter(torch.randn(shape, generator=gen).to(dtype))
     b = nn.Parameter(torch.randn(96, 64, generator=gen).to(dtype))
-    groups = [{"params": [w], "rank": rank, "update_proj_gap": 3, **options}, {"params": [b], **options}]
+    fitted = fitting(name, {"rank": rank, "update_proj_gap": 3, **options})
+    groups = [{"params": [w], **fitted}, {"params": [b], **options}]
     return LowRankOptimizer(groups, name, lr=1e-2), w, b
 
 
@@ -81,11 +83,15 @@ def test_eight_bit_names_store_codes_and_the_declared_bytes(name):
     optimizer, w, b = build(name + "_8bit")
     declared = optimizer.declared_bytes()
     step(optimizer, [w, b], 0)
-    for p, keys in ((w, ["exp_avg", "exp_avg_sq"]), (b, ["exp_avg", "exp_avg_sq"])):
-        for key in keys:
-            assert optimizer.state[p][key].dtype == torch.uint8
-            assert optimizer.state[p][f"{key}.absmax"].dtype == torch.float32
-    assert optimizer.state[w]["basis"].dtype == torch.float32
+    for p in (w, b):
+        for key in {"exp_avg", "exp_avg_sq"} & set(optimizer.state[p]):
+            small = optimizer.state[p][key].numel() < state.SMALLEST_QUANTIZED
+            assert optimizer.state[p][key].dtype == (torch.float32 if small else torch.uint8)
+            assert small or optimizer.state[p][f"{key}.absmax"].dtype == torch.float32
+    assert optimizer.state[b]["exp_avg"].dtype == torch.uint8
+    if "basis" in optimizer.state[w]:
+        packed = optimizer.param_groups[0]["basis_format"] == "4bit"
+        assert optimizer.state[w]["basis"].dtype == (torch.uint8 if packed else torch.float32)
     assert declared == sum(state.nbytes(s) for s in optimizer.state.values())
 
 

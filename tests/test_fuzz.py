@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fitting import fitting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import NAMES, weight
@@ -57,13 +58,14 @@ def backward(opt, p, G):
 
 def train(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(NAMES), "method")
+    parts = methods.parts(name, {})
     shape = data.draw(SHAPES, "shape")
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
     options = {
         "rank": data.draw(st.one_of(st.integers(1, 12), st.sampled_from([0.25, 0.5])), "rank"),
         "update_proj_gap": data.draw(st.integers(1, 4), "gap"),
         "proj_type": data.draw(st.sampled_from(["std", "paper", "reverse_std", "left", "right"]), "proj_type"),
-        "on_refresh": data.draw(st.sampled_from(methods.TRANSPORTS), "on_refresh"),
+        "on_refresh": data.draw(st.sampled_from(parts.moments.transports), "on_refresh"),
         "stagger": data.draw(st.booleans(), "stagger"),
         "correct_bias": data.draw(st.booleans(), "correct_bias"),
         "state_format": data.draw(st.sampled_from(["fp32", "8bit", "4bit"]), "state_format"),
@@ -77,12 +79,13 @@ def train(data: st.DataObject) -> None:
         ("fira_form", ("released", "i3s", "paper")),
         ("r0", (0, 1, 2, 20)),
     ):
-        if key in methods.complete(name, options):
+        if key in methods.complete(name, fitting(name, options)):
             value = data.draw(st.sampled_from(values), key)
-            if key != "refresh" or value in ("gram", "svd") or methods.METHODS[name].subspace == "dominant":
+            if key != "refresh" or value in ("gram", "svd") or methods.METHODS[name].subspace in ("dominant", "lazy"):
                 options[key] = value
     p, dense = weight(shape, dtype=dtype), weight((3,), dtype=dtype)
-    opt = LowRankOptimizer([{"params": [p], **options}, {"params": [dense]}], name, lr=1e-2, weight_decay=0.1)
+    groups = [{"params": [p], **fitting(name, options)}, {"params": [dense]}]
+    opt = LowRankOptimizer(groups, name, lr=1e-2, weight_decay=0.1)
     kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=8), "gradients")
     seeds = range(len(kinds))
     stream = [gradient(shape, kind, seed, dtype) for kind, seed in zip(kinds, seeds, strict=True)]
@@ -94,7 +97,7 @@ def train(data: st.DataObject) -> None:
         for key, value in opt.state.get(p, {}).items():
             assert torch.isfinite(value.float()).all(), key
             assert key != "exp_avg_sq" or (value >= 0).all()
-        if "basis" in opt.state[p] and options["basis_format"] == "fp32":
+        if "basis" in opt.state[p] and parts.subspace.orthonormal and options["basis_format"] == "fp32":
             P = opt.state[p]["basis"]
             assert (P.mT @ P - torch.eye(P.shape[-1])).abs().max() < 1e-5  # LAPACK's fp32 orthonormality
     bad = sum(kind in ("nan", "inf") for kind in kinds)

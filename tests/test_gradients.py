@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from streams import NAMES, STACK, TALL, WIDE, displacement, finish, gradients, optimizer, run, weight, wide
+from fitting import fitting
+from streams import NAMES, PLAIN, STACK, TALL, WIDE, displacement, finish, gradients, optimizer, run, weight, wide
 
 from hf_lowrank import METHODS, LowRankOptimizer, methods
 
@@ -66,7 +67,7 @@ def test_a_run_with_bad_gradients_equals_the_run_that_never_saw_them(name, shape
     assert int(other.state[q]["step"]) == 10
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_stack_whose_slices_overflow_only_together_is_not_refreshed_either(name):
     good = gradients(STACK, 6)
     bad = torch.stack([G / G.norm() * 1.7e19 for G in good[0]])  # ||G||^2 = 2.9e38 each; fp32 ends at 3.4e38
@@ -119,7 +120,7 @@ def test_a_gradient_whose_squares_overflow_its_own_dtype_only_is_a_good_one(name
 @pytest.mark.parametrize("name", NAMES)
 def test_one_bad_gradient_does_not_hold_up_the_other_parameters(name):
     ps = [weight(WIDE), weight(TALL), weight((5,)), weight((4,))]
-    groups = [{"params": ps[:2], "rank": 2}, {"params": ps[2:]}]
+    groups = [{"params": ps[:2], **fitting(name, {"rank": 2})}, {"params": ps[2:]}]
     opt = LowRankOptimizer(groups, name)
     before = [p.detach().clone() for p in ps]
     for i, p in enumerate(ps):
@@ -146,7 +147,7 @@ def test_a_bad_slice_skips_its_whole_parameter(name, last_expert):
 # ---- zero -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("shape, rank", [(WIDE, 3), (TALL, 3), (STACK, 2)])
 def test_with_no_basis_yet_a_zero_gradient_gives_the_first_axes(name, shape, rank):
     p = weight(shape)
@@ -164,7 +165,7 @@ def test_with_no_basis_yet_a_zero_gradient_gives_the_first_axes(name, shape, ran
     assert int(opt.state[p]["refreshes"]) == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("shape, rank", [(WIDE, 3), (TALL, 3), (STACK, 2)])
 def test_a_zero_gradient_at_a_refresh_keeps_the_basis_and_the_refresh_stays_due(name, shape, rank):
     good, zero = gradients(shape, 12), torch.zeros(shape)
@@ -185,7 +186,7 @@ def test_a_zero_gradient_at_a_refresh_keeps_the_basis_and_the_refresh_stays_due(
     assert seen == [2, 3, 3]  # steps 7, 8, 9: the schedule itself did not move
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if METHODS[n].moments == "adam"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_zero_gradient_moves_weights_as_adamw_does(name):
     """In a basis of axes at full rank the run is AdamW's, zeros in the middle included."""
     stream = gradients(WIDE, 9)
@@ -200,7 +201,7 @@ def test_a_zero_gradient_moves_weights_as_adamw_does(name):
     assert displacement(q, p, weight(WIDE)) < 1e-6  # fp32 in another order
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("on_refresh", ["keep", "rotate", "rotate_variance_complete"])
 def test_an_expert_without_tokens_keeps_its_basis_while_the_others_refresh(name, on_refresh):
     stream, p = gradients(STACK, 9), weight(STACK)
@@ -218,7 +219,7 @@ def test_an_expert_without_tokens_keeps_its_basis_while_the_others_refresh(name,
     assert not torch.equal(opt.state[p]["basis"][1], before[1])  # it had tokens at the third refresh
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_an_expert_that_is_idle_from_the_start_has_axes_and_wakes_up(name):
     stream, p = gradients(STACK, 9), weight(STACK)
     for G in stream[:4]:
@@ -277,7 +278,7 @@ def test_a_parameter_without_gradient_is_left_alone(name, shape, rank):
 @pytest.mark.parametrize("name", NAMES)
 def test_state_exists_for_every_parameter_from_the_first_step(name):
     ps = [weight(WIDE), weight(TALL), weight((5,))]
-    opt = LowRankOptimizer([{"params": ps[:2], "rank": 2}, {"params": ps[2:]}], name)
+    opt = LowRankOptimizer([{"params": ps[:2], **fitting(name, {"rank": 2})}, {"params": ps[2:]}], name)
     ps[0].grad = gradients(WIDE, 1)[0]
     opt.step()
     assert all(len(opt.state[p]) > 0 for p in ps)
@@ -403,7 +404,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("option, value, valid", BAD)
 def test_a_bad_value_is_refused_with_what_is_valid(name, option, value, valid):
     with pytest.raises(ValueError, match=f"(?s){option}.*{valid}"):
@@ -429,16 +430,16 @@ def test_a_bad_value_is_refused_for_dense_groups_and_as_an_argument_too(option, 
     ("fira_adamw", "limiter", 1.0, "> 1"),
     ("fira_adamw", "limiter", NAN, "> 1"),
     ("fira_adamw", "fira_form", "other", "released, i3s, paper"),
-    ("lowrank", "subspace", "dominnat", "dominant, hybrid, i3s"),
-    ("lowrank", "moments", "atom", "adam"),
-    ("lowrank", "reconstruction", "fire", "fira, project"),
+    ("lowrank", "subspace", "dominnat", "dominant, golore, grassmann, hybrid, i3s"),
+    ("lowrank", "moments", "atom", "adafactor, adam"),
+    ("lowrank", "reconstruction", "fire", "error_feedback, fira, project"),
 ])  # fmt: skip
 def test_a_bad_value_of_a_part_is_refused_with_what_is_valid(name, option, value, valid):
     with pytest.raises(ValueError, match=f"{option}.*{valid}"):
-        optimizer(weight(WIDE), name, **{option: value})
+        LowRankOptimizer([{"params": [weight(WIDE)], "rank": 3, option: value}], name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("typo, meant", [
     ("update_proj_gpa", "update_proj_gap"), ("scal", "scale"), ("on_refesh", "on_refresh"), ("proj_typ", "proj_type"),
     ("corect_bias", "correct_bias"), ("stager", "stagger"),
@@ -476,7 +477,14 @@ def test_options_come_as_text_too(name):
 def test_defaults_are_the_documented_ones():
     group = methods.complete("galore_dominant_adamw", {})
     assert (group["rank"], group["update_proj_gap"], group["proj_type"], group["scale"]) == (128, 200, "std", 0.25)
-    kept = {name: methods.complete(name, {})["on_refresh"] for name in NAMES}
-    assert kept.pop("galore_hybrid_adamw") == "rotate"
-    own = ("galore_dominant_adamw", "galore_i3s_adamw", "galore_uniform_adamw", "galore_random_adamw", "fira_adamw")
-    assert {kept[name] for name in (*own, "fira_i3s_adamw", "lowrank")} == {"keep"}
+    how = {name: methods.complete(name, {}).get("on_refresh") for name in NAMES}
+    assert {how[name] for name in PLAIN if "hybrid" not in name} == {"keep"}
+    assert {how[name] for name in NAMES if "hybrid" in name or "golore" in name} == {"rotate"}
+    assert {how[name] for name in ("subtrack_pp_adamw", "ldadam")} == {"rotate_variance"}
+    assert how["grass_adamw"] == "reset"
+    assert {how[name] for name in NAMES if "apollo" in name} == {"keep"}
+    scale = {name: methods.complete(name, {})["scale"] for name in NAMES}
+    ones = {"ldadam", "flora_adafactor", "apollo_random_adamw", "apollo_dominant_adamw"}
+    assert {name for name in NAMES if scale[name] == 1.0} == ones | {name for name in NAMES if "msgd" in name}
+    assert scale["apollo_mini_adamw"] == 128.0
+    assert set(scale.values()) == {0.25, 1.0, 128.0}

@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from streams import NAMES, SQUARE, TALL, WIDE, displacement, finish, gradients, optimizer, run, weight
+from streams import PLAIN, SQUARE, TALL, WIDE, displacement, finish, gradients, optimizer, run, weight
 
 from hf_lowrank import METHODS
 
@@ -26,7 +26,7 @@ CASES = [(WIDE, 3), (TALL, 3), (SQUARE, 3), (WIDE, 6), (TALL, 6), (SQUARE, 7)]
 ACROSS_REFRESHES = 1e-3
 WITHIN_ONE_BASIS = 1e-4
 RELEASED = {"project": "galore", "fira": "fira"}
-SAME_MOMENTS = [n for n in NAMES if METHODS[n].moments == "adam" and METHODS[n].reconstruction in RELEASED]
+SAME_MOMENTS = PLAIN
 
 
 def official(p, kind, basis_of=None, *, rank, gap=GAP, scale=SCALE, proj_type="std", eps=1e-12, weight_decay=0.0):

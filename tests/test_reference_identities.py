@@ -458,15 +458,16 @@ class _Late(Adafactor):
         return self.M / max(1.0, float(self.M.norm()) / self.M.numel() ** 0.5), 1.0
 
 
-def test_the_momentum_is_read_through_the_sketch_it_was_made_with():
+@pytest.mark.parametrize("late", [False, True])
+def test_the_momentum_is_read_through_the_new_sketch_or_late_through_the_one_it_was_made_with(late):
     A = [randn(2, 6, seed=s) for s in range(2)]
-    ref = FLora(randn(*WIDE), gap=3, sketch=lambda k: A[k])
+    ref = FLora(randn(*WIDE), gap=3, sketch=lambda k: A[k], late=late)
     gradients = stream(WIDE)
     finish(ref, gradients[:3])
     M, W = ref.M, ref.weight
     ref.step(gradients[3])  # the refresh
     u = gradients[3] / (ref.v.row * ref.v.column / ref.v.row.mean()).sqrt()
-    U = 0.1 * u + 0.9 * A[0].T @ M
+    U = 0.1 * u + 0.9 * (A[0].T if late else A[1].T @ A[1] @ A[0].T) @ M
     same(W - ref.weight, 1e-3 * U / max(1.0, float(U.norm()) / 66**0.5))
     same(ref.M, 0.9 * A[1] @ A[0].T @ M + 0.1 * A[1] @ u)
 
@@ -524,7 +525,7 @@ def test_at_level_zero_both_are_adam():
     same(finish(FOAM(W, level=0, **options), gradients), adam)
     same(finish(FOAM(W, level=0, square_of_mean=True, **options), gradients), adam)
     gwt = GWT(W, level=0, **options)
-    gwt.limit = lambda N: N
+    gwt.limit = lambda N, **_: N
     same(finish(gwt, gradients), adam)
 
 
@@ -533,7 +534,7 @@ def test_gwt_without_its_limiter_is_foams_numerator_over_one_denominator_per_blo
     """All coefficients of a block share sqrt(V): U = (G - mean + EMA of the mean) / sqrt(V), V of A = 2^(l/2) mean."""
     W, gradients = randn(3, 16), [randn(3, 16, seed=s) for s in range(6)]
     ref = GWT(W, level=level, scale=1.0, lr=1.0, beta2=0.9, eps=0.0, correct_bias=False)
-    ref.limit = lambda N: N
+    ref.limit = lambda N, **_: N
     M = V = 0.0
     for G in gradients:
         before, mean = ref.weight, fold(G, level)
@@ -548,7 +549,7 @@ def test_the_limiter_of_gwt_holds_back_approximation_and_details_alike():
     free, held = GWT(W, **options), GWT(W, **options)
     for ref in (free, held):
         ref.V = torch.ones(3, 2, dtype=torch.float64)
-    free.limit = lambda N: N
+    free.limit = lambda N, **_: N
     finish(free, [G, 10 * G])
     finish(held, [G, 10 * G])
     same(W - free.weight, 0.25 * 11 * G)

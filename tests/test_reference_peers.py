@@ -154,6 +154,6 @@ def test_flora_is_flora_opts(shape):
         A = flora.stable_randn(size, seed=flora.split_seed(seed)[int(tall)], dtype=torch.float64) / 3**0.5
         return A.T if tall else A
 
-    ref = FLora(p.detach().clone(), gap=GAP, sketch=sketch, lr=LR, weight_decay=0.1)
+    ref = FLora(p.detach().clone(), gap=GAP, sketch=sketch, late=True, lr=LR, weight_decay=0.1)
     ref.due = GAP - 1
     together(ref, p, optimizer, stream(shape, STEPS))

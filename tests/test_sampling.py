@@ -7,6 +7,7 @@ from math import sqrt
 
 import pytest
 import torch
+from fitting import fitting
 from streams import NAMES, STACK, WIDE, finish, gradients, optimizer, orthonormal, run, weight
 
 from hf_lowrank import LowRankOptimizer, linalg
@@ -230,7 +231,7 @@ def test_a_run_neither_reads_nor_moves_the_global_generators(name):
             weight(STACK),
             torch.nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)),
         ]
-        groups = [{"params": ps[:2], "rank": 2, "update_proj_gap": 2}, {"params": ps[2:]}]
+        groups = [{"params": ps[:2], **fitting(name, {"rank": 2, "update_proj_gap": 2})}, {"params": ps[2:]}]
         opt = LowRankOptimizer(groups, name, lr=1e-2)
         for t in range(5):
             for p in ps:

@@ -17,10 +17,11 @@ from hf_lowrank.parts import Columns, Context, Moments, Summing
 
 @dataclass(frozen=True)
 class AdamMini(Moments, name="adam_mini"):
-    """M <- b1 M + (1 - b1) R;  v_b <- b2 v_b + (1 - b2) mean(R∘R over block b);  N = M / (sqrt(v) + eps sqrt(1 - b2^t)).
+    """M <- b1 M + (1 - b1) R;  v_b <- b2 v_b + (1 - b2) mean(R∘R over block b);  N = M / (sqrt(v) + eps sqrt(1 -
+    b2^t)).
 
-    A block must lie on the axis that survives the projection. Where the columns of R are outputs (the weight is tall or
-    square) that is Adam-mini's own partition: one v per output neuron, one per head for the queries and keys of
+    A block must lie on the axis that survives the projection. Where the columns of R are outputs (the weight is tall
+    or square) that is Adam-mini's own partition: one v per output neuron, one per head for the queries and keys of
     attention where `head_dim` is known. Where they are inputs the outputs are mixed by the basis: one v per row of R,
     that is per direction of the subspace. Dense matrices have one v per row of the weight (token), vectors one per
     element.

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_lowrank.formats import Slot, Slots, State
+from hf_lowrank.moments.momentum import Momentum
 from hf_lowrank.options import number
 from hf_lowrank.parts import Columns, Context, Moments, Summing
 
@@ -27,18 +28,23 @@ def factors(shape: tuple[int, ...], prefix: str) -> Slots:
 
 
 def observe(s: State, square: Tensor, prefix: str, beta: float, columns: Columns) -> Summing[Tensor]:
-    """Take squares into the statistics, in place, and return the mean square that they stand for.
+    """Take squares into the statistics, in place, and return 1 / sqrt(V^) of the mean square V^ they stand for.
 
-    The estimate of a matrix is row_i col_j / mean(row) (Adafactor, section 3).
+    That of a matrix is V^_ij = row_i col_j / mean(row) (Adafactor, section 3).
     """
     if square.dim() < 2:
-        return s[prefix].lerp_(square, 1 - beta)
+        return s[prefix].lerp_(square, 1 - beta).rsqrt()
     row, col = s[f"{prefix}_row"], s[f"{prefix}_col"]
     total = yield square.sum(-1)
     row.lerp_(total / columns.n, 1 - beta)
     col.lerp_(square.mean(-2), 1 - beta)
-    share = row / row.mean(-1, keepdim=True)
-    return share.unsqueeze(-1) * col.unsqueeze(-2)
+    return inverse_root(row, row.mean(-1, keepdim=True), col)
+
+
+def inverse_root(row: Tensor, mean: Tensor, col: Tensor) -> Tensor:
+    """Return 1 / sqrt(row_i col_j / mean), as a product of roots, since the product of statistics may underflow."""
+    left = (row / mean).clamp_min_(TINY).rsqrt_()
+    return left.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
 
 
 def clipped(u: Tensor, threshold: float, columns: Columns) -> Summing[Tensor]:
@@ -90,8 +96,8 @@ class Adafactor(Moments, name="adafactor"):
     def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
         """See `Moments.update`."""
         beta2 = 1 - ctx.moment_step**-self.decay_rate
-        estimate = yield from observe(s, R.square() + TINY, "square", beta2, ctx.columns)
-        u = yield from clipped(R * estimate.rsqrt(), self.clip_threshold, ctx.columns)
+        root = yield from observe(s, R.square() + TINY, "square", beta2, ctx.columns)
+        u = yield from clipped(R * root, self.clip_threshold, ctx.columns)
         return s["exp_avg"].lerp_(u, 1 - ctx.beta1).clone()
 
     def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
@@ -123,15 +129,44 @@ class CAME(Moments, name="came"):
 
     def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
         """See `Moments.update`."""
-        estimate = yield from observe(s, R.square() + TINY, "square", ctx.beta2, ctx.columns)
-        u = yield from clipped(R * estimate.rsqrt(), self.clip_threshold, ctx.columns)
+        root = yield from observe(s, R.square() + TINY, "square", ctx.beta2, ctx.columns)
+        u = yield from clipped(R * root, self.clip_threshold, ctx.columns)
         M = s["exp_avg"].lerp_(u, 1 - ctx.beta1)
         if R.dim() < 2:
             return M.clone()
         instability = (u - M).square_().add_(self.eps2)
-        trust = yield from observe(s, instability, "instability", self.beta3, ctx.columns)
-        return M * trust.rsqrt()
+        root = yield from observe(s, instability, "instability", self.beta3, ctx.columns)
+        return M * root
 
     def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
         """See `Moments.transport_`."""
         transport_factors_(s, C, how, "square", "instability")
+
+
+@dataclass(frozen=True)
+class SketchedMomentum(Moments, name="sketched_momentum"):
+    """M <- b1 M + (1 - b1) R, the momentum of what FLora sketches; what is not sketched is stepped by Adafactor.
+
+    References:
+        FLora, arXiv 2402.03293, Algorithm 2.
+    """
+
+    composable: ClassVar[bool] = False
+    transports: ClassVar[tuple[str, ...]] = Momentum.transports
+
+    @property
+    def dense(self) -> Moments:
+        """See `Moments.dense`."""
+        return Adafactor()
+
+    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
+        """See `Moments.slots`."""
+        return Momentum().slots(shape, columns)
+
+    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
+        """See `Moments.update`."""
+        return (yield from Momentum().update(s, R, ctx))
+
+    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        """See `Moments.transport_`."""
+        Momentum().transport_(s, C, how, ctx)

@@ -54,5 +54,3 @@ class FoldedAdam(Moments, name="folded_adam"):
 
     def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
         """See `Moments.transport_`: blocks never change."""
-
-

@@ -18,7 +18,7 @@ from hf_lowrank.parts import Columns, Context, Moments, Summing
 class NaturalAdam(Moments, name="natural_adam"):
     """g = vec(R), H the last `history` of them (this one included), F = lambda I + H H^T;  R <- F^-1 R, then Adam.
 
-    By Woodbury F^-1 g = (g - H z / lambda) / lambda with (I + H^T H / lambda) z = H^T g: one small solve per matrix.
+    By Woodbury, g being the column e of H, F^-1 g = H z with (lambda I + H^T H) z = e: one small solve per matrix.
     At a refresh the window is rotated into the new basis with M, or cleared.
 
     State: history x rn beside Adam's 2rn. Dense parameters take plain Adam.
@@ -28,8 +28,8 @@ class NaturalAdam(Moments, name="natural_adam"):
 
     Differs from the authors' code: damping is relative to the window's mean squared norm by default, so that scaling
     all gradients changes nothing (an absolute one switches the method off as gradients shrink); one side is projected,
-    as the paper's text says; the window does not outlive its basis; the default history is 4 instead of 20, which would
-    be ten times Adam's moments.
+    as the paper's text says; the window does not outlive its basis; the default history is 4 instead of 20, which
+    would be ten times Adam's moments.
     """
 
     history: int = integer(4, minimum=1, help="Natural GaLore: projected gradients in the window")
@@ -66,9 +66,10 @@ class NaturalAdam(Moments, name="natural_adam"):
             damping = damping * norms.sum(-1) / min(seen + 1, self.history)
         damping = damping.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
         system = torch.eye(self.history, dtype=gram.dtype, device=gram.device) + gram / damping[..., None]
-        z = torch.linalg.solve(system, gram[..., place]) / damping  # (..., history)
-        inside = (z.to(R.dtype).unsqueeze(-2) @ rows).view(R.shape)
-        natural = (R - inside) / damping[..., None].to(R.dtype)
+        chosen = torch.zeros_like(norms)
+        chosen[..., place] = 1  # g is a column of H
+        z = torch.linalg.solve(system, chosen) / damping  # (..., history)
+        natural = (z.to(R.dtype).unsqueeze(-2) @ rows).view(R.shape)
         return (yield from Adam().update(s, natural, ctx))
 
     def step_scale(self, ctx: Context) -> float:

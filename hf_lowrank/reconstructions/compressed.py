@@ -89,5 +89,3 @@ class Unfold(Reconstruction, name="unfold"):
 def _correction(ctx: Context) -> float:
     """Return what eps is multiplied by, so that it is added to the corrected root."""
     return sqrt(1 - ctx.beta2**ctx.moment_step) if ctx.correct_bias else 1.0
-
-

@@ -29,7 +29,9 @@ class ErrorFeedback(Reconstruction, name="error_feedback"):
     accumulation leave it alone.
     """
 
-    error_feedback: str = choice("fp32", "bf16", "8bit", "off", help="LDAdam: number format of the error buffer, or off")
+    error_feedback: str = choice(
+        "fp32", "bf16", "8bit", "off", help="LDAdam: number format of the error buffer, or off"
+    )
 
     @property
     def needs_gradient(self) -> bool:  # type: ignore[override]
@@ -48,7 +50,7 @@ class ErrorFeedback(Reconstruction, name="error_feedback"):
     def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
         """See `Reconstruction.combine`."""
         yield from ()
-        return Update(N.mul_(ctx.scale))
+        return Update(N, ctx.scale)
 
     def moved_(self, s: State, momentum: Callable[[], Tensor], add_: Add, sign: float, ctx: Context) -> None:
         """See `Reconstruction.moved_`."""

@@ -49,28 +49,29 @@ class Fira(Reconstruction, name="fira"):
     limiter: float = number(1.01, above=1.0, help="largest growth of the residual's norm from one step to the next")
 
     def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Reconstruction.slots`: the limited norm of the last residual, 0 while unset."""
-        return {"residual_norm": Slot(batch, "exact")}
+        """See `Reconstruction.slots`: the limited norm of the last residual, 0 while unset, and its share of G."""
+        return {"residual_norm": Slot(batch, "exact"), "residual_share": Slot(batch, "exact")}
 
     def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
         """See `Reconstruction.combine`."""
         within = ctx.scale if self.fira_form == "released" else 1.0  # share of P R that the residual leaves out
         if ctx.r == ctx.m and within == 1.0:  # no residual
-            return Update(N.mul_(ctx.scale))
+            return Update(N, ctx.scale)
         corrected = c_t if self.fira_form == "paper" else 1.0
         eps = ctx.eps if self.fira_form == "paper" else 1e-8
-        r_squared = R.square().sum(-2)  # (..., n)
+        r_squared = linalg.column_squared_norms(R)  # (..., n)
         g_squared = facts.norms()
         pr_squared = r_squared if facts.gram() is None else facts.inside(R)
         residual = (g_squared - 2 * within * r_squared + within**2 * pr_squared).clamp_min_(0)
         phi = linalg.column_norms(N) * corrected / (r_squared.sqrt() + eps)
         phi = torch.where(r_squared > NO_PROJECTION * g_squared, phi, 0.0)
         totals = yield torch.stack([(phi.square() * residual).sum(-1), residual.sum(-1), g_squared.sum(-1)])
+        s["residual_share"].copy_(totals[1] / totals[2].clamp_min(torch.finfo(torch.float32).tiny))
         phi = phi / self._limit_(s["residual_norm"], totals, eps).unsqueeze(-1) / corrected
         if self.fira_form == "i3s":
-            return Update(N.mul_(ctx.scale).addcmul_(R, phi.unsqueeze(-2), value=-1), phi)
-        Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1).mul_(ctx.scale)
-        return Update(Z, phi if self.fira_form == "released" else phi * ctx.scale)
+            return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, phi)
+        Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1)
+        return Update(Z, ctx.scale, phi if self.fira_form == "released" else phi * ctx.scale)
 
     def _limit_(self, last: Tensor, totals: Tensor, eps: float) -> Tensor:
         """Return L (...,), infinite where there is no residual, and store the limited norm."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.formats import Slot, Slots, State
-from hf_lowrank.moments.factored import TINY
+from hf_lowrank.moments.factored import TINY, inverse_root
 from hf_lowrank.options import number
 from hf_lowrank.parts import Context, Facts, Reconstruction, Summing, Update
 
@@ -57,8 +57,7 @@ class Flora(Reconstruction, name="flora"):
         total = row.sum(-1)
         if ctx.split == "rows":
             total = yield total
-        left = (row / (total / ctx.m).unsqueeze(-1)).rsqrt()
-        u = square.copy_(G).mul_(left.unsqueeze(-1)).mul_(col.rsqrt().unsqueeze(-2))
+        u = inverse_root(row, (total / ctx.m).unsqueeze(-1), col).mul_(G)
         return u, {"row": row, "col": col}
 
     def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
@@ -69,4 +68,4 @@ class Flora(Reconstruction, name="flora"):
         total = yield squares.clamp_min_(0).sum(-1)
         rms = (total / (ctx.m * ctx.columns.n)).sqrt()
         factor = (ctx.scale / (rms / self.clip_threshold).clamp_min(1.0)).unsqueeze(-1)
-        return Update(Z * factor.unsqueeze(-1), (fresh * factor).expand(squares.shape))
+        return Update(Z * factor.unsqueeze(-1), d=(fresh * factor).expand(squares.shape))

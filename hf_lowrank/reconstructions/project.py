@@ -21,4 +21,4 @@ class Project(Reconstruction, name="project"):
     def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
         """See `Reconstruction.combine`."""
         yield from ()
-        return Update(N.mul_(ctx.scale))
+        return Update(N, ctx.scale)

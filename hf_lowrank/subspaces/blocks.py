@@ -1,7 +1,7 @@
 """Sums over adjacent entries of the weight's own last axis: Haar wavelets (GWT) and folding (FOAM).
 
-Both compress by a power of two, 2^level, which is the option rank = 2^-level. Nothing is chosen and nothing stored. The
-weight's last axis is the rows of its transpose, hence proj_type=right.
+Both compress by a power of two, 2^level, which is the option rank = 2^-level. Nothing is chosen and nothing stored.
+The weight's last axis is the rows of its transpose, hence proj_type=right.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Haar(_Fixed, name="haar"):
 
 @dataclass(frozen=True)
 class Fold(_Fixed, name="fold"):
-    """Means over 2^level adjacent entries, of G and of G∘G: R is (..., 2r, n). A short last block is filled with zeros.
+    """Means over 2^level adjacent entries, of G and of G∘G: R is (..., 2r, n). A short last block is filled with
+    zeros.
 
     References:
         FOAM, arXiv 2512.07112, Algorithm 1.
@@ -83,5 +84,3 @@ class Fold(_Fixed, name="fold"):
         """See `Subspace.basis`."""
         size = block_size(ctx.rank)
         return Blocks(ctx.m, size, 1 / size, squares=True)
-
-

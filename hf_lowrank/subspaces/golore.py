@@ -17,14 +17,14 @@ from hf_lowrank.subspaces.dominant import dominant
 class GoLore(Subspace, name="golore"):
     """P = U[:, :r] up to the share `switch_at` of the run, then uniform on the Stiefel manifold.
 
-    The leading singular vectors of a noisy gradient are those of its noise once the signal is small; a random basis has
-    E[P P^T] = (r/m) I whatever the noise. M is projected onto each new basis, V stays.
+    The leading singular vectors of a noisy gradient are those of its noise once the signal is small; a random basis
+    has E[P P^T] = (r/m) I whatever the noise. M is projected onto each new basis, V stays.
 
     References:
         GoLore, arXiv 2410.11289, Algorithm 1 and section 5 (GoLore@20%).
 
-    Differs from the authors' code: the projected momentum is written back; thin QR in place of an n x n SVD; the switch
-    is a share of the run's real number of steps, which Trainer knows.
+    Differs from the authors' code: the projected momentum is written back; thin QR in place of an n x n SVD; the
+    switch is a share of the run's real number of steps, which Trainer knows.
     """
 
     on_refresh: ClassVar[str] = "rotate"

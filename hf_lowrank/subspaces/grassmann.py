@@ -17,14 +17,19 @@ from hf_lowrank.options import choice, flag, number
 from hf_lowrank.parts import Context, Subspace
 
 
+NOTHING_OUTSIDE = 1e-7
+"""Tangent, in units of ||G||^2, under which it is rounding noise and the basis stays."""
+
+
 @dataclass(frozen=True)
 class Grassmann(Subspace, name="grassmann"):
     """S <- S + [(cos theta - 1) S v + sin theta u] v^T: a geodesic towards less error ||G - S A||^2.
 
-    The first basis is the dominant one. The gradient of the error is -2T, of which the leading triple alone is followed.
-    Three step sizes:
+    The first basis is the dominant one. The gradient of the error is -2T, of which the leading triple alone is
+    followed. Three step sizes:
 
-    * `auto` (default): theta = atan2(2 sigma, a - b) / 2 with a = ||A^T v||^2, b = ||G^T u||^2, the exact minimum along
+    * `auto` (default): theta = atan2(2 sigma, a - b) / 2 with a = ||A^T v||^2, b = ||G^T u||^2, the exact minimum
+    along
       the geodesic; no parameter, and the size of the gradient does not matter
     * `normalized`: theta = eta 2 sigma / ||G||_F^2
     * `raw`: theta = eta 2 sigma, as both papers have it; sigma grows with the square of the gradient
@@ -32,7 +37,8 @@ class Grassmann(Subspace, name="grassmann"):
     With `accumulate` G is the mean of the gradients since the last refresh, kept in an m x n buffer.
 
     References:
-        SubTrack (workshop), eqs. 2-6 and Algorithm 1; SubTrack++, arXiv 2502.01586, section 3. The line search is ours.
+        SubTrack (workshop), eqs. 2-6 and Algorithm 1; SubTrack++, arXiv 2502.01586, section 3. The line search is
+        ours.
 
     Differs from the authors' code: tall and square matrices are tracked too (there the tangent is multiplied by zero);
     fp32, kept orthonormal. The workshop's eq. 6 as printed moves uphill: `direction=printed` does that.
@@ -81,24 +87,25 @@ class Grassmann(Subspace, name="grassmann"):
             U, sigma = linalg.gram_basis(G)
             S.copy_(linalg.align_signs(U[..., : S.shape[-1]], None))
             return sigma
+        total = linalg.squared_norm(G)[..., None, None]
+        G = torch.where(total > 0, G / total.sqrt(), 0.0)  # of norm 1, so that no square overflows
         A = S.mT @ G
         T = G @ A.mT - S @ (A @ A.mT)
         u, sigma, v = _leading_triple(T, S)
-        theta = self._angle(G, A, u, sigma, v)
+        theta = self._angle(G, A, u, sigma, v, total)
         moved = (theta.cos() - 1) * (S @ v) + theta.sin() * u  # (..., m, 1)
         S.add_(moved @ v.mT)
         S.copy_(1.5 * S - 0.5 * S @ (S.mT @ S))  # one Newton step towards the nearest orthonormal matrix
         return None
 
-    def _angle(self, G: Tensor, A: Tensor, u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
-        """Return theta (..., 1, 1)."""
+    def _angle(self, G: Tensor, A: Tensor, u: Tensor, sigma: Tensor, v: Tensor, total: Tensor) -> Tensor:
+        """Return theta (..., 1, 1) for a gradient of norm 1 whose squared norm was `total`."""
         if self.step == "auto":
             a, b = ((X.mT @ x).square().sum((-2, -1), keepdim=True) for X, x in ((A, v), (G, u)))
-            return 0.5 * torch.atan2(2 * sigma, a - b)
-        theta = 2 * self.eta * sigma
-        if self.step == "normalized":
-            total = linalg.squared_norm(G)[..., None, None]
-            theta = torch.where(total > 0, theta / total, 0.0)
+            theta = 0.5 * torch.atan2(2 * sigma, a - b)
+        else:
+            theta = 2 * self.eta * sigma * (total if self.step == "raw" else 1.0)
+        theta = torch.where((sigma > NOTHING_OUTSIDE) & theta.isfinite(), theta, 0.0)
         return theta if self.direction == "descending" else -theta
 
 
@@ -110,5 +117,3 @@ def _leading_triple(T: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = u - S @ (S.mT @ u)
     sigma = u.norm(dim=-2, keepdim=True)
     return u / sigma.clamp_min(torch.finfo(u.dtype).tiny), sigma, v
-
-

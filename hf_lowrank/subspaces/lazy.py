@@ -17,17 +17,18 @@ from hf_lowrank.subspaces.dominant import dominant
 class Lazy(Subspace, name="lazy"):
     """P = U[:, :r], at intervals of its own for every matrix.
 
-    When the last `queue_size` overlaps ||P_old^T P_new||^2 / r have a mean of at least `threshold` the interval doubles,
-    up to `longest` times the group's; one overlap below the threshold halves it again, down to the group's. A change of
-    the interval starts a new count.
+    When the last `queue_size` overlaps ||P_old^T P_new||^2 / r have a mean of at least `threshold` the interval
+    doubles, up to `longest` times the group's; one overlap below the threshold halves it again, down to the group's. A
+    change of the interval starts a new count.
 
     References:
         Q-GaLore, arXiv 2407.08296, sections 3.2 and 3.4 (4-bit basis, 8-bit moments, lazy subspaces).
 
-    Differs from the authors' code: the overlap of the subspaces decides, not the signed cosine of the first vectors; the
-    interval has a cap and a way back; the 4-bit codes are packed, symmetric, and come from fp32. INT8 weights are not
-    offered: a weight that autograd, clipping, DDP and save_pretrained all see as a parameter must be floating point, and
-    one that is not would have to be replaced in every one of them.
+    Differs from the authors' code: the overlap of the subspaces decides, not the signed cosine of the first vectors;
+    the interval has a cap and a way back; the 4-bit codes are packed, symmetric, and come from fp32. INT8 weights are
+    not
+    offered: a weight that autograd, clipping, DDP and save_pretrained all see as a parameter must be floating point,
+    and one that is not would have to be replaced in every one of them.
     """
 
     queue_size: int = integer(5, minimum=1, help="Q-GaLore: overlaps that are looked at")
@@ -54,8 +55,8 @@ class Lazy(Subspace, name="lazy"):
             full = known == self.queue_size
             if overlap < self.threshold and doublings:
                 doublings, known = doublings - 1, 0
-            elif full and float(s["overlaps"].mean()) >= self.threshold and 2 ** (doublings + 1) <= self.longest:
+            elif full and float(s["overlaps"].mean()) >= self.threshold and 2**doublings < self.longest:
                 doublings, known = doublings + 1, 0
         s["doublings"].fill_(doublings)
         s["known"].fill_(known)
-        return int(gap * 2**doublings)
+        return int(gap * min(2**doublings, self.longest))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_lowrank import linalg
@@ -22,8 +23,8 @@ class Online(Subspace, name="online"):
     """P steps down f(P) = ||P P^T G - G||^2 by an AdamW of its own, after the weight has been written.
 
     With A = P^T G the gradient is 2 (P A A^T + G A^T P^T P - 2 G A^T): no residual and no autograd. The first basis is
-    the dominant one. It is never made orthonormal again, so the size of P N drifts. Its learning rate follows the
-    schedule of the model's.
+    the dominant one, at whose own gradient f is stationary, so it first moves one step later. It is never made
+    orthonormal again, so the size of P N drifts. Its learning rate follows the schedule of the model's.
 
     State: 3mr for P and its moments.
 
@@ -36,7 +37,9 @@ class Online(Subspace, name="online"):
     late: ClassVar[bool] = True
     without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger")
 
-    basis_lr: float = number(0.005, help="Online Subspace Descent: learning rate of the basis at the peak of the schedule")
+    basis_lr: float = number(
+        0.005, help="Online Subspace Descent: learning rate of the basis at the peak of the schedule"
+    )
     basis_weight_decay: float = number(0.01, help="Online Subspace Descent: decoupled weight decay of the basis")
 
     def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
@@ -52,9 +55,10 @@ class Online(Subspace, name="online"):
             P.copy_(linalg.align_signs(U[..., : P.shape[-1]], None))
             return sigma
         total = linalg.squared_norm(G)[..., None, None]
-        A = P.mT @ G.float()
-        GA = G.float() @ A.mT
-        gradient = 2 * (P @ (A @ A.mT) + GA @ (P.mT @ P) - 2 * GA) / total.clamp_min(1e-38)
+        G = torch.where(total > 0, G / total.sqrt(), 0.0)
+        A = P.mT @ G
+        GA = G @ A.mT
+        gradient = 2 * (P @ (A @ A.mT) + GA @ (P.mT @ P) - 2 * GA)
         t = ctx.number  # steps of the basis, this one included
         lr = self.basis_lr * (ctx.lr / ctx.initial_lr if ctx.initial_lr else 1.0)
         M.lerp_(gradient, 1 - 0.9)
@@ -64,5 +68,5 @@ class Online(Subspace, name="online"):
         return None
 
     def adopted_(self, s: State, gap: int, overlap: float) -> int:
-        """See `Subspace.adopted_`: every step."""
-        return 1
+        """See `Subspace.adopted_`: every step but the one that the first basis, which is stationary, came from."""
+        return 1 if int(s["refreshes"]) else 2

@@ -20,9 +20,9 @@ class Rows(Subspace, name="rows"):
     """P^T selects r rows of the gradient and scales them: R = scale∘G[index].
 
     * `top`: the r rows of the largest norm; what changes the gradient least, but the same rows win for ever
-    * `norm` (default): r draws with replacement, row j with probability q_j = ||G_j||^2 / ||G||^2, scale 1/sqrt(r q_j),
-      so that E[P P^T] = I, and with the least variance
-    * `norm_without`: r draws without replacement with weight ||G_j||^2, scale 1
+    * `norm` (default): r draws with replacement, row j with probability q_j = ||G_j|| / sum_i ||G_i||, scale
+      1/sqrt(r q_j), so that E[P P^T] = I; of all q this one has the least E||P P^T G - G||^2
+    * `norm_without`: r draws without replacement with weight ||G_j||, scale 1
     * `uniform`: r draws with replacement, q_j = 1/m, scale sqrt(m/r), E[P P^T] = I
     * `uniform_without`: r draws without replacement, all alike, scale 1
 
@@ -54,10 +54,10 @@ class Rows(Subspace, name="rows"):
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
         """See `Subspace.refresh_`."""
         r = s["row_index"].shape[-1]
-        squares = linalg.column_squared_norms(G.mT)  # (..., m)
-        weights = torch.ones_like(squares) if self.rows.startswith("uniform") else squares
+        norms = linalg.column_squared_norms(G.mT).sqrt()  # (..., m)
+        weights = torch.ones_like(norms) if self.rows.startswith("uniform") else norms
         if self.rows == "top":
-            index = squares.topk(r, -1).indices
+            index = norms.topk(r, -1).indices
         elif self.rows.endswith("_without"):
             index = linalg.gumbel_top_r(weights, r, ctx.generator())
         else:

@@ -47,25 +47,32 @@ class ModelArguments:
             "round stochastically. (Trainer's --bf16 computes in bf16 with fp32 weights.)"
         },
     )
-    matrix_lr_scale: float = field(
-        default=1.0,
+    matrix_learning_rate: float | None = field(
+        default=None,
         metadata={
-            "help": "Matrices of the body (or the adapters in their place) train at learning_rate x this, all else at "
-            "learning_rate; for any optimizer. A low-rank optimizer's option scale multiplies it."
+            "help": "Matrices of the body (or the adapters in their place) train at this rate, all else at "
+            "learning_rate; for any optimizer. Default: learning_rate, times the option `scale` of a low-rank one."
         },
     )
 
 
-def config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> LlamaConfig:
-    """Return the configuration that the arguments name."""
+def shape(args: ModelArguments) -> tuple[int, int, int, int]:
+    """Return width, feed-forward width, heads and layers, or end with what is wrong with them."""
     if args.model_size not in SIZES:
         near = get_close_matches(args.model_size, SIZES, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         stop(f"--model_size {args.model_size} is none of {', '.join(SIZES)}{hint}")
-    given = (args.hidden_size, args.intermediate_size, args.num_attention_heads, args.num_hidden_layers)
-    width, inner, heads, layers = (g or known for g, known in zip(given, SIZES[args.model_size], strict=True))
+    width, inner, heads, layers = SIZES[args.model_size]
+    width, inner = args.hidden_size or width, args.intermediate_size or inner
+    heads, layers = args.num_attention_heads or heads, args.num_hidden_layers or layers
     if width % heads or width // heads % 2:
         stop(f"--hidden_size {width} must be an even multiple of --num_attention_heads {heads}")
+    return width, inner, heads, layers
+
+
+def config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> LlamaConfig:
+    """Return the configuration that the arguments name."""
+    width, inner, heads, layers = shape(args)
     return LlamaConfig(
         vocab_size=model_vocab_size(tokenizer),
         hidden_size=width,

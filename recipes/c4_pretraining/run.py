@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -19,7 +20,14 @@ from typing import Any
 import datasets
 import torch
 import yaml
-from transformers import HfArgumentParser, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import (
+    HfArgumentParser,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import hf_lowrank
 
@@ -76,35 +84,25 @@ def parser() -> HfArgumentParser:
 
 def main() -> None:
     """Train and evaluate as the command line says."""
-    datasets.logging.set_verbosity_error()  # it warns of shuffle buffers, which hold nothing here
     model_args, data_args, budget, baseline, training_args = parse(sys.argv[1:])
     checkpoint = checkpoint_to_resume(training_args)
-    tokenizer_dir = Path(data_args.tokenizer_dir or Path(training_args.output_dir) / "tokenizer")
-    with training_args.main_process_first(desc="tokenizer"):
-        documents = {split: data.documents(data_args, split) for split in ("train", "validation")}
-        tokenizer = data.load_tokenizer(data_args, tokenizer_dir)
-    seed = DATA_SEED if training_args.data_seed is None else training_args.data_seed
-
-    def epoch_rows(epoch: int) -> datasets.IterableDataset:
-        return data.rows(documents["train"], tokenizer, data_args, seed=seed + epoch)
-
-    llama = models.config(model_args, tokenizer, data_args.block_size)
+    models.shape(model_args)
     set_accumulation(budget, training_args)
+    tokenizer, epoch_rows, held_out = load_data(data_args, training_args)
     set_steps(budget, training_args, data.mean_tokens(epoch_rows(0)), data_args)
-    held_out = HeldOut(
-        data.rows(documents["validation"], tokenizer, data_args, seed=seed), tokens=data_args.eval_tokens
-    )
-    require_text(held_out.tokens, len(held_out), data_args, "validation")
 
     set_seed(training_args.seed)
+    llama = models.config(model_args, tokenizer, data_args.block_size)
     model = build_or_load(model_args, llama, checkpoint, training_args, baseline)
     try:
         callbacks = prepare_(model, baseline, training_args)
-        optimizer = optimizer_with_two_rates(model, training_args, matrix_lr_scale=model_args.matrix_lr_scale)
+        rate = model_args.matrix_learning_rate
+        optimizer = optimizer_with_two_rates(model, training_args, matrix_learning_rate=rate)
     except ValueError as error:
         stop(str(error))
+    timer = StepTimer()
     stream = TokenStream(epoch_rows, rows_per_step=rows_per_step(training_args))
-    keeper, timer = StreamCallback(stream, time.perf_counter), StepTimer()
+    keeper = StreamCallback(stream, timer)
     if checkpoint and not training_args.dataloader_num_workers:
         training_args.ignore_data_skip = keeper.resume(checkpoint)
     trainer = Trainer(
@@ -116,20 +114,30 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=Perplexity(training_args.per_device_train_batch_size),
         preprocess_logits_for_metrics=negative_log_likelihood,
-        callbacks=[keeper, timer, *callbacks],
+        callbacks=[timer, keeper, *callbacks],
         optimizer_cls_and_kwargs=optimizer,
     )
     if training_args.do_train:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        report(trainer, timer, keeper)
-        if not trainer.is_fsdp_enabled:
-            to_plain_(model)
-        trainer.save_model()
-        trainer.save_state()
+        train(trainer, timer, keeper, checkpoint)
     if training_args.do_eval:
         metrics = trainer.evaluate() | {"eval_tokens": held_out.tokens}
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        for record in (trainer.log_metrics, trainer.save_metrics):
+            record("eval", metrics)
+
+
+def load_data(
+    args: data.DataArguments, training_args: TrainingArguments
+) -> tuple[PreTrainedTokenizerBase, Callable[[int], datasets.IterableDataset], HeldOut]:
+    """Return the tokenizer, the training rows by epoch, and the rows held out."""
+    datasets.logging.set_verbosity_error()  # it warns of shuffle buffers, which hold nothing here
+    folder = Path(args.tokenizer_dir or Path(training_args.output_dir) / "tokenizer")
+    with training_args.main_process_first(desc="tokenizer"):
+        training, validation = (data.documents(args, split) for split in ("train", "validation"))
+        tokenizer = data.load_tokenizer(args, folder)
+    seed = DATA_SEED if training_args.data_seed is None else training_args.data_seed
+    held_out = HeldOut(data.rows(validation, tokenizer, args, seed=seed), tokens=args.eval_tokens)
+    require_text(held_out.tokens, len(held_out), args, "validation")
+    return tokenizer, lambda epoch: data.rows(training, tokenizer, args, seed=seed + epoch), held_out
 
 
 def parse(line: list[str]) -> Arguments:
@@ -161,7 +169,9 @@ def read_yaml(file: Path, reader: HfArgumentParser) -> dict[str, Any]:
 
 
 def set_accumulation(budget: BudgetArguments, args: TrainingArguments) -> None:
-    """Set gradient_accumulation_steps so that a step takes total_batch_size rows."""
+    """Set gradient_accumulation_steps so that a step takes total_batch_size rows; require a length."""
+    if args.max_steps <= 0 and not budget.train_tokens:
+        stop("say how long to train: --max_steps or --train_tokens")
     if budget.total_batch_size is None:
         return
     at_once = args.train_batch_size * args.world_size
@@ -184,8 +194,6 @@ def set_steps(
     """Set max_steps from the budget in tokens, and the warm-up from its share."""
     require_text(tokens_per_row, int(tokens_per_row > 0), data_args, "training")
     if args.max_steps <= 0:
-        if not budget.train_tokens:
-            stop("say how long to train: --max_steps or --train_tokens")
         args.max_steps = math.ceil(budget.train_tokens / (rows_per_step(args) * tokens_per_row))
     if not args.warmup_steps:
         args.warmup_steps = round(budget.warmup_share * args.max_steps)
@@ -219,15 +227,28 @@ def build_or_load(
         stop(f"cannot load a model from {checkpoint}: {str(error).strip().splitlines()[0]}")
 
 
+def train(trainer: Trainer, timer: StepTimer, keeper: StreamCallback, checkpoint: str | None) -> None:
+    """Train; leave an ordinary model, with numbers beside it."""
+    if trainer.args.ignore_data_skip and checkpoint:
+        # The loader drew a number when it started, after Trainer had restored the generators: dropout would go astray.
+        # Trainer itself restores them again where it skips data.
+        keeper.before_first_step = partial(trainer._load_rng_state, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    report(trainer, timer, keeper)
+    if not trainer.is_fsdp_enabled:  # merging gathers nothing: a sharded model keeps its adapters
+        to_plain_(trainer.model)
+    trainer.save_model()
+    trainer.save_state()
+
+
 def report(trainer: Trainer, timer: StepTimer, keeper: StreamCallback) -> None:
     """Write sizes, speed, memory and budget to train_results.json and all_results.json."""
     args = trainer.args
     steps, updates = (x[1:] or x or [math.nan] for x in (timer.step_seconds, timer.optimizer_seconds))
-    position = keeper.stream.position(trainer.state.global_step) or {"tokens": None}
+    position = keeper.stream.position(trainer.state.global_step)
     metrics = {
         **sizes(trainer.model),
         "steps": trainer.state.global_step,
-        "train_tokens": position["tokens"],
         "rows_per_step": keeper.stream.rows_per_step,
         "train_seconds": keeper.seconds(),
         "rows_per_second": keeper.stream.rows_per_step / mean(steps),
@@ -236,10 +257,12 @@ def report(trainer: Trainer, timer: StepTimer, keeper: StreamCallback) -> None:
         "optimizer_state_mib": state_bytes(trainer.optimizer) / 2**20,
         "machine": machine(),
     }
+    if position:
+        metrics["train_tokens"] = position["tokens"]
     if args.device.type == "cuda":
         metrics["peak_memory_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
+    for record in (trainer.log_metrics, trainer.save_metrics):
+        record("train", metrics)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
+from recipes.common import StepTimer
+
 
 STREAM_FILE = "stream.json"
 """In a checkpoint: the position of the stream after the rows that had been trained on."""
@@ -58,29 +60,32 @@ class TokenStream(IterableDataset):
 class StreamCallback(TrainerCallback):
     """Keeps the position of the stream in every checkpoint; adds tokens and seconds of training to the logs.
 
-    Seconds go on where a resumed run stopped; evaluation and saving are in them.
+    Seconds are those of the steps: loading, evaluation and saving aside. They go on where a resumed run stopped.
 
     Args:
         stream: the training stream.
-        clock: gives the time in seconds.
+        timer: times the steps.
     """
 
-    def __init__(self, stream: TokenStream, clock: Callable[[], float]) -> None:
+    def __init__(self, stream: TokenStream, timer: StepTimer) -> None:
         self.stream = stream
-        self.clock = clock
+        self.timer = timer
         self.seconds_before = 0.0
-
-    def on_train_begin(self, *unused: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self.began = self.clock()
+        self.before_first_step: Callable[[], None] | None = None
 
     def seconds(self) -> float:
         """Return the seconds of training so far."""
-        return self.seconds_before + self.clock() - self.began
+        return self.seconds_before + self.timer.total_seconds
+
+    def on_step_begin(self, *unused: Any, **kwargs: Any) -> None:
+        """Do once what `before_first_step` holds."""
+        if self.before_first_step is not None:
+            self.before_first_step()
+            self.before_first_step = None
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Add what is known to the log history, of trainings and of evaluations."""
-        if state.log_history and state.is_world_process_zero and hasattr(self, "began"):
+        if state.log_history and state.is_world_process_zero:
             position = self.stream.position(state.global_step)
             more = {"tokens": position["tokens"]} if position else {}
             state.log_history[-1].update(seconds=round(self.seconds(), 3), **more)

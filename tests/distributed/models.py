@@ -1,10 +1,17 @@
 """A model with every kind of matrix, its batches, and one training loop: the same on any number of processes."""
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_lowrank import LowRankOptimizer, param_groups
+from hf_lowrank import METHODS, LowRankOptimizer, methods, param_groups
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fitting import fitting  # noqa: E402
 
 
 class Block(nn.Module):
@@ -62,8 +69,12 @@ def batch(step, rows=96):
 
 def optimizer(net, name, rank=3, **options):
     shared = options.pop("share_refreshes", False)
-    groups = param_groups(net, rank=rank, weight_decay=0.1, **{"update_proj_gap": 3, **options})
-    return LowRankOptimizer(groups, name, lr=2e-2, seed=5, share_refreshes=shared)
+    fitted = fitting(name, {"rank": rank, "update_proj_gap": 3, **options})
+    groups = param_groups(net, weight_decay=0.1, **fitted)
+    row = METHODS[methods.split(name)[0]]
+    # two rules divide by what may be next to nothing; at the common rate such a run is chaos, and equals no other
+    lr = 2e-4 if row.moments == "came" or row.subspace == "haar" else 2e-2
+    return LowRankOptimizer(groups, name, lr=lr, seed=5, share_refreshes=shared)
 
 
 def loss_of(net, step, rank=0, world=1):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fitting import fitting
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_lowrank
@@ -37,11 +38,20 @@ def tiny_data(rows=32):
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
+def options_for(optim, **options):
+    """Rank 4 and an interval of 3, as far as the method has such options."""
+    if optim not in hf_lowrank.methods.names():
+        return None
+    fitted = fitting(optim, {"rank": 4, "update_proj_gap": 3, **options})
+    fitted.pop("total_steps", None)  # Trainer knows it
+    return ",".join(f"{key}={value}" for key, value in fitted.items())
+
+
 def arguments(output_dir: Path, optim: str, **overrides):
     values = {
         "output_dir": str(output_dir),
         "optim": optim,
-        "optim_args": OPTIONS if optim in hf_lowrank.methods.names() else None,
+        "optim_args": options_for(optim),
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
         "max_steps": 8,

@@ -1,12 +1,19 @@
 """What the callback logs is what the optimizer did."""
 
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import arguments, engine, tiny_llama, train
+from processes import torchrun
 
-from hf_lowrank import LowRankCallback, state
+from hf_lowrank import LowRankCallback, LowRankOptimizer, metrics, state
+
+
+TYPES = {"q", "k", "v", "o", "gate", "up", "down"}
 
 
 def lines(folder):
@@ -16,13 +23,16 @@ def lines(folder):
 def test_every_training_log_has_the_metrics(tmp_path):
     t = train(arguments(tmp_path, "galore_i3s_adamw"))
     rows = [row for row in t.state.log_history if "loss" in row]
-    expected = {"overlap", "energy", "stable_rank", "refreshes", "refresh_ms", "skipped", "state_mib"}
+    expected = {"overlap", "overlap_first", "energy", "stable_rank", "refreshes", "refresh_ms", "skipped", "state_mib"}
+    refreshed_keys = {"overlap", "overlap_first", "energy", "stable_rank"}
     for step, row in enumerate(rows, 1):
         found = {key.removeprefix("lowrank/") for key in row if key.startswith("lowrank/")}
-        assert found == expected - ({"overlap"} if step < 4 else set())  # the first basis has none before it
+        unknown = {"overlap", "overlap_first"} if step < 4 else set()  # the first basis has none before it
+        refreshed = step % 3 == 1
+        types = {f"{key}/{kind}" for key in refreshed_keys - unknown for kind in TYPES} if refreshed else set()
+        assert found == (expected - unknown) | types
         assert row["lowrank/refreshes"] == 14 * (1 + (step - 1) // 3)
         assert row["lowrank/skipped"] == 0
-        refreshed = step % 3 == 1
         assert (row["lowrank/refresh_ms"] > 0.5) == refreshed or row["lowrank/refresh_ms"] >= 0
     final = next(row for row in t.state.log_history if "train_runtime" in row)
     assert not any(key.startswith("lowrank/") for key in final)
@@ -54,7 +64,7 @@ def test_overlap_and_energy_are_those_of_the_bases(tmp_path):
         return [(n, p) for n, p in kwargs["model"].named_parameters() if "_proj" in n]
 
     def matrices(kwargs):
-        optimizer = kwargs["optimizer"].optimizer
+        optimizer = kwargs["optimizer"].optimizer  # below accelerate's wrapper
         return [(n, optimizer.state[p]) for n, p in weights(kwargs) if optimizer.state.get(p)]
 
     train(arguments(tmp_path, "galore_dominant_adamw", max_steps=4), callbacks=[Watch()])
@@ -104,3 +114,204 @@ def test_metrics_reach_tensorboard_and_trainer_state(tmp_path):
     assert all("lowrank/energy" in logs for logs in seen if "loss" in logs)  # a reporter comes after us
     saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert "lowrank/energy" in saved["log_history"][0]
+
+
+def test_the_mean_by_type_is_that_of_its_matrices(tmp_path):
+    t = train(arguments(tmp_path, "galore_i3s_adamw", max_steps=4))
+    row = next(row for row in t.state.log_history if row["step"] == 4)
+    per_matrix = {line["module"]: line for line in lines(tmp_path) if line["step"] == 4}
+    for key in ("overlap", "energy", "stable_rank", "overlap_first"):
+        queries = [line[key] for name, line in per_matrix.items() if name.endswith("q_proj")]
+        assert len(queries) == 2
+        assert row[f"lowrank/{key}/q"] == pytest.approx(sum(queries) / 2, abs=2e-6)
+
+
+def test_the_overlap_with_the_first_subspace_is_that_of_the_bases(tmp_path):
+    first = {}
+
+    class Watch(LowRankCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            for name, _, _, s in metrics.matrices(kwargs["optimizer"].optimizer):
+                first.setdefault(name, s["basis"].clone())
+
+    t = train(arguments(tmp_path, "galore_dominant_adamw", max_steps=7), callbacks=[Watch()])
+    logged = {line["module"]: line["overlap_first"] for line in lines(tmp_path) if line["step"] == 7}
+    assert len(logged) == 14
+    for name, _, _, s in metrics.matrices(engine(t)):
+        direct = (s["basis"].mT @ first[name]).square().sum() / 4
+        assert logged[name] == pytest.approx(direct.item(), abs=4e-3)  # entries of the first one are rounded to bf16
+
+
+def test_the_sketch_of_the_first_subspace_estimates_its_overlap():
+    gen = torch.Generator().manual_seed(0)
+    m, r = 400, 128
+    first, second = (torch.linalg.qr(torch.randn(m, r, generator=gen))[0] for _ in range(2))
+    half = torch.cat([first[:, : r // 2], second[:, r // 2 :]], 1)  # shares half of the first one
+    half = torch.linalg.qr(half)[0]
+    firsts = metrics.FirstSubspaces()
+    assert firsts.overlap("a", first) is None
+    for basis in (first, second, half):
+        exact = (basis.mT @ first).square().sum() / r
+        assert firsts.overlap("a", basis) == pytest.approx(exact.item(), abs=3 * math.sqrt(2 / (32 * r)))
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96), (16, 160)])  # also fewer rows than columns of the sketch
+def test_the_effective_rank_is_exact_where_asked_and_near_where_estimated(shape):
+    gen = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, min(shape), generator=gen))[0] for n in shape)
+    for k in (1, 4, min(shape)):
+        change = U[:, :k] @ V[:, :k].T  # k equal singular values: effective rank k
+        weights = {f"w{i}": torch.randn(shape, generator=gen) for i in range(8)}
+        exact, estimate = metrics.UpdateRank(exact=True), metrics.UpdateRank()
+        for measure in (exact, estimate):
+            assert measure.measure(weights.items()) == {}
+        changed = {name: W + change for name, W in weights.items()}
+        # fp32 rounding of W + D is a perturbation of full rank with 1e-7 of ||W||: 1e-5 of the result
+        assert exact.measure(changed.items())["w0"] == pytest.approx(k, rel=1e-3)
+        found = estimate.measure(changed.items())
+        assert sum(found.values()) / 8 == pytest.approx(k, rel=0.15)  # 10 % for one, of eight
+        assert exact.measure(changed.items()) == {}  # nothing has changed since
+
+
+def test_the_limiter_is_seen_where_the_residual_grows():
+    gen = torch.Generator().manual_seed(0)
+    W = torch.nn.Parameter(torch.randn(8, 12, generator=gen))
+    groups = [{"params": [W], "rank": 2, "update_proj_gap": 100, "fira_form": "i3s"}]  # its residual is G - P R
+    optimizer = LowRankOptimizer(groups, "fira_adamw")
+    U, V = (torch.linalg.qr(torch.randn(n, 8, generator=gen))[0] for n in (8, 12))
+    inside, outside = 9 * U[:, :2] @ V[:, :2].T, U[:, 2:] @ V[:, 2:].T
+    activity = metrics.LimiterActivity()
+    for growth, expected in ((2.0, 1.0), (0.5, 0.0)):
+        for step in range(6):
+            W.grad = inside + growth ** (step if growth > 1 else step + 3) * outside
+            optimizer.step()
+            activity.look(optimizer)
+            if step == 0:
+                activity.share()
+        assert activity.share() == expected
+    assert activity.share() is None
+
+
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "fira_adamw"])
+def test_a_resumed_run_has_the_same_rows_where_it_is_logged_and_saved_at_different_steps(name, tmp_path):
+    rhythm = {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2, "max_steps": 8}
+
+    def rows(trainer):
+        drop = ("refresh_ms", "train_loss", "grad_norm")
+        found = [row for row in trainer.state.log_history if "train_runtime" not in row]
+        return [{k: v for k, v in row.items() if not any(key in k for key in drop)} for row in found]
+
+    whole = train(arguments(tmp_path / "whole", name, **rhythm))
+    ranks = [row for row in rows(whole) if "lowrank/update_rank" in row]
+    assert [row["step"] for row in ranks] == [2, 4, 6, 8]
+    assert all({f"lowrank/update_rank/{kind}" for kind in TYPES} < row.keys() for row in ranks)
+    assert all(1 <= row["lowrank/update_rank"] <= 16 for row in ranks)
+    for step in (2, 4, 6):  # before and after a refresh, the last one logged as well
+        resumed = train(arguments(tmp_path / "new", name, **rhythm), resume=str(tmp_path / f"whole/checkpoint-{step}"))
+        ours = [{k: v for k, v in row.items() if k != "loss"} for row in rows(resumed)]
+        # Trainer itself averages the loss of a window that a resume cuts over what is left of it
+        assert ours == [{k: v for k, v in row.items() if k != "loss"} for row in rows(whole)]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "whole/hf_lowrank_steps.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+
+
+def test_step_times_are_recorded_with_their_refreshes_and_resume_without_a_gap(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    train(arguments(tmp_path, "galore_i3s_adamw", **saving))
+    train(arguments(tmp_path, "galore_i3s_adamw", **saving), resume=str(tmp_path / "checkpoint-5"))
+    rows = [json.loads(line) for line in (tmp_path / "hf_lowrank_steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["refreshes"] for row in rows] == [14, 0, 0, 14, 0, 0, 14, 0]
+    assert all(0 < row["optimizer_ms"] < row["ms"] for row in rows)
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+
+
+def test_the_run_file_has_the_bytes_of_every_component(tmp_path):
+    t = train(arguments(tmp_path, "fira_adamw", max_steps=1))
+    memory = json.loads((tmp_path / "hf_lowrank.json").read_text())["memory"]
+    weights = sum(p.nbytes for p in t.model.parameters())
+    assert memory["weights"] == memory["gradients"] == weights
+    assert memory["adamw_state"] == 2 * weights
+    assert memory["low_rank_state"] + memory["dense_state"] == engine(t).declared_bytes()
+
+
+def test_a_callback_given_by_hand_lends_its_arguments(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    mine = LowRankCallback(first_overlap=False, update_rank="off")
+    t = train(arguments(tmp_path, "galore_i3s_adamw", **saving), callbacks=[mine])
+    keys = {key for row in t.state.log_history for key in row}
+    assert "lowrank/overlap" in keys
+    assert not any("first" in key or "update_rank" in key for key in keys)
+    assert not (tmp_path / "hf_lowrank_first_subspaces.pt").exists()
+    with pytest.raises(ValueError, match="update_rank must be one of estimate, exact, off"):
+        LowRankCallback(update_rank="all")
+
+
+def test_a_refresh_is_one_line_on_the_console(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_lowrank")
+    train(arguments(tmp_path, "fira_adamw", max_steps=6))
+    said = [record.getMessage() for record in caplog.records if "refreshed" in record.getMessage()]
+    assert len(said) == 2
+    assert re.fullmatch(
+        r"step 4: subspaces refreshed in \d+ ms; overlap 0\.\d\d with the one before \(least: \w+ 0\.\d\d\), "
+        r"0\.\d\d with the first; \d+% of the gradient inside; stable rank \d\.\d; "
+        r"limiter active in \d+% of the steps",
+        said[1],
+    )
+
+
+def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))  # transformers 5; 4.57 has an argument
+    args = arguments(tmp_path, "galore_i3s_adamw", max_steps=4, report_to="tensorboard", save_strategy="no")
+    train(args)
+    folder = next(path.parent for path in tmp_path.rglob("events.out.tfevents*"))
+    events = accumulators.EventAccumulator(str(folder))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"train/lowrank/{key}" for key in ("overlap", "overlap_first", "energy", "energy/q", "refresh_ms")} < tags
+    assert [event.step for event in events.Scalars("train/lowrank/refreshes")] == [1, 2, 3, 4]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.full), "SHARDED_STATE_DICT"])
+def test_two_processes_write_each_line_once_and_measure_the_same(kind, tmp_path):
+    result = torchrun(2, Path(__file__).parent / "parallel_worker.py", kind, "fira_adamw", tmp_path)
+    assert (tmp_path / "report.json").exists(), result.stderr[-4000:]
+    options = {"optim_args": "rank=4,update_proj_gap=2,stagger=false", "max_steps": 6, "max_grad_norm": 0.0}
+    alone = arguments(tmp_path / "alone", "fira_adamw", save_strategy="steps", save_steps=3, **options)
+    history = train(alone).state.log_history
+    state_file = tmp_path / "first" / "checkpoint-6" / "trainer_state.json"
+    shared = json.loads(state_file.read_text())["log_history"]
+    assert [row["step"] for row in shared] == [row["step"] for row in history if "train_runtime" not in row]
+    for ours, theirs in zip(shared, history, strict=False):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            if key.startswith("lowrank/") and key.split("/")[1] not in ("refresh_ms", "state_mib"):
+                # gradients are summed in another order, and Adam amplifies that
+                assert ours[key] == pytest.approx(theirs[key], rel=0.02, abs=1e-3), key
+    for file in ("hf_lowrank_refreshes.jsonl", "hf_lowrank_steps.jsonl"):
+        count = [len((tmp_path / run / file).read_text().splitlines()) for run in ("first", "alone")]
+        assert count[0] == count[1]
+
+
+@pytest.mark.full
+def test_wandb_gets_every_metric_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for key, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(key, value)
+    train(arguments(tmp_path, "galore_i3s_adamw", max_steps=4, report_to="wandb"))
+    seen = dict(wandb.run.summary)
+    wandb.finish()
+    assert {f"train/lowrank/{key}" for key in ("overlap", "overlap_first", "energy/q", "refreshes")} < seen.keys()
+    assert seen["train/lowrank/refreshes"] == 28
+
+
+@pytest.mark.full
+def test_trackio_gets_every_metric_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at import
+    pytest.importorskip("trackio")
+    train(arguments(tmp_path, "galore_i3s_adamw", max_steps=4, report_to="trackio"))
+    stored = b"".join(file.read_bytes() for file in (tmp_path / "trackio").rglob("*.db*"))
+    assert all(f"lowrank/{key}".encode() in stored for key in ("overlap", "overlap_first", "energy/q", "refreshes"))

@@ -135,7 +135,7 @@ def test_lowrank_takes_its_parts_by_name(tmp_path):
     by_parts = train(arguments(tmp_path / "b", "lowrank", optim_args=free))
     weights = (named.model.parameters(), by_parts.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-    with pytest.raises(ValueError, match="subspace must be one of dominant, hybrid, i3s"):
+    with pytest.raises(ValueError, match="subspace must be one of .*dominant, .*hybrid, i3s"):
         built(tmp_path, optim="lowrank", optim_args="subspace=nothing")
 
 

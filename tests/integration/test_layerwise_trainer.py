@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import arguments, engine, tiny_llama, train
+from conftest import arguments, engine, options_for, tiny_llama, train
 from transformers import Trainer
 
 from hf_lowrank import METHODS
@@ -14,7 +14,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_equals_the_plain_run_under_a_schedule_and_resumes(name, tmp_path):
-    options = "rank=4,update_proj_gap=3,stagger=true"
+    options = options_for(name, stagger="true")
     common = {"max_grad_norm": 0.0, "optim_args": options, "lr_scheduler_type": "cosine"}
     plain = train(arguments(tmp_path / "plain", name, **common))
     saving = {"save_strategy": "steps", "save_steps": 3}

@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from recipes.baselines import (
     jagged,
     merge_and_restart_,
     prepare_,
+    reset_,
     to_plain_,
 )
 
@@ -107,15 +109,38 @@ def test_a_merge_changes_nothing_that_the_model_computes():
     assert parameters == {name: id(p) for name, p in model.named_parameters()}  # the optimizer keeps its keys
 
 
-def test_a_merge_drops_the_state_of_the_factors_alone(tmp_path):
-    trainer = trained(tmp_path, "relora", steps=4)
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
-    kept = {names[id(p)] for p in trainer.optimizer.optimizer.state}
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit"])
+def test_a_merge_resets_the_state_of_the_factors_alone(tmp_path, optim):
+    """With bitsandbytes the smallest tensors are kept in fp32; 8-bit ones are tested on `reset_` itself."""
+    trainer = trained(tmp_path, "relora", steps=4, optim=optim)  # step 4 is a merge
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    state = {names[p]: s for p, s in trainer.optimizer.optimizer.state.items()}
     factors = set(adapter_parameters(trainer.model))
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert factors and kept == trainable - factors  # step 4 is a merge
-    assert "model.embed_tokens.weight" in kept and "lm_head.weight" in kept and "model.norm.weight" in kept
+    keys = ("state1", "state2") if "8bit" in optim else ("exp_avg", "exp_avg_sq")
+    reset = {name for name, s in state.items() if s["step"] == 0 and not any(s[key].any() for key in keys)}
+    assert set(state) == trainable and reset == factors
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= trainable - factors
     assert not any(".base_layer." in name for name in trainable)
+
+
+def test_8bit_moments_are_nothing_after_a_reset():
+    # Trainer registers embeddings as 32-bit by their place in the optimizer, for all optimizers of the process
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
+    p = nn.Parameter(torch.randn(64, 128))
+    optimizer = bitsandbytes.optim.AdamW8bit([p], lr=1e-2, weight_decay=0.0)
+    fresh = nn.Parameter(p.detach().clone())
+    other = bitsandbytes.optim.AdamW8bit([fresh], lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert optimizer.state[p]["state1"].dtype == torch.uint8
+    reset_(optimizer.state[p])
+    p.data.copy_(fresh)
+    p.grad = fresh.grad = torch.randn_like(p)
+    optimizer.step()
+    other.step()
+    assert torch.equal(p, fresh)  # as a new optimizer
 
 
 def test_the_learning_rate_is_the_jagged_cosine(tmp_path):

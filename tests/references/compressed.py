@@ -44,6 +44,9 @@ class OwnAxis(Matrix):
 class GWT(OwnAxis):
     """Adam on the approximation A; the details, with no momentum, borrow its denominator."""
 
+    _: KW_ONLY
+    limiter: float = 1.01
+
     def update(self, G: Tensor) -> Tensor:
         A, details = padded(G, self.level), []
         for _ in range(self.level):
@@ -53,7 +56,7 @@ class GWT(OwnAxis):
         self.V = self.beta2 * self.V + (1 - self.beta2) * A * A
         N, c = direction(self.M, self.V, self.steps + 1, self)
         one, _ = direction(torch.ones_like(A), self.V, self.steps + 1, self)  # 1 / denominator
-        limited = self.limit(N)
+        limited = self.limit(N, limiter=self.limiter)
         L = float(N.norm() / limited.norm()) if N.norm() > 0 else 1.0
         X = limited
         for D in reversed(details):

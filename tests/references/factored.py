@@ -42,15 +42,15 @@ class Adafactor:
     M: Any = 0.0
     t = 0
 
-    def __init__(self) -> None:
-        self.v = Factored()
+    def __init__(self, decay: float = 0.8, threshold: float = 1.0) -> None:
+        self.decay, self.threshold, self.v = decay, threshold, Factored()
 
     def __copy__(self) -> Adafactor:
-        return type(self)()
+        return type(self)(self.decay, self.threshold)
 
     def update(self, R: Tensor, h: Any) -> tuple[Tensor, float]:
         self.t += 1
-        u = clipped(R / self.v.update(R * R + 1e-30, 1 - self.t**-0.8).sqrt())
+        u = clipped(R / self.v.update(R * R + 1e-30, 1 - self.t**-self.decay).sqrt(), self.threshold)
         self.M = h.beta1 * self.M + (1 - h.beta1) * u
         return self.M, 1.0
 
@@ -64,16 +64,16 @@ class CAME:
 
     M: Any = 0.0
 
-    def __init__(self, beta3: float = 0.9999) -> None:
-        self.beta3, self.v, self.s = beta3, Factored(), Factored()
+    def __init__(self, beta3: float = 0.9999, threshold: float = 1.0, eps2: float = 1e-16) -> None:
+        self.beta3, self.threshold, self.eps2, self.v, self.s = beta3, threshold, eps2, Factored(), Factored()
 
     def __copy__(self) -> CAME:
-        return CAME(self.beta3)
+        return CAME(self.beta3, self.threshold, self.eps2)
 
     def update(self, R: Tensor, h: Any) -> tuple[Tensor, float]:
-        u = clipped(R / self.v.update(R * R + 1e-30, h.beta2).sqrt())
+        u = clipped(R / self.v.update(R * R + 1e-30, h.beta2).sqrt(), self.threshold)
         self.M = h.beta1 * self.M + (1 - h.beta1) * u
-        S = self.s.update((u - self.M) ** 2 + 1e-16, self.beta3)  # instability of the update
+        S = self.s.update((u - self.M) ** 2 + self.eps2, self.beta3)  # instability of the update
         return self.M / S.sqrt(), 1.0
 
     def transport(self, how: str, C: Tensor, h: Any) -> None:

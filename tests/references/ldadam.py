@@ -1,4 +1,7 @@
-"""LDAdam (arXiv 2410.16103): tracking, transport and error feedback at every step; the steps of its Algorithm 1."""
+"""LDAdam (arXiv 2410.16103): tracking, transport and error feedback at every step; the steps of its Algorithm 1.
+
+And its error feedback alone, about any basis and any first moment.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 from reference import dominant
-from references.base import Matrix, aligned
+from references.base import LowRank, Matrix, aligned, direction
 from torch import Tensor
 
 
@@ -52,5 +55,33 @@ class LDAdam(Matrix):
         self.M = b1 * M + (1 - b1) * R  # 7
         self.V = b2 * V + (1 - b2) * R * R
         self.P = P
-        c1, c2 = 1 - b1 ** (t + 1), 1 - b2 ** (t + 1)
-        return self.scale * P @ ((self.M / c1) / ((self.V / c2).sqrt() + self.eps))  # 8
+        N, c = direction(self.M, self.V, t + 1, self)
+        return self.scale * c * P @ N  # 8
+
+
+@dataclass
+class ErrorFeedback(LowRank):
+    """E <- (G + E) - P R, R = P^T (G + E), for any basis; at a refresh E <- E + b1 / (1 - b1) (P_old M_old - P M)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.E = torch.zeros_like(self.W)
+
+    def momentum(self) -> Any:
+        return 0.0 if self.P is None else self.P @ self.moments.M if torch.is_tensor(self.moments.M) else 0.0
+
+    def refresh(self, G: Tensor) -> None:
+        before = self.momentum()
+        super().refresh(G)
+        self.E = self.E + self.beta1 / (1 - self.beta1) * (before - self.momentum())
+
+    def update(self, G: Tensor) -> Tensor:
+        if self.steps == self.due:
+            self.refresh(G + self.E)
+            self.due += self.interval()
+        assert self.P is not None
+        a = G + self.E
+        R = self.P.T @ a
+        self.E = a - self.P @ R
+        N, c = self.moments.update(R, self)
+        return c * self.scale * self.P @ N

@@ -24,6 +24,7 @@ class OnlineSubspace(LowRank):
     scale: float = 0.25
     lr0: float | None = None  # lr at the first step
     from_first: bool = False  # move P at step 0 too
+    basis_decay: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,4 +49,4 @@ class OnlineSubspace(LowRank):
         self.basis_M = 0.9 * self.basis_M + 0.1 * D
         self.basis_V = 0.999 * self.basis_V + 0.001 * D * D
         M, V = self.basis_M / (1 - 0.9**self.basis_t), self.basis_V / (1 - 0.999**self.basis_t)
-        self.P = (1 - 0.01 * lr) * self.P - lr * M / (V.sqrt() + 1e-8)
+        self.P = (1 - self.basis_decay * lr) * self.P - lr * M / (V.sqrt() + 1e-8)

@@ -13,11 +13,18 @@ from torch import Tensor
 
 @dataclass
 class FLora(Matrix):
-    """sketch(k): A (r, m) of the k-th interval, A_ij ~ N(0, 1/r); down(X) = A X, up(Y) = A^T Y."""
+    """sketch(k): A (r, m) of the k-th interval, A_ij ~ N(0, 1/r); down(X) = A X, up(Y) = A^T Y.
+
+    At the first step of an interval the momentum is read through the new sketch (Algorithm 2), or with `late`, as
+    flora-opt does it, through the old one.
+    """
 
     _: KW_ONLY
     gap: int  # kappa
     sketch: Callable[[int], Tensor]
+    late: bool = False
+    decay: float = 0.8  # of b2 = 1 - t^-decay
+    threshold: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -26,12 +33,14 @@ class FLora(Matrix):
 
     def update(self, G: Tensor) -> Tensor:
         t, b1 = self.steps + 1, self.beta1
-        u = G / self.v.update(G * G + 1e-30, 1 - t**-0.8).sqrt()
+        u = G / self.v.update(G * G + 1e-30, 1 - t**-self.decay).sqrt()
         M: Any = 0 * self.A @ u if self.M is None else self.M
-        U = (1 - b1) * u + b1 * self.A.T @ M  # the momentum before this step, through the sketch it was made with
+        old = self.A
+        moved = M
         if self.steps == self.due:
             self.k, self.due = self.k + 1, self.due + self.gap
-            old, self.A = self.A, self.sketch(self.k).double()
-            M = self.A @ (old.T @ M)
-        self.M = b1 * M + (1 - b1) * self.A @ u
-        return self.scale * clipped(U)
+            self.A = self.sketch(self.k).double()
+            moved = self.A @ (old.T @ M)
+        U = (1 - b1) * u + b1 * (old.T @ M if self.late else self.A.T @ moved)  # the momentum before this step
+        self.M = b1 * moved + (1 - b1) * self.A @ u
+        return self.scale * clipped(U, self.threshold)

@@ -1,0 +1,136 @@
+"""What is timed: the floors, hf_lowrank's optimizers, and (in peers.py) the published packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from shapes import Problem
+from torch import Tensor, nn
+
+from hf_lowrank import METHODS, LowRankOptimizer
+
+
+LR = 1e-6
+SCALE = 0.25
+PRODUCTS, FLOOR = "floor: the two products", "floor: products + fused AdamW on the dense part"
+
+OURS = (
+    "galore_dominant_adamw",
+    "galore_i3s_adamw",
+    "fira_adamw",
+    "fira_i3s_adamw",
+    "apollo_random_adamw",
+    "apollo_mini_adamw",
+    "subtrack_adamw",
+    "ldadam",
+    "galore_i3s_adamw_8bit",
+    "galore_i3s_adamw_8bit_layerwise",
+)
+"""Measured by default, as far as they exist."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Rank and steps between refreshes, and further options of ours."""
+
+    rank: int
+    gap: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A step function, and the optimizer whose state counts."""
+
+    step: Callable[[], object]
+    optimizer: Any = None
+
+
+Make = Callable[[list[nn.Parameter], list[nn.Parameter], Setup], Runner]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One optimizer by name."""
+
+    name: str
+    make: Make
+    kind: str = "ours"  # or "peer", "floor"
+
+    def start(self, problem: Problem, setup: Setup) -> Runner:
+        """Return it with parameters of its own on the memory of the problem."""
+        return self.make(*problem.parameters(), setup)
+
+
+def products(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
+    """R = P^T G and W += P N of every matrix: what every method with a dense basis must do at every step."""
+    wide = [(p.data.mT, _grad(p).mT) if p.shape[0] >= p.shape[1] else (p.data, _grad(p)) for p in matrices]
+    bases = [_basis(w, setup.rank) for w, _ in wide]
+    directions = [torch.randn(P.shape[1], w.shape[1]).to(w) for (w, _), P in zip(wide, bases, strict=True)]
+
+    def step() -> None:
+        for (W, G), P, N in zip(wide, bases, directions, strict=True):
+            torch.mm(P.mT, G)
+            W.addmm_(P, N, alpha=-LR)
+
+    return Runner(step)
+
+
+def floor(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
+    """The two products, and torch's fused AdamW on everything that is not projected."""
+    adamw = torch.optim.AdamW(dense, lr=LR, weight_decay=0.0, fused=True)
+    multiply = products(matrices, dense, setup).step
+
+    def step() -> None:
+        multiply()
+        adamw.step()
+
+    return Runner(step, adamw)
+
+
+def _grad(p: nn.Parameter) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def _basis(W: Tensor, rank: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(W.shape[0], min(rank, W.shape[0])))[0].to(W)
+
+
+def ours(name: str, **options: Any) -> Contestant:
+    """Return one of our optimizers; `options` go before those of the setup."""
+
+    def make(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
+        chosen = {"rank": setup.rank, "update_proj_gap": setup.gap, "stagger": False, **options, **setup.options}
+        optimizer = LowRankOptimizer([{"params": matrices, **chosen}, {"params": dense}], name, lr=LR)
+        return Runner(layerwise_step(optimizer) if "_layerwise" in name else optimizer.step, optimizer)
+
+    label = ", ".join([name, *(f"{k}={v}" for k, v in options.items())])
+    return Contestant(label, make)
+
+
+def layerwise_step(optimizer: LowRankOptimizer) -> Callable[[], object]:
+    """Return a step that hands over the gradients one by one, as the hooks do during backward."""
+    places = [
+        (g, i, p, p.grad) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
+    ]
+    low_rank = [place for place in places if "rank" in optimizer.param_groups[place[0]]]
+
+    def step() -> None:
+        for g, i, p, grad in low_rank:
+            p.grad = grad
+            optimizer.take_gradient(g, i, p)
+        optimizer.step()
+
+    return step
+
+
+def exists(name: str) -> bool:
+    """Tell whether METHODS has the row that a name belongs to."""
+    return name.removesuffix("_layerwise").removesuffix("_8bit") in METHODS
+
+
+FLOORS = (Contestant(PRODUCTS, products, "floor"), Contestant(FLOOR, floor, "floor"))

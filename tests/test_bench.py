@@ -1,0 +1,76 @@
+"""The benchmarks run, and print every row and every target."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_lowrank import METHODS
+
+
+RUN = Path(__file__).parents[1] / "recipes" / "benchmarks" / "run.py"
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, str(RUN), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.processes
+def test_quick_mode_prints_every_section(tmp_path):
+    file = tmp_path / "results.json"
+    sections = "steps,bytes,refresh,stagger,training,subtrack"
+    done = run("--quick", "--threads", 1, "--dtypes", "float32", "--sections", sections, "--json", file)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(file.read_text())
+    steps, *others = results["sections"]
+    rows = {row["optimizer"]: row for row in steps["rows"]}
+    for name in ("galore_dominant_adamw", "galore_i3s_adamw", "fira_adamw", "torch AdamW (fused)"):
+        assert rows[name]["ordinary ms"] > 0 and rows[name]["state MiB"] > 0
+    assert rows["torch AdamW (fused)"]["peak MiB"] == 0  # in place: the clock of memory does not count what was there
+    noted = "\n".join(steps["remarks"])
+    for peer in ("galore-torch", "fira", "apollo-torch", "q-galore-torch", "pytorch-optimizer", "bitsandbytes"):
+        assert any(name.startswith(peer) for name in rows) or peer in noted, peer  # measured, or it says why not
+    titles = " ".join(section["title"] for section in others)
+    for words in (
+        "optimizer state",
+        "Refresh of",
+        "Captured energy",
+        "Worst step",
+        "End to end",
+        "1000 optimizer steps",
+    ):
+        assert words in titles
+    state = next(section for section in others if "optimizer state" in section["title"])
+    assert {row["optimizer"] for row in state["rows"]} >= set(METHODS)
+    for target in results["targets"]:
+        assert target["verdict"] in ("met", "NOT MET", "printed", "not measured")
+        assert target["what"] in done.stdout
+    assert len(results["targets"]) > 25
+    assert results["setting"]["threads"] == 1 and results["setting"]["versions"]["torch"]
+
+
+@pytest.mark.full
+@pytest.mark.processes
+def test_the_refresh_is_shared_out(tmp_path):
+    file = tmp_path / "results.json"
+    done = run("--quick", "--threads", 1, "--sections", "distributed", "--json", file)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = json.loads(file.read_text())["sections"][0]["rows"]
+    assert one["share of the work, counted"] == "1.000"
+    assert two["share of the work, counted"] == "0.500, 0.500"  # four layers of equal shapes split evenly
+
+
+@pytest.mark.processes
+def test_mistakes_are_named():
+    done = run("--sizes", "61m")
+    assert done.returncode == 2
+    assert "unknown 61m; valid: 9m, 60m, 130m, 350m" in done.stderr

@@ -1,0 +1,167 @@
+"""The command line answers, teaches, and calls a user's mistake by its name."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hf_lowrank import METHODS
+
+
+pytest.importorskip("typer")
+from hf_lowrank import cli  # noqa: E402
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the console script; return (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-lowrank", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        code = ended.value.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def tiny_config(folder):
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_methods_lists_every_row_without_torch_in_under_a_second():
+    script = (
+        "import sys, time; sys.argv = ['hf-lowrank', 'methods']\n"
+        "from hf_lowrank import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as ended: assert not ended.code, ended.code\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert time.process_time() < 1, time.process_time()  # of the whole process\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    shown = {line.split()[0] for line in result.stdout.splitlines() if line.strip()}
+    assert set(METHODS) <= shown
+
+
+def test_methods_as_json_and_by_pattern(run):
+    code, out, _ = run("methods", "*_i3s_*", "--json")
+    rows = json.loads(out)
+    assert code == 0 and {row["name"] for row in rows} == {name for name in METHODS if "_i3s_" in name}
+    assert rows[0]["subspace"] == "i3s" and "options" not in rows[0]
+    _, out, _ = run("methods", "fira_adamw_8bit_layerwise", "--json", "--details")  # a name with endings
+    (row,) = json.loads(out)
+    assert row["name"] == "fira_adamw" and row["options"]["limiter"] == 1.01
+    _, out, _ = run("methods", "fira_adamw", "--details")
+    assert "limiter" in out and "1.01" in out
+
+
+def test_targets_says_what_would_be_projected_and_what_it_saves(run, tmp_path):
+    arguments = ["targets", tiny_config(tmp_path), "--optim-args", "rank=4"]
+    code, out, _ = run(*arguments, "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    query = rows["model.layers.*.self_attn.q_proj"]
+    assert code == 0
+    assert (query["count"], query["shape"], query["rank"]) == (2, [16, 16], 4)
+    # basis 16 x 4 and two moments 4 x 16, in fp32; five counters of 8 bytes, three numbers of the last refresh
+    assert query["state_bytes"] == 2 * (4 * (16 * 4 + 2 * 4 * 16) + 5 * 8 + 3 * 4)
+    assert query["adamw_bytes"] == 2 * 8 * 16 * 16
+    assert rows["model.embed_tokens"]["rank"] is None and rows["lm_head"]["rank"] is None
+    _, out, _ = run(*arguments)
+    assert "14 matrices in a subspace, 7 parameters dense" in out and "model.layers.*.mlp.down_proj" in out
+    _, out, _ = run(*arguments, "--target-modules", "q_proj,v_proj", "--json")
+    projected = {row["name"] for row in json.loads(out) if row["rank"]}
+    assert projected == {"model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.v_proj"}
+
+
+def test_targets_and_memory_agree(run, tmp_path):
+    model = tiny_config(tmp_path)
+    _, out, _ = run("targets", model, "--optim", "fira_adamw", "--optim-args", "rank=4", "--json")
+    rows = json.loads(out)
+    _, out, _ = run("memory", model, "--optim", "fira_adamw", "--rank", 4, "--json")
+    (estimate,) = json.loads(out)
+    assert estimate["low_rank_state"] == sum(row["state_bytes"] for row in rows if row["rank"])
+    assert estimate["dense_state"] == sum(row["state_bytes"] for row in rows if not row["rank"])
+
+
+def test_memory_prints_every_part_and_what_fits_a_budget(run):
+    code, out, _ = run("memory", "60m", "--rank", 128)
+    assert code == 0 and "58.1 M parameters" in out and "total" in out
+    code, out, _ = run("memory", "60m", "--budget", "1GB", "--json")
+    assert code == 0 and all(row["total"] <= 1e9 for row in json.loads(out))
+    code, out, err = run("memory", "60m", "--budget", "10MB")
+    assert code == 1 and "does not fit into 10MB" in err
+
+
+def test_report_writes_a_page(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    code, out, _ = run("report", tmp_path / "run", "--out", tmp_path / "out")
+    assert code == 0 and "index.html (2 figures)" in out
+    assert (tmp_path / "out" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["methods", "galor_i3s_adamw"], "did you mean 'galore_i3s_adamw'"),
+        (["targets", "60m", "--optim-args", "rnak=8"], "no option 'rnak'; did you mean 'rank'"),
+        (["targets", "60m", "--optim", "adam"], "unknown method 'adam'"),
+        (["targets", "60m", "--optim-args", "rank"], "not of the form option=value"),
+        (["targets", "60m", "--target-modules", "nothing"], "matches no trainable matrix"),
+        (["targets", "60m", "--optim-args", "rank=4096"], "not below the short side"),
+        (["targets", "./no/such/folder"], "no/such/folder"),
+        (["targets", "{broken}"], "config"),
+        (["memory", "60m", "--budget", "much"], "not an amount of memory"),
+        (["memory", "60m", "--dtype", "int3"], "dtype must be one of bf16, fp16, fp32"),
+        (["memory", "60m", "--batch", "0"], "at least 1"),
+        (["report", "{empty}"], "nothing to draw"),
+        (["report", "./no/such/run"], "there is no such folder"),
+        (["methods", "--jsn"], "No such option"),
+        (["nonsense"], "No such command"),
+        (["targets"], "Missing argument"),
+    ],
+)
+def test_a_users_mistake_is_a_sentence_and_exit_code_2(arguments, message, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "lla')
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*(text.format(broken=tmp_path / "broken", empty=tmp_path / "empty") for text in arguments))
+    assert code == 2
+    assert message in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "report").exists()  # nothing half-written
+
+
+@pytest.mark.parametrize("command", ["methods", "targets", "memory", "report"])
+def test_help_teaches_by_example(command, run):
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "Examples:" in out and f"hf-lowrank {command}" in out
+    code, out, _ = run("--help")
+    assert command in out
+
+
+def test_without_a_command_there_is_help_and_the_version_is_said(run):
+    code, out, err = run()
+    assert code == 2 and "Commands" in out + err
+    code, out, _ = run("--version")
+    assert code == 0 and out.startswith("hf_lowrank ")
