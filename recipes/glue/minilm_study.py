@@ -153,6 +153,8 @@ def results_table(ledger: Ledger, seeds: list[int]) -> str:
         rate = best_rate(ledger, row)
         runs = {task: [ledger.find(cell(row, task, seed, rate)) for seed in seeds] for task in BUDGET}
         found = {task: [result for result in results if result] for task, results in runs.items()}
+        if not any(found.values()):
+            continue
         scores = {task: [main_score(result, task) for result in results] for task, results in found.items()}
         whole = f"{mean(map(mean, scores.values())):.1f}" if all(scores.values()) else "-"
         state = max(result["state_mib"] for result in ledger.results if result["row"] == row)
