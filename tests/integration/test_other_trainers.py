@@ -1,4 +1,4 @@
-"""Trainers built on Trainer (TRL's SFTTrainer, Seq2SeqTrainer), and models of peft that train more than LoRA factors."""
+"""Trainers built on Trainer (TRL's SFTTrainer, Seq2SeqTrainer), and peft models that train more than LoRA factors."""
 
 import json
 
@@ -34,28 +34,8 @@ COMMON = {
     "use_cpu": True,
     "disable_tqdm": True,
 }
-WORDS = [
-    "[PAD]",
-    "[EOS]",
-    "[UNK]",
-    *[
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "bird",
-        "sees",
-        "hears",
-        "likes",
-        "small",
-        "old",
-        "house",
-        "garden",
-        "river",
-        "road",
-        ".",
-    ],
-]
+NOUNS, VERBS = ["cat", "dog", "bird"], ["sees", "hears", "likes"]
+WORDS = ["[PAD]", "[EOS]", "[UNK]", "the", "a", ".", *NOUNS, *VERBS]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +48,8 @@ def tokenizer():
 
 def sentences(rows):
     generator = torch.Generator().manual_seed(0)
-    nouns, verbs = WORDS[5:8], WORDS[8:11]
     draw = torch.randint(0, 3, (rows, 3), generator=generator).tolist()
-    return [f"the {nouns[a]} {verbs[b]} a {nouns[c]} ." for a, b, c in draw]
+    return [f"the {NOUNS[a]} {VERBS[b]} a {NOUNS[c]} ." for a, b, c in draw]
 
 
 def low_rank_names(trainer):
