@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 
-USAGE = """usage: python -m hf_lowrank SCRIPT [ARGUMENTS ...]
-       python -m hf_lowrank -m MODULE [ARGUMENTS ...]
+USAGE = """usage: python -m hf_lowrank [--local-metrics] SCRIPT [ARGUMENTS ...]
+       python -m hf_lowrank [--local-metrics] -m MODULE [ARGUMENTS ...]
 
 Runs a script or module that uses transformers' Trainer, unchanged, with the optimizers of hf_lowrank
 as choices of --optim. Works under torchrun and accelerate launch as well:
@@ -17,12 +19,16 @@ as choices of --optim. Works under torchrun and accelerate launch as well:
   torchrun --nproc_per_node 8 -m hf_lowrank run_clm.py --optim fira_i3s_adamw ...
   accelerate launch -m hf_lowrank run_glue.py --optim galore_dominant_adamw ...
 
+options:
+  --local-metrics  evaluate.load("accuracy"), ("glue", TASK) and ("mse") take metrics packaged here, which
+                   have the same values, instead of fetching them from the hub
+
 names:
 """
 
 
 def main() -> None:
-    """Register, then run the target as if it had been started itself."""
+    """Register, then run the target as if it had been started itself. A user's mistake is one sentence and code 2."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         from hf_lowrank.methods import METHODS
@@ -34,16 +40,47 @@ def main() -> None:
 
         print(f"hf_lowrank {__version__}")
         return
-    as_module = arguments[0] == "-m"
-    target = arguments[1:] if as_module else arguments
+    local_metrics = arguments[0] == "--local-metrics"
+    target = arguments[local_metrics:]
+    as_module = target[:1] == ["-m"]
+    target = target[as_module:]
     if not target or target[0].startswith("-"):
-        sys.exit(f"python -m hf_lowrank: expected a script or -m MODULE, got {' '.join(arguments)!r}; see --help")
-    if not as_module and not Path(target[0]).exists():
-        sys.exit(f"python -m hf_lowrank: no such script: {target[0]}")
+        _stop(f"expected a script or -m MODULE, got {' '.join(arguments)!r}; see --help")
+    if not (_has_module(target[0]) if as_module else Path(target[0]).exists()):
+        _stop(f"no such {'module' if as_module else 'script'}: {target[0]}")
+    try:
+        _prepare(local_metrics=local_metrics)
+    except ModuleNotFoundError as error:
+        _stop(str(error))
+    try:
+        _run(target, as_module=as_module)
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
+        _stop(str(error))
 
+
+def _prepare(*, local_metrics: bool) -> None:
+    missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"the Trainer needs what is not installed: pip install {' '.join(missing)}")
     from hf_lowrank.trainer import register
 
     register()
+    if local_metrics:
+        from hf_lowrank.local_metrics import install
+
+        install()
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
+
+
+def _run(target: list[str], *, as_module: bool) -> None:
     sys.argv = target
     if as_module:
         sys.path[0] = ""
@@ -51,6 +88,19 @@ def main() -> None:
     else:
         sys.path[0] = str(Path(target[0]).resolve().parent)
         runpy.run_path(target[0], run_name="__main__")
+
+
+def _raised_here(error: ValueError) -> bool:
+    """Tell whether this package refused something (an option, a model, a way to train), not the script."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("hf_lowrank.")
+
+
+def _stop(sentence: str) -> NoReturn:
+    print(f"python -m hf_lowrank: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

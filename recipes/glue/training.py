@@ -25,13 +25,13 @@ from transformers import (
     set_seed,
 )
 
+from hf_lowrank import local_metrics
 from recipes.baselines import BaselineArguments, prepare_, to_plain_
 from recipes.common import checkpoint_to_resume, state_bytes, stop
 from recipes.glue import data
 from recipes.glue.tasks import Task, task_named
 
 
-LOCAL_METRIC = Path(__file__).resolve().parent / "metric.py"
 MIB = 2**20
 
 
@@ -171,7 +171,7 @@ def load_metric(name: str, *, local: bool) -> evaluate.EvaluationModule:
             return evaluate.load("glue", name)
         except (OSError, ValueError):
             pass  # the data may be in the cache where the metric is not
-    return evaluate.load(str(LOCAL_METRIC), name)
+    return evaluate.load(local_metrics.path("glue"), name)
 
 
 def scores(metrics: dict[str, float], task: Task) -> dict[str, float]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_lowrank import __main__ as launcher
+
 
 pytestmark = pytest.mark.processes
 
@@ -138,14 +140,35 @@ def test_another_optimizer_under_the_launcher(script, tmp_path):
     ("words", "code", "text"),
     [
         (["--help"], 0, "galore_i3s_adamw"),
-        ([], 2, "usage: python -m hf_lowrank SCRIPT"),
+        ([], 2, "usage: python -m hf_lowrank"),
         (["--version"], 0, "hf_lowrank 0"),
-        (["absent.py"], 1, "no such script: absent.py"),
-        (["-m"], 1, "expected a script or -m MODULE"),
-        (["--optim", "x"], 1, "expected a script or -m MODULE"),
+        (["absent.py"], 2, "no such script: absent.py"),
+        (["-m", "absent.module"], 2, "no such module: absent.module"),
+        (["-m"], 2, "expected a script or -m MODULE"),
+        (["--optim", "x"], 2, "expected a script or -m MODULE"),
+        (["--local-metrics"], 2, "expected a script or -m MODULE"),
+        (["--local-metrics", "--optim", "x"], 2, "got '--local-metrics --optim x'"),
     ],
 )
 def test_the_launcher_itself(words, code, text, tmp_path):
     result = launch([*PYTHON, *words], tmp_path)
     assert result.returncode == code and text in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_the_package_refuses_is_one_sentence(script, tmp_path):
+    words = flags(tmp_path / "out")
+    words[words.index("--optim_args") + 1] = "rnak=4"
+    result = launch([*PYTHON, script, *words], tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("python -m hf_lowrank: ") and "did you mean 'rank'?" in last
+
+
+def test_an_error_of_the_script_is_left_alone(tmp_path, monkeypatch):
+    script = tmp_path / "broken.py"
+    script.write_text("raise ValueError('mine')\n")
+    monkeypatch.setattr(sys, "argv", ["hf_lowrank", str(script)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ValueError, match="mine"):
+        launcher.main()

@@ -1,5 +1,7 @@
 """GLUE's metrics for `evaluate.load(path, task)` by scikit-learn and scipy: the values of the hub's `glue`."""
 
+from typing import Any
+
 import datasets
 import evaluate
 from scipy.stats import pearsonr, spearmanr
@@ -14,7 +16,7 @@ PLAIN = ("mnli", "mnli_matched", "mnli_mismatched", "qnli", "rte", "sst2", "wnli
 DESCRIPTION = "Accuracy, F1, Matthews, Pearson and Spearman correlation, as GLUE (arXiv 1804.07461) has them."
 
 
-class Glue(evaluate.Metric):
+class Glue(evaluate.Metric):  # type: ignore[misc]
     """Metrics of one task; the task is the configuration's name."""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -30,7 +32,7 @@ class Glue(evaluate.Metric):
             format="numpy",
         )
 
-    def _compute(self, predictions, references) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         if self.config_name == REGRESSION:
             correlations = {"pearson": pearsonr(predictions, references)[0]}
             correlations["spearmanr"] = spearmanr(predictions, references)[0]
