@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PEERS = galore-torch==1.0 fira==1.0.2 adam-mini==1.1.1 came-pytorch==0.1.3 apollo-torch==1.0.3
 BENCH_PEERS = q-galore-torch==1.0 pytorch-optimizer==4.1.0
 
-.PHONY: quickstart test test-all test-4.57 bench check clean
+.PHONY: quickstart test test-all test-4.57 bench check docs clean
 
 quickstart: $(VENV)/.recipes
 	$(BIN)/python recipes/quickstart/quickstart.py
@@ -27,6 +27,10 @@ test-4.57:
 
 bench: $(VENV)/.bench
 	$(BIN)/python recipes/benchmarks/run.py --json runs/bench.json --markdown runs/bench.md
+
+# The documentation, into runs/site. (The variable silences an announcement that mkdocs-material prints.)
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -50,6 +54,10 @@ $(VENV)/.test: $(VENV)/.torch setup.cfg
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) --no-deps $(BENCH_PEERS)
 	mkdir -p runs
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch setup.cfg
+	$(PIP) --editable ".[docs]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
