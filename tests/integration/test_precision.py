@@ -3,12 +3,15 @@
 import pytest
 import torch
 from conftest import arguments, engine, tiny_llama, train
+from streams import PLAIN
 from torch import nn
 
 from hf_lowrank import METHODS, LowRankOptimizer
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in PLAIN else pytest.mark.full) for name in METHODS]
+)
 def test_bf16_autocast_keeps_fp32_weights_and_state(name, tmp_path):
     t = train(arguments(tmp_path, name, bf16=True))
     assert all(p.dtype == torch.float32 for p in t.model.parameters())
