@@ -22,8 +22,9 @@ def section() -> Section:
         for ending, options in (("", {}), ("_8bit", {}), ("_8bit", EVERYTHING_8BIT)):
             label = f"{row}{ending}" + ", bases in 8 bits" * bool(options)
             try:
+                own = METHODS[row].defaults.get("rank")  # APOLLO-Mini's 1; a share for those that compress by blocks
                 state = {
-                    size: estimate_memory(net, row + ending, rank=RANKS[size], options=options).state
+                    size: estimate_memory(net, row + ending, rank=own or RANKS[size], options=options).state
                     for size, net in models.items()
                 }
             except ValueError:  # a method without such an option
