@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -41,16 +42,32 @@ def columns_of(layout: Layout, group: Mapping[str, Any], name: str) -> Columns:
     return Columns(layout.n, block, layout.offset if layout.along == "columns" else 0)
 
 
-def matrix_state(parts: Parts, layout: Layout, group: Mapping[str, Any], name: str) -> tuple[Slots, Forms]:
-    """Return the declared state of this process's piece of a low-rank weight, and its formats."""
-    return _matrix_state(
-        parts,
-        (layout.stack, layout.m, layout.columns, rank_of(parts, layout, group)),
-        layout.piece,
-        columns_of(layout, group, name),
-        group.get("basis_format", "fp32"),
-        group["state_format"],
-    )
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same about a low-rank weight as long as its options do.
+
+    Attributes:
+        layout: how it lies.
+        columns: what the columns of R are.
+        r: how many rows R has.
+        slots: the declared state of this process's piece.
+        forms: the formats of those.
+    """
+
+    layout: Layout
+    columns: Columns
+    r: int
+    slots: Slots
+    forms: Forms
+
+    @classmethod
+    def of(cls, weight: Tensor, parts: Parts, group: Mapping[str, Any], name: str) -> Plan:
+        """Plan for one weight."""
+        layout = Layout.of(weight, group["proj_type"])
+        columns, r = columns_of(layout, group, name), rank_of(parts, layout, group)
+        size = layout.stack, layout.m, layout.columns, r
+        formats = group.get("basis_format", "fp32"), group["state_format"]
+        return cls(layout, columns, r, *_matrix_state(parts, size, layout.piece, columns, *formats))
 
 
 @lru_cache(maxsize=4096)
@@ -100,7 +117,8 @@ def dense_state(parts: Parts, shape: tuple[int, ...], form: str, columns: Column
 def declared_state(weight: Tensor, parts: Parts, group: Mapping[str, Any], name: str = "") -> tuple[Slots, Forms]:
     """Return the declared state of this process's piece of any parameter, and its formats."""
     if "rank" in group:
-        return matrix_state(parts, Layout.of(weight, group["proj_type"]), group, name)
+        plan = Plan.of(weight, parts, group, name)
+        return plan.slots, plan.forms
     return dense_state(
         parts, tuple(local(weight).shape), group["dense_state_format"], dense_columns(tuple(weight.shape))
     )

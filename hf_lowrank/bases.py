@@ -55,7 +55,7 @@ class Dense(Basis):
 
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
         """See `Basis.add_`."""
-        P = self.P.expand(*W.shape[:-2], *self.P.shape[-2:])  # all matrices of a stack may share one
+        P = self.P if W.dim() == 2 else self.P.expand(*W.shape[:-2], *self.P.shape[-2:])  # a stack may share one
         linalg.add_product_(W, P, Z, beta=beta, alpha=alpha)
 
     def rows(self, start: int, length: int) -> Dense:

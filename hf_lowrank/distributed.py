@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_lowrank.parts import alone
+
 
 T = TypeVar("T")
 
@@ -52,6 +54,8 @@ def together(work: Sequence[Generator[Tensor, Tensor, T]], group: Any) -> list[T
         work: the computations, in the same order on every process.
         group: the processes, or None if this one holds everything.
     """
+    if group is None:
+        return [alone(one) for one in work]
     results: dict[int, T] = {}
     answers: dict[int, Any] = dict.fromkeys(range(len(work)))
     while answers:
@@ -61,7 +65,7 @@ def together(work: Sequence[Generator[Tensor, Tensor, T]], group: Any) -> list[T
                 asked[i] = work[i].send(answer)
             except StopIteration as stop:
                 results[i] = stop.value
-        totals = list(asked.values()) if group is None or not asked else sum_together(list(asked.values()), group)
+        totals = sum_together(list(asked.values()), group) if asked else []
         answers = dict(zip(asked, totals, strict=True))
     return [results[i] for i in range(len(work))]
 

@@ -31,6 +31,11 @@ def blocks(shape: torch.Size, limit: int | None = None) -> Iterator[tuple[int, i
         yield start, min(length, size - start)
 
 
+def piece(X: Tensor, start: int, length: int) -> Tensor:
+    """Return columns of X (..., n): X itself if those are all."""
+    return X if length == X.shape[-1] else X.narrow(-1, start, length)
+
+
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a private generator whose stream is a function of `key` alone (never the global generator)."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
@@ -60,6 +65,8 @@ def column_squared_norms(G: Tensor) -> Tensor:
     if G.dtype == torch.float32 and G.stride(-2) == 1:  # columns lie in one piece: one pass, no temporary
         norms: Tensor = torch.linalg.vector_norm(G, dim=-2)
         return norms.square_()
+    if G.numel() <= CACHED:
+        return G.float().square().sum(-2)
     squares = torch.empty(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
     for block in blocks(G.shape, CACHED):
         squares.narrow(-1, *block).copy_(G.narrow(-1, *block).float().square().sum(-2))
@@ -251,7 +258,7 @@ def rewrite_(
     """
     if W.dtype == torch.float32:
         for start, length in blocks(W.shape) if blockwise else [(0, W.shape[-1])]:
-            update_(W.narrow(-1, start, length), start, length)
+            update_(piece(W, start, length), start, length)
         return
     gen = rounding()
     for start, length in blocks(W.shape):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lowrank import engine, layerwise, methods, state
-from hf_lowrank.allocation import adopt, allocate, check_weight, declared_state, whole_if_needed
+from hf_lowrank.allocation import Plan, adopt, allocate, check_weight, declared_state, whole_if_needed
 from hf_lowrank.checks import TORCH_KEYS, check_checkpoint, check_edits, check_group, merge_options, warn_changed
 from hf_lowrank.dense import DenseStep
 from hf_lowrank.methods import Parts
@@ -77,6 +77,7 @@ class LowRankOptimizer(Optimizer):
         self._stepped: set[int] = set()  # layerwise: updated in the hook
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
         self._checked: list[dict[str, Any]] = []  # options of every group as they were when last checked
+        self._plans: dict[Tensor, Plan] = {}  # of the matrices, for these options
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "share_refreshes": self.share_refreshes}
@@ -157,6 +158,7 @@ class LowRankOptimizer(Optimizer):
         if plain != self._checked:
             check_edits(self.param_groups, self._checked)
             self._checked = plain
+            self._plans.clear()
 
     def _refresh(self, due: list[MatrixStep]) -> None:
         if due:
@@ -299,8 +301,10 @@ class LowRankOptimizer(Optimizer):
             world = engine.team(getattr(p, "device_mesh", None), share=self.share_refreshes)[1]
             costs = [refresh_cost(q) for q in group["params"]]
             interval = staggered_intervals(costs, group["update_proj_gap"], world)[i]
-        name = group["param_names"][i] if group.get("param_names") else ""
-        return MatrixStep(p, self.state[p], parts, group, self._index(g, i), name, interval)
+        if p not in self._plans:
+            name = group["param_names"][i] if group.get("param_names") else ""
+            self._plans[p] = Plan.of(p, parts, group, name)
+        return MatrixStep(p, self.state[p], parts, group, self._index(g, i), self._plans[p], interval)
 
 
 def _has_gradient(p: Tensor) -> bool:

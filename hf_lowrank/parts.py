@@ -34,7 +34,7 @@ T = TypeVar("T")
 Summing = Generator[Tensor, Tensor, T]
 """A computation that yields partial sums, is sent the whole ones, and returns a T."""
 
-_SUBSPACE, _ROUNDING = 0, 1  # keep the streams of the two uses apart
+_SUBSPACE, _ROUNDING, SHARED = 0, 1, 2  # keep the streams of the three uses apart
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ class Facts:
     norms: Callable[[], Tensor]
     gram: Callable[[], Tensor | None]
 
-    def inside(self, R: Tensor) -> Tensor:
-        """Return ||P R_j||^2 of every column, (..., n)."""
+    def inside(self, R: Tensor, r_squared: Tensor) -> Tensor:
+        """Return ||P R_j||^2 of every column, (..., n), given ||R_j||^2, which it is for an orthonormal basis."""
         gram = self.gram()
-        return R.square().sum(-2) if gram is None else (R * (gram @ R)).sum(-2)
+        return r_squared if gram is None else (R * (gram @ R)).sum(-2)
 
 
 @dataclass(frozen=True)

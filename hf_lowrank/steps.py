@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from hf_lowrank import distributed, linalg
-from hf_lowrank.allocation import columns_of, matrix_state, rank_of
+from hf_lowrank.allocation import Plan
 from hf_lowrank.bases import Basis
 from hf_lowrank.formats import Raw, State
-from hf_lowrank.matrices import Layout, local, sharded
+from hf_lowrank.matrices import local, sharded
 from hf_lowrank.methods import Parts
 from hf_lowrank.parts import Columns, Context, Facts, Summing, Update, alone
 from hf_lowrank.schedule import refresh_cost
@@ -62,7 +62,7 @@ class MatrixStep:
         parts: its method.
         group: its options.
         index: its place in group order.
-        name: its name, or ''.
+        plan: how it lies, and what its state is.
         first_interval: steps between the first refresh and the second where they are staggered, else None.
     """
 
@@ -73,16 +73,14 @@ class MatrixStep:
         parts: Parts,
         group: Mapping[str, Any],
         index: int,
-        name: str,
+        plan: Plan,
         first_interval: int | None,
     ) -> None:
         self.weight, self.parts, self.group, self.index = weight, parts, group, index
         self.first_interval = first_interval
-        self.layout = Layout.of(weight, group["proj_type"])
-        self.columns = columns_of(self.layout, group, name)
-        self.r = rank_of(parts, self.layout, group)
+        self.layout, self.columns, self.r = plan.layout, plan.columns, plan.r
         held = {key: local(tensor) for key, tensor in raw.items()} if self.layout.along else raw
-        self.s = View(held, *matrix_state(parts, self.layout, group, name))
+        self.s = View(held, plan.slots, plan.forms)
         self.absorbed: Tensor | None = None  # what takes the place of the gradient
         self.pending: dict[str, Tensor] = {}  # slots to be stored if the step is finite
         self.observed = False  # whether a refresh has looked at this gradient
@@ -195,7 +193,7 @@ class MatrixStep:
 
     def project_(self) -> Summing[None]:
         """Add the projection of the gradient to R; the gradient is not needed for R any more."""
-        absorbing = self.parts.reconstruction.absorb(self.s, self._gradient, self._context())
+        absorbing = self.parts.reconstruction.absorb(self.s, self._gradient, self._now or self._context())
         self.absorbed, self.pending = yield from self._summed(absorbing)
         R = self.layout.rows_of(self._whole_basis()).project(self.absorbed)
         if not self.parts.needs_gradient:
@@ -206,6 +204,7 @@ class MatrixStep:
         """Return the projected gradient; a gradient that is not finite makes it so. Twice is the same as once."""
         if self.measured is None:
             if self.R is None:
+                self._now = self._context()
                 yield from self.project_()
             assert self.R is not None
             self.measured, self.R = self.layout.scatter(self.R), None
@@ -219,8 +218,8 @@ class MatrixStep:
             self.s["skipped"].add_(1)
             self.absorbed, self.pending = None, {}
             return
-        s, ctx, rules = self.s, self._context(), self.parts
-        self._now = ctx
+        s, rules = self.s, self.parts
+        ctx = self._now = self._now or self._context()
         N = yield from self._summed(rules.moments.update(s, R, ctx))
         c_t = rules.moments.step_scale(ctx)
         facts = Facts(self._norms, self._gram)
@@ -249,12 +248,12 @@ class MatrixStep:
                 if beta != 1.0:
                     block.mul_(beta)
             else:
-                basis.add_(block, Z.narrow(-1, start, length), beta=beta, alpha=alpha * update.alpha)
+                basis.add_(block, linalg.piece(Z, start, length), beta=beta, alpha=alpha * update.alpha)
             if G is None or (d is None and update.rest is None):
                 return
-            columns = G.narrow(-1, start, length).to(block.dtype)
+            columns = linalg.piece(G, start, length).to(block.dtype)
             if d is not None:
-                block.addcmul_(columns, d.narrow(-1, start, length).unsqueeze(-2), value=alpha)
+                block.addcmul_(columns, linalg.piece(d, start, length).unsqueeze(-2), value=alpha)
             if update.rest is not None:
                 block.add_(update.rest(columns, start, length), alpha=alpha)
 
@@ -271,11 +270,11 @@ class MatrixStep:
 
     @property
     def _due(self) -> bool:
-        return bool(self.s["step"] >= self.s["refresh_at"])
+        return int(self.s["step"]) >= int(self.s["refresh_at"])
 
     @property
     def _late(self) -> bool:
-        return self.parts.subspace.late and bool(self.s["refreshes"] > 0)
+        return self.parts.subspace.late and int(self.s["refreshes"]) > 0
 
     def _context(self, *, refreshing: bool = False, number: int | None = None) -> Context:
         chosen = int(self.s["refreshes"])

@@ -72,8 +72,9 @@ class Held:
         return value.double() if value.is_floating_point() else value
 
     def sketch(self, m, r, number):
-        """N(0, 1/r) from the key alone: (use, seed, parameter, number of the refresh)."""
-        return torch.randn(m, r, generator=linalg.generator(0, self.opt.param_groups[0]["seed"], 0, number)) * r**-0.5
+        """N(0, 1/r) from the key alone: (use, seed, number of the refresh, m, r)."""
+        key = 2, self.opt.param_groups[0]["seed"], number, m, r
+        return torch.randn(m, r, generator=linalg.generator(*key)) * r**-0.5
 
     def choose(self, subspace):
         """The basis of this refresh as the optimizer has it."""

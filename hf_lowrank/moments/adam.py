@@ -93,25 +93,27 @@ def _adamw_(
     weight_decay: float,
 ) -> None:
     """One AdamW step of fp32 tensors, by torch's fused kernel where the device has one."""
-    fused = []
+    fused: dict[torch.device, list[tuple[Tensor, ...]]] = {}
     for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
         M, V = s["exp_avg"], s["exp_avg_sq"]
         if has_fused_kernel(W.device) and W.is_contiguous():
-            fused.append((W, G.contiguous(), M, V, _bias_step(ctx)))
+            step = _step_tensor(_bias_step(ctx), W.device)
+            fused.setdefault(W.device, []).append((W, G.contiguous(), M, V, step))
             continue
         t = _bias_step(ctx)
         M.lerp_(G, 1 - ctx.beta1)
         V.mul_(ctx.beta2).addcmul_(G, G, value=1 - ctx.beta2)
         denominator = V.sqrt().div_(sqrt(1 - ctx.beta2**t)).add_(ctx.eps)
         W.mul_(1 - lr * weight_decay).addcdiv_(M, denominator, value=-lr / (1 - ctx.beta1**t))
-    for device in {W.device for W, *_ in fused}:
-        here = [x for x in fused if x[0].device == device]
-        # one step tensor per distinct count: made on the device, so that nothing waits for it
-        steps = {t: torch.full((), t, dtype=torch.float32, device=device) for *_, t in here}
+    for here in fused.values():
+        W_, G_, M_, V_, steps = map(list, zip(*here, strict=True))
         torch._fused_adamw_(  # type: ignore[call-overload]
-            *([x[i] for x in here] for i in range(4)),
+            W_,
+            G_,
+            M_,
+            V_,
             [],
-            [steps[t] for *_, t in here],
+            steps,
             lr=lr,
             beta1=contexts[0].beta1,
             beta2=contexts[0].beta2,
@@ -131,6 +133,12 @@ def bias_correction(ctx: Context) -> float:
 
 def _bias_step(ctx: Context) -> float:
     return float(ctx.moment_step) if ctx.correct_bias else NO_CORRECTION
+
+
+@lru_cache(maxsize=64)
+def _step_tensor(t: float, device: torch.device) -> Tensor:
+    """Return t as the kernel wants it: on the device, so that nothing waits for it; it is only read."""
+    return torch.full((), t, dtype=torch.float32, device=device)
 
 
 @lru_cache

@@ -61,38 +61,36 @@ class Fira(Reconstruction, name="fira"):
         eps = ctx.eps if self.fira_form == "paper" else 1e-8
         r_squared = linalg.column_squared_norms(R)  # (..., n)
         g_squared = facts.norms()
-        pr_squared = facts.inside(R)
-        residual = (g_squared - 2 * within * r_squared + within**2 * pr_squared).clamp_min_(0)
-        phi = linalg.column_norms(N) * corrected / (r_squared.sqrt() + eps)
-        phi = torch.where(r_squared > NO_PROJECTION * g_squared, phi, 0.0)
-        totals = yield torch.stack([(phi.square() * residual).sum(-1), residual.sum(-1), g_squared.sum(-1)])
-        share = totals[1] / totals[2].clamp_min(torch.finfo(torch.float32).tiny)
-        s["residual_share"].copy_(share.nan_to_num(nan=1.0))  # squares may overflow where R does not
-        phi = phi / self._limit_(s["residual_norm"], totals, eps).unsqueeze(-1) / corrected
+        residual = torch.add(g_squared, facts.inside(R, r_squared), alpha=within**2)
+        residual.add_(r_squared, alpha=-2 * within).clamp_min_(0)
+        phi = linalg.column_norms(N).mul_(corrected).div_(r_squared.sqrt().add_(eps))
+        phi.masked_fill_(r_squared <= NO_PROJECTION * g_squared, 0.0)
+        totals = yield torch.stack([phi.square().mul_(residual), residual, g_squared]).sum(-1)
+        phi.div_(self._limit_(s, totals, eps).unsqueeze(-1) * corrected)
         if self.fira_form == "i3s":
             return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, phi)
         Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1)
         return Update(Z, ctx.scale, phi if self.fira_form == "released" else phi * ctx.scale)
 
-    def _limit_(self, last: Tensor, totals: Tensor, eps: float) -> Tensor:
-        """Return L (...,), infinite where there is no residual, and store the limited norm."""
+    def _limit_(self, s: State, totals: Tensor, eps: float) -> Tensor:
+        """Return L (...,), infinite where there is no residual; store the limited norm and the residual's share."""
         scaled, residual, gradient = totals.unbind(0)
-        none = residual <= NO_RESIDUAL * gradient
-        before = last.clone()
-        L = limit_(last, scaled.sqrt(), self.limiter, eps)
-        last.copy_(torch.where(none, before, last))
-        return torch.where(none, torch.inf, L)
+        share = torch.div(residual, gradient.clamp_min(torch.finfo(torch.float32).tiny), out=s["residual_share"])
+        none = (share > NO_RESIDUAL).logical_not_()  # also where it is not a number:
+        share.nan_to_num_(nan=1.0)  # squares may overflow where R does not
+        L = limit_(s["residual_norm"], scaled.sqrt(), self.limiter, eps, none)
+        return L.masked_fill_(none, torch.inf)
 
 
-def limit_(last: Tensor, norm: Tensor, limiter: float, eps: float) -> Tensor:
+def limit_(last: Tensor, norm: Tensor, limiter: float, eps: float, keep: Tensor | None = None) -> Tensor:
     """Return L = max(norm / (last + eps), limiter) / limiter, 1 while `last` is 0, and store norm / L in `last`.
 
-    Divided by L the norm grows by the factor `limiter` at most.
+    Divided by L the norm grows by the factor `limiter` at most. Where `keep` is true, `last` stays as it is.
 
     References:
         Fira, arXiv 2410.01623, eq. 13.
     """
-    growth = (norm / (last + eps)).clamp_min(limiter) / limiter
-    L = torch.where(last > 0, growth, 1.0)
-    last.copy_(norm / L)
+    L = (norm / (last + eps)).clamp_min_(limiter).div_(limiter).masked_fill_(last <= 0, 1.0)
+    limited = norm / L
+    last.copy_(limited if keep is None else torch.where(keep, last, limited))
     return L

@@ -64,7 +64,7 @@ class Flora(Reconstruction, name="flora"):
         """See `Reconstruction.combine`. ||U||^2 follows from products of size r x n."""
         fresh = 1 - ctx.beta1
         Z = N.sub_(R, alpha=fresh)
-        squares = facts.inside(Z) + 2 * fresh * (Z * R).sum(-2) + fresh**2 * facts.norms()
+        squares = facts.inside(Z, Z.square().sum(-2)) + 2 * fresh * (Z * R).sum(-2) + fresh**2 * facts.norms()
         total = yield squares.clamp_min_(0).sum(-1)
         rms = (total / (ctx.m * ctx.columns.n)).sqrt()
         factor = (ctx.scale / (rms / self.clip_threshold).clamp_min(1.0)).unsqueeze(-1)

@@ -47,8 +47,8 @@ class ScaledGradient(Reconstruction, name="scaled_gradient"):
         before = factor if self.limit == "back" else 1.0
         g_squared = facts.norms()  # (..., n)
         if self.scaling == "channel":
-            d = linalg.column_norms(N) / (linalg.column_norms(R) + 1e-8)
-            total = yield (d.square() * g_squared).sum(-1)
+            d = linalg.column_norms(N).div_(linalg.column_norms(R).add_(1e-8))
+            total = yield d.square().mul_(g_squared).sum(-1)
             norm = total.sqrt()
         else:
             sums = yield torch.stack([N.square().sum((-2, -1)), R.square().sum((-2, -1)), g_squared.sum(-1)])

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_lowrank import linalg
 from hf_lowrank.bases import Basis, Dense
 from hf_lowrank.formats import Slots, State
-from hf_lowrank.parts import Context, Subspace
+from hf_lowrank.parts import SHARED, Context, Subspace
+
+
+KEPT = 8
+"""Sketches that stay in memory, so that an ordinary step draws none."""
 
 
 @dataclass(frozen=True)
 class Sketch(Subspace, name="sketch"):
     """P (m, r) with entries N(0, 1/r), so that E[P P^T] = I; a new one at every refresh.
 
-    It is a function of (seed, parameter, number of the refresh), drawn on the weight's device: state, none. The stream
-    is the same on all processes, and after a resume, but not on another type of device. All matrices of a stack share
-    one.
+    It is a function of (seed, number of the refresh, m, r), drawn on the weight's device: state, none. The stream is
+    the same on all processes, and after a resume, but not on another type of device. Matrices of one shape of P share
+    theirs, which has the right distribution for each of them; the last few are kept from step to step.
 
     References:
         APOLLO, arXiv 2412.05270, Algorithm 1; FLora, arXiv 2402.03293, section 2.4.
 
-    Differs from the authors' code: neither the matrix nor a seed is kept.
+    Differs from the authors' code: there every weight has a seed and a sketch of its own.
     """
 
     orthonormal: ClassVar[bool] = False
@@ -40,5 +46,10 @@ class Sketch(Subspace, name="sketch"):
 
     def basis(self, s: State, ctx: Context) -> Basis:
         """See `Subspace.basis`."""
-        generator = ctx.generator(ctx.device)
-        return Dense(torch.randn(ctx.m, ctx.r, generator=generator, device=ctx.device).mul_(ctx.r**-0.5))
+        return Dense(_drawn(ctx.key[0], ctx.number, ctx.m, ctx.r, ctx.device))
+
+
+@lru_cache(maxsize=KEPT)
+def _drawn(seed: int, number: int, m: int, r: int, device: torch.device) -> Tensor:
+    generator = linalg.generator(SHARED, seed, number, m, r, device=device)
+    return torch.randn(m, r, generator=generator, device=device).mul_(r**-0.5)
