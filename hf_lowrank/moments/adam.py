@@ -106,12 +106,12 @@ def _adamw_(
         denominator = V.sqrt().div_(sqrt(1 - ctx.beta2**t)).add_(ctx.eps)
         W.mul_(1 - lr * weight_decay).addcdiv_(M, denominator, value=-lr / (1 - ctx.beta1**t))
     for here in fused.values():
-        W_, G_, M_, V_, steps = map(list, zip(*here, strict=True))
-        torch._fused_adamw_(  # type: ignore[call-overload]
-            W_,
-            G_,
-            M_,
-            V_,
+        params, gradients, first, second, steps = map(list, zip(*here, strict=True))
+        torch._fused_adamw_(
+            params,
+            gradients,
+            first,
+            second,
             [],
             steps,
             lr=lr,
