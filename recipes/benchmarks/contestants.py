@@ -29,7 +29,7 @@ OURS = (
     "galore_i3s_adamw_8bit",
     "galore_i3s_adamw_8bit_layerwise",
 )
-"""Measured by default, as far as they exist."""
+"""Measured by default."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,12 @@ def _basis(W: Tensor, rank: int) -> Tensor:
 
 
 def ours(name: str, **options: Any) -> Contestant:
-    """Return one of our optimizers; `options` go before those of the setup."""
+    """Return one of our optimizers; `options` go before those of the setup. APOLLO-Mini has its own rank, 1."""
+    own = {key: value for key, value in METHODS[row_of(name)].defaults.items() if key == "rank"}
 
     def make(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
-        chosen = {"rank": setup.rank, "update_proj_gap": setup.gap, "stagger": False, **options, **setup.options}
+        chosen = {"rank": setup.rank, "update_proj_gap": setup.gap, "stagger": False, **own, **options}
+        chosen |= setup.options
         optimizer = LowRankOptimizer([{"params": matrices, **chosen}, {"params": dense}], name, lr=LR)
         return Runner(layerwise_step(optimizer) if "_layerwise" in name else optimizer.step, optimizer)
 
@@ -128,9 +130,9 @@ def layerwise_step(optimizer: LowRankOptimizer) -> Callable[[], object]:
     return step
 
 
-def exists(name: str) -> bool:
-    """Tell whether METHODS has the row that a name belongs to."""
-    return name.removesuffix("_layerwise").removesuffix("_8bit") in METHODS
+def row_of(name: str) -> str:
+    """Return the row of METHODS that a name belongs to."""
+    return name.removesuffix("_layerwise").removesuffix("_8bit")
 
 
 FLOORS = (Contestant(PRODUCTS, products, "floor"), Contestant(FLOOR, floor, "floor"))

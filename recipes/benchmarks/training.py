@@ -7,7 +7,7 @@ from typing import Any
 
 import peers
 import torch
-from contestants import Contestant, Runner, Setup, exists, ours
+from contestants import Contestant, Runner, Setup, ours
 from shapes import Problem
 from steps import near_refresh
 from tables import Section, Target
@@ -124,7 +124,7 @@ def _start(posed: Problem, setup: Setup, quick: bool) -> tuple[dict[str, Trained
     names = ("galore_dominant_adamw", "galore_i3s_adamw", "fira_i3s_adamw", "apollo_random_adamw")
     eight = ("galore_i3s_adamw_8bit", "galore_i3s_adamw_8bit_layerwise")
     contestants = [peer for peer in peers.PEERS if peer.name in (peers.ADAMW, peers.ADAMW_8BIT)]
-    contestants += [ours(name) for name in names + eight if exists(name)]
+    contestants += map(ours, names + eight)
     if not quick:
         contestants += [peer for peer in peers.PEERS if peer.name == peers.GALORE_TORCH]
     found, remarks = {}, []
