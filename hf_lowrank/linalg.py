@@ -161,16 +161,18 @@ def range_finder(
 
 
 def power_step(G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
-    """One block power iteration on G G^T warm-started at P; directions rotated to the leading ones within the new
-    span.
+    """One step of orthogonal iteration on G G^T, warm-started at P: G G^T P = Q R.
+
+    Repeated, it brings the columns of Q to the leading singular vectors, in their order; one step moves each of them
+    little from the slot it has.
 
     Returns:
-        The new basis (..., m, r), orthonormal, and the singular values of its projection of G, (..., r).
+        Q (..., m, r), and estimates from below of the r largest singular values of G, (..., r): the roots of those of
+        R, which are exact if P spans the leading vectors.
     """
     G = G.float()
-    Q = orthonormalize(G @ (G.mT @ P))
-    U, sigma = gram_basis(Q.mT @ G)
-    return Q @ U, sigma
+    Q, R = torch.linalg.qr(G @ (G.mT @ P))
+    return Q, torch.linalg.svdvals(R).sqrt()
 
 
 def orthonormalize(X: Tensor) -> Tensor:
