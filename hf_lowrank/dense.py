@@ -16,7 +16,7 @@ from hf_lowrank.matrices import local
 from hf_lowrank.methods import Parts
 from hf_lowrank.parts import Context, Summing
 from hf_lowrank.state import View
-from hf_lowrank.steps import advance_, context
+from hf_lowrank.steps import advance_, context_of
 
 
 class DenseStep:
@@ -96,7 +96,7 @@ class DenseStep:
     def _context(self, i: int) -> Context:
         weight = self.weights[i]
         place = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else 0
-        return context(
+        return context_of(
             self.views[i],
             self.group,
             self.indices[i],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_lowrank import distributed, linalg
 from hf_lowrank.dense import DenseStep
+from hf_lowrank.refreshes import Refresh
 from hf_lowrank.steps import MatrixStep
 
 
@@ -34,13 +35,14 @@ def refresh_(due: Sequence[MatrixStep], *, share: bool) -> int:
         group = None if world == 1 else group_of(mesh)
         owner = distributed.owners([unit.cost for unit in units], world)
         for wave in distributed.waves(units, owner):
-            distributed.together([unit.collect_(chooser) for unit, chooser in wave], group)
-            for unit, chooser in wave:
-                if chooser == rank:
-                    unit.choose_()
+            refreshes = [Refresh(unit, chooser) for unit, chooser in wave]
+            distributed.together([refresh.collect_() for refresh in refreshes], group)
+            for refresh in refreshes:
+                if refresh.owner == rank:
+                    refresh.choose_()
                     here += 1
-            for unit, chooser in wave:
-                unit.adopt_(chooser, group)
+            for refresh in refreshes:
+                refresh.adopt_(group)
     return here
 
 

@@ -23,8 +23,8 @@ from hf_lowrank.matrices import local
 from hf_lowrank.memory import projected_bytes
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.records import module_type
+from hf_lowrank.refreshes import UNKNOWN
 from hf_lowrank.state import View, nbytes, stored
-from hf_lowrank.steps import UNKNOWN
 
 
 REPORT = ("overlap", "energy", "stable_rank")

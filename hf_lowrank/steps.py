@@ -2,23 +2,22 @@
 
 Both offer the same moves, in the order in which the engine makes them: `measure` (the tensors from which one can tell
 whether the gradient is finite) and `step_` (moments and weights). Both are generators that yield what is to be summed
-over processes. A matrix whose refresh is due goes through `collect_`, `choose_` and `adopt_` before.
+over processes. A matrix whose refresh is due goes through refreshes.py before.
 """
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from hf_lowrank import distributed, linalg
+from hf_lowrank import linalg
 from hf_lowrank.allocation import Plan
 from hf_lowrank.bases import Basis
 from hf_lowrank.formats import Raw, State
-from hf_lowrank.matrices import local, sharded
+from hf_lowrank.matrices import local
 from hf_lowrank.methods import Parts
 from hf_lowrank.parts import Columns, Context, Facts, Summing, Update, alone
 from hf_lowrank.schedule import refresh_cost
@@ -27,11 +26,8 @@ from hf_lowrank.state import View
 
 T = TypeVar("T")
 
-UNKNOWN = -1.0
-"""Entry of a report that the rule does not know."""
 
-
-def context(s: State, group: Mapping[str, Any], index: int, columns: Columns, **place: Any) -> Context:
+def context_of(s: State, group: Mapping[str, Any], index: int, columns: Columns, **place: Any) -> Context:
     """Gather what the parts may know of this step of parameter `index`."""
     beta1, beta2 = group["betas"]
     return Context(
@@ -86,9 +82,7 @@ class MatrixStep:
         self.observed = False  # whether a refresh has looked at this gradient
         self.R: Tensor | None = None  # (..., r, n), not yet summed over processes
         self.measured: Tensor | None = None  # (..., r, columns)
-        self.whole: Tensor | None = None  # the gradient of all processes, on the one that chooses
-        self.new: dict[str, Tensor] = {}  # a basis on its way in
-        self._basis: Basis | None = None
+        self.basis: Basis | None = None  # the one in use, once it is needed
         self._now: Context | None = None  # of the step that is being made
 
     # ---- what the engine asks ---------------------------------------------------------------------------------------
@@ -123,78 +117,12 @@ class MatrixStep:
         """Work of a refresh: the Gram product on the short side dominates."""
         return refresh_cost(self.weight)
 
-    # ---- a refresh --------------------------------------------------------------------------------------------------
-
-    def collect_(self, owner: int) -> Summing[None]:
-        """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
-        ctx = self._context(refreshing=True)
-        G, _ = yield from self._summed(self.parts.reconstruction.absorb(self.s, self._gradient, ctx))
-        self.whole = self.layout.whole(self.parts.subspace.evidence(self.s, G, ctx), owner)
-        self.new = {name: self._gathered_stack(self.s[name]).clone() for name in self.s.names("basis")}
-        self.wanted = {name: self._gathered_moment(self.s[name]) for name in self.parts.subspace.wants}
-        self.choice = torch.tensor([0.0, UNKNOWN, UNKNOWN, UNKNOWN], device=self.device)  # changed, then the report
-
-    def choose_(self) -> None:
-        """Choose a new basis from the whole gradient, unless that is zero or not finite."""
-        G = self.whole
-        assert G is not None
-        self.whole = None
-        total = linalg.squared_norm(G)  # (...)
-        live = total > 0
-        if not bool(torch.isfinite(total.sum()) & live.any()):
-            return
-        subspace, ctx = self.parts.subspace, self._context(refreshing=True)
-        old = {name: tensor.clone() for name, tensor in self.new.items()}
-        s = ChainMap(self.new, self.wanted, self.s)  # type: ignore[arg-type]
-        sigma = subspace.refresh_(s, G, ctx)
-        if not bool(live.all()):  # a slice of zeros (an expert that saw no token) keeps its basis
-            for name, tensor in old.items():
-                keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
-                self.new[name].copy_(torch.where(keep, self.new[name], tensor))
-        basis = subspace.basis(s, ctx)
-        unknown = torch.tensor(UNKNOWN)
-        before = subspace.basis(ChainMap(old, s), self._context(number=ctx.number - 1))
-        overlap = linalg.overlap(basis.changes(before)[0]) if ctx.number and subspace.orthonormal else unknown
-        energy = linalg.squared_norm(basis.project(G)).sum() / total.sum() if subspace.orthonormal else unknown
-        stable_rank = unknown if sigma is None else _stable_rank(total, sigma, live)
-        report = [x.to(self.choice) for x in (torch.ones(()), overlap, energy, stable_rank)]
-        self.choice.copy_(torch.stack(report))
-
-    def adopt_(self, owner: int, group: Any) -> None:
-        """Take over the basis that the owner chose, if it did, and carry the moments into it."""
-        if group is not None:
-            distributed.broadcast_([self.choice, *self.new.values()], owner, group)
-        new, self.new, self.wanted = self.new, {}, {}
-        changed, overlap, energy, stable_rank = self.choice.tolist()
-        if not changed:
-            return
-        if self.layout.along == "batch":
-            new = {name: x.narrow(0, self.layout.offset, self.layout.stack[0]) for name, x in new.items()}
-        s, ctx, how = self.s, self._context(refreshing=True), self.group.get("on_refresh", "keep")
-        rules, moments = self.parts, self.parts.moments
-        if ctx.number:
-            self._basis = rules.subspace.basis(s, self._context(number=ctx.number - 1))
-            rules.reconstruction.moved_(s, lambda: moments.momentum(s), self._add_, 1.0, ctx)
-            after = rules.subspace.basis(ChainMap(new, s), ctx)  # type: ignore[arg-type]
-            for C, side in zip(after.changes(self._basis), (s, _Turned(s)), strict=False):
-                moments.transport_(side, C, how, ctx)
-            self._basis = after
-            rules.reconstruction.moved_(s, lambda: moments.momentum(s), self._add_, -1.0, ctx)
-        for name, tensor in new.items():
-            s[name].copy_(tensor)
-        s.commit("basis", "moment", "variance")
-        s["report"].copy_(torch.tensor([overlap, energy, stable_rank]))
-        interval = rules.subspace.adopted_(s, self.group.get("update_proj_gap", 1), overlap)
-        s.commit("exact")
-        self._basis, self._now, self.observed = None, None, True
-        self._schedule_next(interval)
-
     # ---- a step -----------------------------------------------------------------------------------------------------
 
     def project_(self) -> Summing[None]:
         """Add the projection of the gradient to R; the gradient is not needed for R any more."""
-        absorbing = self.parts.reconstruction.absorb(self.s, self._gradient, self._now or self._context())
-        self.absorbed, self.pending = yield from self._summed(absorbing)
+        absorbing = self.parts.reconstruction.absorb(self.s, self.gradient, self._now or self.context())
+        self.absorbed, self.pending = yield from self.summed(absorbing)
         R = self.layout.rows_of(self._whole_basis()).project(self.absorbed)
         if not self.parts.needs_gradient:
             self.absorbed = None
@@ -204,7 +132,7 @@ class MatrixStep:
         """Return the projected gradient; a gradient that is not finite makes it so. Twice is the same as once."""
         if self.measured is None:
             if self.R is None:
-                self._now = self._context()
+                self._now = self.context()
                 yield from self.project_()
             assert self.R is not None
             self.measured, self.R = self.layout.scatter(self.R), None
@@ -219,21 +147,21 @@ class MatrixStep:
             self.absorbed, self.pending = None, {}
             return
         s, rules = self.s, self.parts
-        ctx = self._now = self._now or self._context()
-        N = yield from self._summed(rules.moments.update(s, R, ctx))
+        ctx = self._now = self._now or self.context()
+        N = yield from self.summed(rules.moments.update(s, R, ctx))
         c_t = rules.moments.step_scale(ctx)
         facts = Facts(self._norms, self._gram)
-        update = yield from self._summed(rules.reconstruction.combine(s, facts, R, N, c_t, ctx))
+        update = yield from self.summed(rules.reconstruction.combine(s, facts, R, N, c_t, ctx))
         self._write_(update, c_t, ctx)
         for name, value in self.pending.items():
             s[name].copy_(value)
         if self.absorbed is not None:
-            rules.reconstruction.after_(s, self.absorbed, R, self._add_)
+            rules.reconstruction.after_(s, self.absorbed, R, self.add_product_)
             if not self.observed:
                 rules.subspace.observe_(s, self.absorbed)
         s.commit("moment", "variance", "exact")
         s.forget("basis")
-        self.absorbed, self.pending, self._basis, self._now = None, {}, None, None
+        self.absorbed, self.pending, self.basis, self._now = None, {}, None, None
         advance_(s)
 
     def _write_(self, update: Update, c_t: float, ctx: Context) -> None:
@@ -263,7 +191,7 @@ class MatrixStep:
     # ---- the pieces -------------------------------------------------------------------------------------------------
 
     @property
-    def _gradient(self) -> Tensor:
+    def gradient(self) -> Tensor:
         """This process's piece of the gradient, seen wide."""
         assert self.weight.grad is not None
         return self.layout.wide(self.weight.grad)
@@ -276,11 +204,12 @@ class MatrixStep:
     def _late(self) -> bool:
         return self.parts.subspace.late and int(self.s["refreshes"]) > 0
 
-    def _context(self, *, refreshing: bool = False, number: int | None = None) -> Context:
+    def context(self, *, refreshing: bool = False, number: int | None = None) -> Context:
+        """Gather what the parts may know: of the basis in use, of the one being chosen, or of basis `number`."""
         chosen = int(self.s["refreshes"])
         if number is None:
             number = chosen if refreshing else max(0, chosen - 1)
-        return context(
+        return context_of(
             self.s,
             self.group,
             self.index,
@@ -295,9 +224,9 @@ class MatrixStep:
 
     def _whole_basis(self) -> Basis:
         """Return the basis in use, for all rows."""
-        if self._basis is None:
-            self._basis = self.parts.subspace.basis(self.s, self._now or self._context())
-        return self._basis
+        if self.basis is None:
+            self.basis = self.parts.subspace.basis(self.s, self._now or self.context())
+        return self.basis
 
     def _gram(self) -> Tensor | None:
         exact = self.parts.subspace.orthonormal and self.group.get("basis_format", "fp32") == "fp32"
@@ -307,28 +236,16 @@ class MatrixStep:
         assert self.absorbed is not None
         return self.layout.scatter(linalg.column_squared_norms(self.absorbed))
 
-    def _add_(self, X: Tensor, Z: Tensor, alpha: float) -> None:
+    def add_product_(self, X: Tensor, Z: Tensor, alpha: float) -> None:
         """X <- X + alpha P Z for this process's piece X of a full-size matrix."""
         basis = self.layout.rows_of(self._whole_basis())
         basis.add_(X, basis.spread(self.layout.gather(Z)), beta=1.0, alpha=alpha)
 
-    def _summed(self, work: Summing[T]) -> Summing[T]:
+    def summed(self, work: Summing[T]) -> Summing[T]:
         """Hand sums on to the processes that hold the other columns, if there are such."""
         if self.layout.summed:
             return (yield from work)
         return alone(work)
-
-    def _gathered_stack(self, tensor: Tensor) -> Tensor:
-        """Return a basis for all matrices of a stack that is split over processes."""
-        if self.layout.along != "batch":
-            return tensor
-        return sharded(tensor.contiguous(), self.mesh, 0, self.layout.batch[0]).full_tensor()
-
-    def _gathered_moment(self, tensor: Tensor) -> Tensor:
-        """Return a moment as a whole."""
-        if self.layout.summed:
-            return sharded(tensor.contiguous(), self.mesh, tensor.dim() - 1, self.layout.n).full_tensor()
-        return self._gathered_stack(tensor)
 
     def _gathered(self, update: Update) -> tuple[Tensor | None, Tensor | None]:
         """Return Z and d for all columns of this process's piece of the weight, in at most one collective."""
@@ -337,39 +254,8 @@ class MatrixStep:
         together = self.layout.gather(torch.cat([update.Z, update.d.unsqueeze(-2)], -2))
         return together[..., :-1, :], together[..., -1, :]
 
-    def _schedule_next(self, interval: int) -> None:
-        s = self.s
-        first = None if s["refreshes"] else self.first_interval
-        s["refresh_at"].add_(interval if first is None else first)
-        while s["refresh_at"] <= s["step"]:  # it came late
-            s["refresh_at"].add_(interval)
-        s["refreshes"].add_(1)
-
-
-class _Turned(Mapping[str, Tensor]):
-    """The state of a matrix with its moments transposed, for the basis of the right side."""
-
-    def __init__(self, s: State) -> None:
-        self.s = s
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self.s[name]
-        return value.mT if value.dim() > 1 else value
-
-    def __iter__(self) -> Any:
-        return iter(self.s)
-
-    def __len__(self) -> int:
-        return len(self.s)
-
 
 def advance_(s: State) -> None:
     """Count one more update."""
     s["step"].add_(1)
     s["moment_step"].add_(1)
-
-
-def _stable_rank(total: Tensor, sigma: Tensor, live: Tensor) -> Tensor:
-    """Return ||G||_F^2 / ||G||_2^2, averaged over the slices that are not zero (GaLore, section 3.2)."""
-    largest = sigma[..., 0].square()
-    return torch.where(largest > 0, total / largest, UNKNOWN)[live].mean()

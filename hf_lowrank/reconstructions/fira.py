@@ -90,7 +90,8 @@ def limit_(last: Tensor, norm: Tensor, limiter: float, eps: float, keep: Tensor 
     References:
         Fira, arXiv 2410.01623, eq. 13.
     """
-    L = (norm / (last + eps)).clamp_min_(limiter).div_(limiter).masked_fill_(last <= 0, 1.0)
+    growth = (norm / (last + eps)).clamp_min_(limiter).div_(limiter)
+    L = torch.where(last > 0, growth, 1.0)  # also after a norm that was not a number
     limited = norm / L
     last.copy_(limited if keep is None else torch.where(keep, last, limited))
     return L
