@@ -114,6 +114,9 @@ class CAME(Moments, name="came"):
 
     References:
         CAME, arXiv 2307.02047, Algorithm 2.
+
+    Differs from the authors' code: the factors are those of the projected gradient. beta1 = 0, which leaves nothing to
+    measure, is refused.
     """
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
@@ -155,6 +158,9 @@ class SketchedMomentum(Moments, name="sketched_momentum"):
 
     References:
         FLora, arXiv 2402.03293, Algorithm 2.
+
+    Differs from the authors' code: there is momentum by default, Trainer's adam_beta1. Gradients are not compressed
+    while they accumulate: Trainer owns them.
     """
 
     composable: ClassVar[bool] = False

@@ -22,7 +22,10 @@ class FoldedAdam(Moments, name="folded_adam"):
     what is lost by folding comes back in the reconstruction `unfold`. Dense parameters take plain Adam.
 
     References:
-        FOAM, arXiv 2512.07112, Algorithm 1 (its code folds the squares).
+        FOAM, arXiv 2512.07112, Algorithm 1.
+
+    Differs from the authors' code: betas are Trainer's, where its script leaves them at the defaults of the optimizer.
+    The squares are folded, as the code does; `fold_of=gradient` is what the paper prints.
     """
 
     composable: ClassVar[bool] = False

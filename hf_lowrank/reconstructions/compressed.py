@@ -31,6 +31,8 @@ class Details(Reconstruction, name="details"):
     References:
         GWT, arXiv 2501.07237, Algorithm 1.
 
+    Differs from the authors' code: the inverse transform is not computed, and eps is added to the corrected sqrt(V).
+
     As printed nothing bounds the details: where a block's mean is next to nothing so is D, above all in the first
     steps. Warm up.
     """
@@ -66,6 +68,9 @@ class Unfold(Reconstruction, name="unfold"):
 
     References:
         FOAM, arXiv 2512.07112, Algorithm 1.
+
+    Differs from the authors' code: eps is added to the corrected sqrt(v), and nothing of the weight's size is kept
+    between operations: the step is formed for some columns at a time.
     """
 
     needs_gradient: ClassVar[bool] = True

@@ -24,6 +24,10 @@ class BlockPower(Subspace, name="block_power"):
 
     References:
         LDAdam, arXiv 2410.16103, Algorithm 1 and its section on block power iteration.
+
+    Differs from the authors' code: b is never formed; the first basis comes from the Gram matrix instead of an SVD, of
+    which there is no option; signs are aligned with the basis before. Basis and moments are fp32 by default, whatever
+    the weights are.
     """
 
     on_refresh: ClassVar[str] = "rotate_variance"

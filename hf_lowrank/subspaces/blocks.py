@@ -59,6 +59,9 @@ class Haar(_Fixed, name="haar"):
 
     References:
         GWT, arXiv 2501.07237, section 3.
+
+    Differs from the authors' code: sums over blocks take the place of the transform and of the wavelet library that
+    comes with it, so Haar is the only wavelet.
     """
 
     def basis(self, s: State, ctx: Context) -> Basis:
@@ -74,6 +77,8 @@ class Fold(_Fixed, name="fold"):
 
     References:
         FOAM, arXiv 2512.07112, Algorithm 1.
+
+    Differs from the authors' code: nothing; both folds are taken in one pass.
     """
 
     def shape(self, m: int, n: int, r: int) -> tuple[int, int]:

@@ -53,6 +53,9 @@ class Hybrid(Subspace, name="hybrid"):
 
     References:
         I3S, arXiv 2502.05790, Algorithm 3.
+
+    Differs from the authors' code: none was released. The paper analyses it with momentum SGD (Algorithm 4) and says
+    nothing of a second moment: with Adam's, `on_refresh=rotate` projects M as printed and keeps V.
     """
 
     on_refresh: ClassVar[str] = "rotate"
@@ -76,6 +79,8 @@ class Uniform(Subspace, name="uniform"):
 
     References:
         I3S, arXiv 2502.05790, sections 3.3 (r0 = 0) and 4.5.
+
+    Differs from the authors' code: none was released. The draw is Gumbel top-r with equal weights, keyed as in I3S.
     """
 
     refresh: str = _spectrum_option()

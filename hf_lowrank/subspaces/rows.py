@@ -31,6 +31,9 @@ class Rows(Subspace, name="rows"):
 
     References:
         Grass, arXiv 2406.17660, sections 3 and 4.
+
+    Differs from the authors' code: none was released. Of the paper's rules `norm` is the default, since with `top` the
+    same rows win for ever.
     """
 
     on_refresh: ClassVar[str] = "reset"
