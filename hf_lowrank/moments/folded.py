@@ -15,7 +15,7 @@ from hf_lowrank.parts import Columns, Context, Moments, Summing
 
 
 @dataclass(frozen=True)
-class FoldedAdam(Moments, name="folded_adam"):
+class FoldedAdam(Moments, key="folded_adam"):
     """M <- b1 M + (1 - b1) fold(G);  V <- b2 V + (1 - b2) fold(G∘G), or fold(G)∘fold(G).
 
     R holds both folds, (..., 2r, n); the direction is M above sqrt(V) + eps sqrt(1 - b2^t) taken apart, (..., 2r, n):

@@ -12,7 +12,7 @@ from hf_lowrank.parts import Columns, Context, Moments, Summing
 
 
 @dataclass(frozen=True)
-class Momentum(Moments, name="momentum"):
+class Momentum(Moments, key="momentum"):
     """M <- b1 M + (1 - b1) R;  N = M, with no bias correction.
 
     References:

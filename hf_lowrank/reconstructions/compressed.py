@@ -20,7 +20,7 @@ from hf_lowrank.subspaces.blocks import block_size
 
 
 @dataclass(frozen=True)
-class Details(Reconstruction, name="details"):
+class Details(Reconstruction, key="details"):
     """U = alpha (P N + (G - P R) / D) / L: the details take the denominator D of their block and no momentum.
 
     The inverse transform of detail coefficients that share one factor per block is that factor on G - P R, so no
@@ -63,7 +63,7 @@ class Details(Reconstruction, name="details"):
 
 
 @dataclass(frozen=True)
-class Unfold(Reconstruction, name="unfold"):
+class Unfold(Reconstruction, key="unfold"):
     """U = alpha m / (sqrt(v) + eps), m = unfold(M) + c E, v = unfold(V) + c^2 E∘E, E = G - unfold(fold(G)).
 
     References:

@@ -11,7 +11,7 @@ from hf_lowrank.parts import Context, Facts, Reconstruction, Summing, Update
 
 
 @dataclass(frozen=True)
-class Project(Reconstruction, name="project"):
+class Project(Reconstruction, key="project"):
     """U = alpha P N.
 
     References:

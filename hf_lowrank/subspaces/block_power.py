@@ -17,7 +17,7 @@ from hf_lowrank.parts import Context, Subspace
 
 
 @dataclass(frozen=True)
-class BlockPower(Subspace, name="block_power"):
+class BlockPower(Subspace, key="block_power"):
     """P' = QR(b b^T P) for b = rho P M^ + (1 - rho) G; the first basis is the dominant one.
 
     b is never formed: with B^T = P^T b = rho P^T P M^ + (1 - rho) P^T G, b B = rho P (M^ B) + (1 - rho) G B.

@@ -54,7 +54,7 @@ class _Fixed(Subspace):
 
 
 @dataclass(frozen=True)
-class Haar(_Fixed, name="haar"):
+class Haar(_Fixed, key="haar"):
     """The approximation coefficients of a Haar transform of some level: sums over 2^level entries / 2^(level/2).
 
     References:
@@ -71,7 +71,7 @@ class Haar(_Fixed, name="haar"):
 
 
 @dataclass(frozen=True)
-class Fold(_Fixed, name="fold"):
+class Fold(_Fixed, key="fold"):
     """Means over 2^level adjacent entries, of G and of G∘G: R is (..., 2r, n). A short last block is filled with
     zeros.
 

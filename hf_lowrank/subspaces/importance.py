@@ -27,7 +27,7 @@ def _spectrum(G: Tensor, refresh: str) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class I3S(Subspace, name="i3s"):
+class I3S(Subspace, key="i3s"):
     """P = U[:, I], I = r indices drawn without replacement with weight sigma_i, sorted ascending.
 
     References:
@@ -46,7 +46,7 @@ class I3S(Subspace, name="i3s"):
 
 
 @dataclass(frozen=True)
-class Hybrid(Subspace, name="hybrid"):
+class Hybrid(Subspace, key="hybrid"):
     """P = [U[:, :r0], U[:, J]], J = r - r0 indices drawn uniformly without replacement from the others, sorted.
 
     r0 = 0 is the uniform rule, r0 = r the dominant one.
@@ -74,7 +74,7 @@ class Hybrid(Subspace, name="hybrid"):
 
 
 @dataclass(frozen=True)
-class Uniform(Subspace, name="uniform"):
+class Uniform(Subspace, key="uniform"):
     """P = U[:, J], J = r indices drawn uniformly without replacement, sorted.
 
     References:

@@ -19,7 +19,7 @@ from hf_lowrank.parts import Context, Subspace
 
 
 @dataclass(frozen=True)
-class Online(Subspace, name="online"):
+class Online(Subspace, key="online"):
     """P steps down f(P) = ||P P^T G - G||^2 by an AdamW of its own, after the weight has been written.
 
     With A = P^T G the gradient is 2 (P A A^T + G A^T P^T P - 2 G A^T): no residual and no autograd. The first basis is

@@ -16,7 +16,7 @@ from hf_lowrank.parts import Context, Subspace
 
 
 @dataclass(frozen=True)
-class Rows(Subspace, name="rows"):
+class Rows(Subspace, key="rows"):
     """P^T selects r rows of the gradient and scales them: R = scale∘G[index].
 
     * `top`: the r rows of the largest norm; what changes the gradient least, but the same rows win for ever

@@ -14,7 +14,7 @@ from hf_lowrank.parts import Context, Subspace
 
 
 @dataclass(frozen=True)
-class Sketch(Subspace, name="sketch"):
+class Sketch(Subspace, key="sketch"):
     """P (m, r) with entries N(0, 1/r), so that E[P P^T] = I; a new one at every refresh.
 
     It is a function of (seed, parameter, number of the refresh), drawn on the weight's device: state, none. The stream
