@@ -5,11 +5,14 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The oldest versions that setup.cfg admits.
+LOWEST_TORCH ?= torch==2.6.0
+LOWEST_TRANSFORMERS = transformers>=4.57,<4.58
 # Packages that parity is tested against. They pin old versions of what they need, hence --no-deps.
 PEERS = galore-torch==1.0 fira==1.0.2 adam-mini==1.1.1 came-pytorch==0.1.3 apollo-torch==1.0.3
 BENCH_PEERS = q-galore-torch==1.0 pytorch-optimizer==4.1.0
 
-.PHONY: quickstart test test-all test-4.57 bench check docs clean
+.PHONY: quickstart test test-all test-lowest bench check docs clean
 
 quickstart: $(VENV)/.recipes
 	$(BIN)/python recipes/quickstart/quickstart.py
@@ -20,10 +23,11 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
 
-# The integration tests on the last 4.x line of transformers.
-test-4.57:
-	$(MAKE) VENV=.venv-4.57 TRANSFORMERS="transformers>=4.57,<4.58" .venv-4.57/.test
-	.venv-4.57/bin/python -m pytest -n 2 -m "not full" tests/integration tests/test_quickstart.py tests/recipes
+# The same tests with the oldest torch and transformers that are supported; the oldest Python: make test-lowest PYTHON=python3.10.
+test-lowest: VENV = .venv-lowest
+test-lowest:
+	$(MAKE) VENV=$(VENV) TORCH="$(LOWEST_TORCH)" TRANSFORMERS="$(LOWEST_TRANSFORMERS)" $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not full"
 
 bench: $(VENV)/.bench
 	$(BIN)/python recipes/benchmarks/run.py --json runs/bench.json --markdown runs/bench.md

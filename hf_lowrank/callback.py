@@ -174,7 +174,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
     def _refreshed(self, state: Any, logging_now: bool) -> int:
         """Write a line for every matrix that was refreshed in this step; return how many there are.
 
-        A subspace that moves at every step has its lines at the steps that are logged.
+        A subspace that moves at every step has its lines at its first step and at those that are logged.
         """
         assert self.optimizer is not None
         fresh = []
@@ -182,7 +182,11 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             if (refreshes := int(s["refreshes"])) != self._written.get(name, 0):
                 self._written[name] = refreshes
                 fresh.append((name, p, group, s))
-        shown = [item for item in fresh if logging_now or item[3]["refresh_at"] > item[3]["step"]]
+        shown = [
+            item
+            for item in fresh
+            if logging_now or item[3]["refreshes"] == 1 or item[3]["refresh_at"] > item[3]["step"]
+        ]
         if not shown or not state.is_world_process_zero:
             return len(fresh)
         lines = []

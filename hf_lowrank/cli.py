@@ -50,6 +50,9 @@ def main() -> None:
     except ValueError as error:  # what the package raises for a name, an option or a file that is not valid
         print(f"hf-lowrank: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, say
+        print(f"hf-lowrank: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except ModuleNotFoundError as missing:
         print(f"hf-lowrank: this command needs the package {missing.name}, which is not installed", file=sys.stderr)
         sys.exit(2)
@@ -105,7 +108,8 @@ def list_methods(
 
 def _matching(pattern: str) -> list[str]:
     wild = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
-    if found := [name for name in methods.METHODS if fnmatchcase(name, wild)]:
+    matching = {methods.split(name)[0] for name in methods.names() if fnmatchcase(name, wild)}  # endings as well
+    if found := [name for name in methods.METHODS if name in matching]:
         return found
     return [methods.split(pattern)[0]]  # a name with an ending, or an error that names the nearest
 

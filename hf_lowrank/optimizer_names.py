@@ -56,3 +56,8 @@ def restore(value: str) -> Enum:
 
     register()
     return OptimizerNames(value)  # type: ignore[no-any-return]
+
+
+def name_of(args: Any) -> str:
+    """Return the name of the optimizer that training arguments choose, a member of OptimizerNames or a string."""
+    return str(getattr(args.optim, "value", args.optim))

@@ -147,7 +147,9 @@ class Update:
 
 
 class Part:
-    """Registry by name, one for every kind of part; a class without a name is abstract.
+    """Registry by key, one for every kind of part; a class without a key is abstract.
+
+    (Not `name`: ABCMeta of Python 3.10 has a parameter of that name itself.)
 
     Attributes:
         composable: whether the part may be combined freely with others, in the row `lowrank`.
@@ -156,12 +158,12 @@ class Part:
     registry: ClassVar[dict[str, type[Any]]]
     composable: ClassVar[bool] = True
 
-    def __init_subclass__(cls, *, name: str | None = None) -> None:
-        if name is None:
+    def __init_subclass__(cls, *, key: str | None = None) -> None:
+        if key is None:
             if not hasattr(cls, "registry"):
                 cls.registry = {}
-        elif cls.registry.setdefault(name, cls).__qualname__ != cls.__qualname__:
-            raise TypeError(f"two parts are named {name!r}")
+        elif cls.registry.setdefault(key, cls).__qualname__ != cls.__qualname__:
+            raise TypeError(f"two parts are named {key!r}")
 
 
 class Subspace(Part, ABC):

@@ -60,11 +60,12 @@ def read(file: Path) -> tuple[list[dict[str, Any]], int]:
     for line in file.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-            int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            broken += 1
-        else:
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
+        else:
+            broken += 1
     return rows, broken
 
 

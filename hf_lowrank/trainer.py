@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
-import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, trainer, trainer_utils
 from transformers.training_args import OptimizerNames as OptimizerNames
 
-from hf_lowrank import methods, optimizer_names
+from hf_lowrank import checkpoints, methods, optimizer_names
 from hf_lowrank.callback import RUN_FILE, LowRankCallback, summary
 from hf_lowrank.groups import param_groups
+from hf_lowrank.model_card import add_to_model_card
 from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.optimizer_names import name_of
 from hf_lowrank.options import split_assignments
 
 
@@ -41,10 +40,15 @@ def register() -> None:
     _replace(
         Trainer, "get_optimizer_cls_and_kwargs", staticmethod(_with_our_names(Trainer.get_optimizer_cls_and_kwargs))
     )
-    wrapped = _skipping_incomplete(trainer_utils.get_last_checkpoint)
+    wrapped = checkpoints.skipping_incomplete(trainer_utils.get_last_checkpoint)
     _replace(trainer_utils, "get_last_checkpoint", wrapped)
     _replace(trainer, "get_last_checkpoint", wrapped)
-    _replace(Trainer, "_load_optimizer_and_scheduler", _naming_what_is_wrong(Trainer._load_optimizer_and_scheduler))
+    _replace(
+        Trainer,
+        "_load_optimizer_and_scheduler",
+        checkpoints.naming_what_is_wrong(Trainer._load_optimizer_and_scheduler),
+    )
+    _replace(Trainer, "create_model_card", _with_our_section(Trainer.create_model_card))
     trainer.DEFAULT_CALLBACKS.append(LowRankCallback)
     _undo.append(lambda: trainer.DEFAULT_CALLBACKS.remove(LowRankCallback))
 
@@ -107,15 +111,16 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that `args.optim` names."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and _name(self.args) in methods.names():
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and name_of(self.args) in methods.names():
             cls, kwargs = _from_arguments(self.args, self.model if model is None else model)
             self.optimizer: torch.optim.Optimizer | None = cls(**kwargs)
             return self.optimizer
         return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[no-any-return]
 
-
-def _name(args: TrainingArguments) -> str:
-    return str(getattr(args.optim, "value", args.optim))
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card, with a section on the optimizer."""
+        super().create_model_card(*args, **kwargs)
+        _describe_optimizer(self)
 
 
 def _hyperparameters(args: TrainingArguments | None) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def _from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[t
             raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")
     options |= _layerwise_options(args, options)
     cls, kwargs = optimizer_cls_and_kwargs(
-        model, _name(args), args=args, target_modules=args.optim_target_modules, **options
+        model, name_of(args), args=args, target_modules=args.optim_target_modules, **options
     )
     kwargs["share_refreshes"] = _replicated(args)
     logger.info(summary(cls(**kwargs)))
@@ -167,10 +172,10 @@ def _replicated(args: TrainingArguments) -> bool:
 
 def _layerwise_options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that the layerwise mode adds, having refused what it cannot honour."""
-    filled = methods.complete(_name(args), options)
+    filled = methods.complete(name_of(args), options)
     if not filled["layerwise"]:
         return {}
-    name = _name(args)
+    name = name_of(args)
     in_hook = methods.parts(methods.split(name)[0], filled).needs_gradient
     if args.fp16:
         raise ValueError(f"{name} frees gradients before --fp16's scaler has unscaled them: use --bf16, or fp32")
@@ -208,12 +213,12 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
     """Refuse what would train wrongly, naming the way out."""
     if getattr(args, "deepspeed", None):
         raise ValueError(
-            f"{_name(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. "
+            f"{name_of(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. "
             "Use FSDP2 (--fsdp) or DDP (torchrun) instead of --deepspeed."
         )
     if _fsdp_version(args) == 1:
         raise ValueError(
-            f"{_name(args)} does not run under FSDP1, which flattens the matrices that are projected. "
+            f"{name_of(args)} does not run under FSDP1, which flattens the matrices that are projected. "
             'Use FSDP2: --fsdp with {"version": 2} in --fsdp_config.'
         )
 
@@ -226,60 +231,26 @@ def _handler(context: Any) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
 def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Any:
-        return _from_arguments(args, model) if _name(args) in methods.names() else original(args, model)
+        return _from_arguments(args, model) if name_of(args) in methods.names() else original(args, model)
 
     return get_optimizer_cls_and_kwargs
 
 
-def _skipping_incomplete(original: Callable[[str], str | None]) -> Callable[[str], str | None]:
+def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def get_last_checkpoint(folder: str) -> str | None:
-        last = original(folder)
-        if last is None or not (Path(folder) / RUN_FILE).exists():  # not a run of ours
-            return last
-        pattern = trainer_utils._re_checkpoint
-        found = [path for path in Path(folder).iterdir() if path.is_dir() and pattern.search(path.name)]
-        for path in sorted(found, key=lambda path: int(pattern.search(path.name).groups()[0]), reverse=True):
-            if fault := checkpoint_fault(path):
-                logger.warning("skipping %s: %s", path, fault)
-            else:
-                return str(path)
-        return None
+    def create_model_card(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _describe_optimizer(self)
 
-    return get_last_checkpoint
+    return create_model_card
 
 
-def _naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
-    """Turn the errors of an optimizer file that cannot be read into sentences; loading itself stays as it is."""
-
-    @functools.wraps(original)
-    def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
-        if checkpoint is None or _name(self.args) not in methods.names():
-            return original(self, checkpoint)
-        if fault := checkpoint_fault(Path(checkpoint)):
-            raise ValueError(f"cannot resume from {checkpoint}: {fault}. Name an earlier checkpoint.")
-        try:
-            return original(self, checkpoint)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"cannot resume from {checkpoint}: its optimizer state holds Python objects, so it was written by "
-                "another optimizer (transformers' galore_adamw and apollo_adamw keep such)"
-            ) from error
-
-    return _load_optimizer_and_scheduler
-
-
-def checkpoint_fault(path: Path) -> str | None:
-    """Say what keeps a checkpoint folder from being resumed, or None: its trainer state and optimizer are readable."""
-    try:
-        json.loads((path / trainer.TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError) as error:
-        return f"{trainer.TRAINER_STATE_NAME} is missing or unreadable ({type(error).__name__})"
-    file = path / trainer.OPTIMIZER_NAME
-    sharded = any((folder / ".metadata").exists() for folder in path.glob("optimizer_*"))  # FSDP's own format
-    if not sharded and not (file.exists() and zipfile.is_zipfile(file)):
-        return f"{trainer.OPTIMIZER_NAME} is missing or unreadable"
-    return None
+def _describe_optimizer(self: Trainer) -> None:
+    """Add the optimizer to the model card that Trainer has just written, if it is one of ours."""
+    optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+    ours = isinstance(optimizer, LowRankOptimizer) or name_of(self.args) in methods.names()
+    if ours and self.is_world_process_zero() and (Path(self.args.output_dir) / RUN_FILE).exists():
+        add_to_model_card(self.args.output_dir)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

@@ -68,6 +68,8 @@ def test_methods_as_json_and_by_pattern(run):
     _, out, _ = run("methods", "fira_adamw_8bit_layerwise", "--json", "--details")  # a name with endings
     (row,) = json.loads(out)
     assert row["name"] == "fira_adamw" and row["options"]["limiter"] == 1.01
+    code, out, _ = run("methods", "*_8bit", "--json")
+    assert code == 0 and len(json.loads(out)) == len(METHODS)
     _, out, _ = run("methods", "fira_adamw", "--details")
     assert "limiter" in out and "1.01" in out
 
@@ -134,6 +136,7 @@ def test_report_writes_a_page(run, tmp_path):
         (["memory", "60m", "--batch", "0"], "at least 1"),
         (["report", "{empty}"], "nothing to draw"),
         (["report", "./no/such/run"], "there is no such folder"),
+        (["report", "{run}", "--out", "{run}/trainer_state.json"], "trainer_state.json: File exists"),
         (["methods", "--jsn"], "No such option"),
         (["nonsense"], "No such command"),
         (["targets"], "Missing argument"),
@@ -143,9 +146,16 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(arguments, message, run, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 2.0}]}')
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "lla')
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(*(text.format(broken=tmp_path / "broken", empty=tmp_path / "empty") for text in arguments))
+    code, out, err = run(
+        *(
+            text.format(broken=tmp_path / "broken", empty=tmp_path / "empty", run=tmp_path / "run")
+            for text in arguments
+        )
+    )
     assert code == 2
     assert message in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in out + err

@@ -140,7 +140,8 @@ def test_every_method_has_a_page_with_its_parts_and_options():
             assert f"| `{option}` |" in page, (name, option)
         for kind in hf_lowrank.methods.KINDS:
             assert f"## {kind.capitalize()}: {getattr(row, kind)}" in page
-        assert page.count("**References:**") == 3 and row.state in page
+        assert page.count("**References:**") == page.count("**Differs from the authors' code:**") == 3, name
+        assert row.state in page
 
 
 def test_every_block_says_what_it_is():

@@ -296,3 +296,23 @@ def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
     runs = [make_run(tmp_path / "a" / "out"), make_run(tmp_path / "b" / "out")]
     page = write_report(runs, tmp_path / "report").page.read_text()
     assert "a/out" in page and "b/out" in page
+
+
+@pytest.mark.parametrize("value", ["null", "NaN", "1e400", "-1e308", '"x"', "[]", "{}", "true"])
+def test_values_that_no_run_writes_are_left_out(value, tmp_path):
+    """Whatever number is damaged, the others are drawn."""
+    run = tmp_path / "run"
+    run.mkdir()
+    losses = '{"step": 1, "loss": 2}, {"step": 2, "loss": 1}, {"step": 3, "loss": %s}, {"step": %s, "loss": 1}'
+    (run / "trainer_state.json").write_text('{"log_history": [%s]}' % (losses % (value, value)))
+    (run / "hf_lowrank.json").write_text(
+        '{"optimizer": %s, "groups": [%s], "memory": {"weights": %s}}' % ((value,) * 3)
+    )
+    rows = '{"step": 1, "module": "a.q_proj", "refresh": 1, "energy": 0.5, "ms": 3.0, "seconds": 0.1}\n'
+    broken = rows.replace('"step": 1', f'"step": {value}') + rows.replace("0.5", value).replace("3.0", value)
+    for name in ("hf_lowrank_refreshes.jsonl", "hf_lowrank_steps.jsonl"):
+        (run / name).write_text(
+            rows + broken + rows.replace("0.1", value).replace('"refresh": 1', f'"refresh": {value}')
+        )
+    report = write_report([run], tmp_path / "out", matrices=0)
+    assert {"loss_steps", "energy", "step_times"} <= set(report.figures)

@@ -23,7 +23,7 @@ NO_CORRECTION = 1e9  # a step count at which 1 - beta^t is 1 in floating point
 
 
 @dataclass(frozen=True)
-class Adam(Moments, name="adam"):
+class Adam(Moments, key="adam"):
     """M <- b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R∘R;  N = M / (sqrt(V) + eps sqrt(1 - b2^t)).
 
     With the bias correction c_t = sqrt(1 - b2^t) / (1 - b1^t) outside, c_t N is exactly torch.optim.AdamW's direction.

@@ -16,7 +16,7 @@ from hf_lowrank.parts import Columns, Context, Moments, Summing
 
 
 @dataclass(frozen=True)
-class AdamMini(Moments, name="adam_mini"):
+class AdamMini(Moments, key="adam_mini"):
     """M <- b1 M + (1 - b1) R;  v_b <- b2 v_b + (1 - b2) mean(R∘R over block b);  N = M / (sqrt(v) + eps sqrt(1 -
     b2^t)).
 

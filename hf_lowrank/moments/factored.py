@@ -70,7 +70,7 @@ def transport_factors_(s: State, C: Tensor, how: str, *prefixes: str) -> None:
 
 
 @dataclass(frozen=True)
-class Adafactor(Moments, name="adafactor"):
+class Adafactor(Moments, key="adafactor"):
     """U = R / sqrt(V^) with V^ = row col^T / mean(row) and b2_t = 1 - t^-decay_rate; U <- U / max(1, RMS(U) / clip);
     M <- b1 M + (1 - b1) U;  N = M.
 
@@ -106,7 +106,7 @@ class Adafactor(Moments, name="adafactor"):
 
 
 @dataclass(frozen=True)
-class CAME(Moments, name="came"):
+class CAME(Moments, key="came"):
     """Adafactor's U with b2 from the group; M <- b1 M + (1 - b1) U; the running mean of (U - M)^2 + eps2, factored as
     well, says how much M is to be trusted: N = M / sqrt(S^).
 
@@ -114,6 +114,9 @@ class CAME(Moments, name="came"):
 
     References:
         CAME, arXiv 2307.02047, Algorithm 2.
+
+    Differs from the authors' code: the factors are those of the projected gradient. beta1 = 0, which leaves nothing to
+    measure, is refused.
     """
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
@@ -150,11 +153,14 @@ class CAME(Moments, name="came"):
 
 
 @dataclass(frozen=True)
-class SketchedMomentum(Moments, name="sketched_momentum"):
+class SketchedMomentum(Moments, key="sketched_momentum"):
     """M <- b1 M + (1 - b1) R, the momentum of what FLora sketches; what is not sketched is stepped by Adafactor.
 
     References:
         FLora, arXiv 2402.03293, Algorithm 2.
+
+    Differs from the authors' code: there is momentum by default, Trainer's adam_beta1. Gradients are not compressed
+    while they accumulate: Trainer owns them.
     """
 
     composable: ClassVar[bool] = False

@@ -15,14 +15,17 @@ from hf_lowrank.parts import Columns, Context, Moments, Summing
 
 
 @dataclass(frozen=True)
-class FoldedAdam(Moments, name="folded_adam"):
+class FoldedAdam(Moments, key="folded_adam"):
     """M <- b1 M + (1 - b1) fold(G);  V <- b2 V + (1 - b2) fold(G∘G), or fold(G)∘fold(G).
 
     R holds both folds, (..., 2r, n); the direction is M above sqrt(V) + eps sqrt(1 - b2^t) taken apart, (..., 2r, n):
     what is lost by folding comes back in the reconstruction `unfold`. Dense parameters take plain Adam.
 
     References:
-        FOAM, arXiv 2512.07112, Algorithm 1 (its code folds the squares).
+        FOAM, arXiv 2512.07112, Algorithm 1.
+
+    Differs from the authors' code: betas are Trainer's, where its script leaves them at the defaults of the optimizer.
+    The squares are folded, as the code does; `fold_of=gradient` is what the paper prints.
     """
 
     composable: ClassVar[bool] = False

@@ -12,12 +12,15 @@ from hf_lowrank.parts import Columns, Context, Moments, Summing
 
 
 @dataclass(frozen=True)
-class Momentum(Moments, name="momentum"):
+class Momentum(Moments, key="momentum"):
     """M <- b1 M + (1 - b1) R;  N = M, with no bias correction.
 
     References:
         I3S, arXiv 2502.05790, Algorithm 4. (Its proofs weight the new gradient by beta1, Lemma A.2: their beta1 is one
         minus this one.)
+
+    Differs from the authors' code: none was released for I3S. GoLore's carries M along only after its switch; here
+    every refresh does what `on_refresh` says.
     """
 
     elementwise: ClassVar[bool] = True

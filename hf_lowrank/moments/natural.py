@@ -15,7 +15,7 @@ from hf_lowrank.parts import Columns, Context, Moments, Summing
 
 
 @dataclass(frozen=True)
-class NaturalAdam(Moments, name="natural_adam"):
+class NaturalAdam(Moments, key="natural_adam"):
     """g = vec(R), H the last `history` of them (this one included), F = lambda I + H H^T;  R <- F^-1 R, then Adam.
 
     By Woodbury, g being the column e of H, F^-1 g = H z with (lambda I + H^T H) z = e: one small solve per matrix.

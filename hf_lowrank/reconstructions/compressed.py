@@ -20,7 +20,7 @@ from hf_lowrank.subspaces.blocks import block_size
 
 
 @dataclass(frozen=True)
-class Details(Reconstruction, name="details"):
+class Details(Reconstruction, key="details"):
     """U = alpha (P N + (G - P R) / D) / L: the details take the denominator D of their block and no momentum.
 
     The inverse transform of detail coefficients that share one factor per block is that factor on G - P R, so no
@@ -30,6 +30,8 @@ class Details(Reconstruction, name="details"):
 
     References:
         GWT, arXiv 2501.07237, Algorithm 1.
+
+    Differs from the authors' code: the inverse transform is not computed, and eps is added to the corrected sqrt(V).
 
     As printed nothing bounds the details: where a block's mean is next to nothing so is D, above all in the first
     steps. Warm up.
@@ -61,11 +63,14 @@ class Details(Reconstruction, name="details"):
 
 
 @dataclass(frozen=True)
-class Unfold(Reconstruction, name="unfold"):
+class Unfold(Reconstruction, key="unfold"):
     """U = alpha m / (sqrt(v) + eps), m = unfold(M) + c E, v = unfold(V) + c^2 E∘E, E = G - unfold(fold(G)).
 
     References:
         FOAM, arXiv 2512.07112, Algorithm 1.
+
+    Differs from the authors' code: eps is added to the corrected sqrt(v), and nothing of the weight's size is kept
+    between operations: the step is formed for some columns at a time.
     """
 
     needs_gradient: ClassVar[bool] = True

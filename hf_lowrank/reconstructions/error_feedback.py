@@ -13,7 +13,7 @@ from hf_lowrank.parts import Add, Context, Facts, Reconstruction, Summing, Updat
 
 
 @dataclass(frozen=True)
-class ErrorFeedback(Reconstruction, name="error_feedback"):
+class ErrorFeedback(Reconstruction, key="error_feedback"):
     """The rule sees a = G + E in the place of G;  E <- a - P R + b1/(1-b1) (P_old M - P C M);  U = alpha P N.
 
     What the projection of a and the transport of M leave out is in E and comes back later: with V held at 1 the steps

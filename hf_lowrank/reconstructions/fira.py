@@ -22,7 +22,7 @@ NO_PROJECTION = 1e-12
 
 
 @dataclass(frozen=True)
-class Fira(Reconstruction, name="fira"):
+class Fira(Reconstruction, key="fira"):
     """U = alpha P N + phi(S), S the residual of the gradient, phi_j = ||N_j|| / ||R_j|| per column, growth limited.
 
     Three forms, written with L = max(||S_t|| / ||S_{t-1}||, limiter) / limiter and c_t the bias correction:

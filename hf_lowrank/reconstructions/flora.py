@@ -18,7 +18,7 @@ from hf_lowrank.parts import Context, Facts, Reconstruction, Summing, Update
 
 
 @dataclass(frozen=True)
-class Flora(Reconstruction, name="flora"):
+class Flora(Reconstruction, key="flora"):
     """U = ((1 - b1) u + b1 A^T M_old) / max(1, RMS / clip), u = G / sqrt(V^), and M follows A u.
 
     The second moment is Adafactor's and sees the gradient before the sketch; the sketch keeps the momentum alone. With

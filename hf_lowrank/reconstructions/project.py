@@ -11,11 +11,14 @@ from hf_lowrank.parts import Context, Facts, Reconstruction, Summing, Update
 
 
 @dataclass(frozen=True)
-class Project(Reconstruction, name="project"):
+class Project(Reconstruction, key="project"):
     """U = alpha P N.
 
     References:
         GaLore, arXiv 2403.03507, Algorithm 2; I3S, arXiv 2502.05790, eq. 1.
+
+    Differs from the authors' code: the product is added to the weight as it is computed, without a matrix of the
+    weight's size; weights decay before the step instead of after it.
     """
 
     def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:

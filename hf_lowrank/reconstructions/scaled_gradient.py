@@ -17,7 +17,7 @@ from hf_lowrank.reconstructions.fira import limit_
 
 
 @dataclass(frozen=True)
-class ScaledGradient(Reconstruction, name="scaled_gradient"):
+class ScaledGradient(Reconstruction, key="scaled_gradient"):
     """U = sqrt(scale) G diag(d), d_j = ||N_j|| / (||R_j|| + 1e-8) per column, or one d for the whole matrix.
 
     The growth of ||U|| is limited; with `limit=front` before the factor sqrt(scale), which is then not limited.

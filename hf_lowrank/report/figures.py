@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Canvas
 
 from hf_lowrank.records import MODULE_TYPES, module_type
 from hf_lowrank.report import style
-from hf_lowrank.report.runs import Points, Run
+from hf_lowrank.report.runs import Points, Run, is_number
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def draw(runs: Sequence[Run], folder: Path, *, matrices: int) -> list[Figure]:
     """Draw all figures for which there is something, and write their PNG files."""
     with style.settings():
         drawings = [
-            *_curves(runs, "loss", "Loss", "cross-entropy, nats per token", lambda loss: loss),
+            *_curves(runs, "loss", "Loss", "loss, nats per token", lambda loss: loss),
             *_curves(runs, "perplexity", "Perplexity", "perplexity", lambda loss: math.exp(min(loss, 700.0))),
             _gap(runs),
             *(_subspaces(run, i) for i, run in enumerate(runs, 1)),
@@ -69,6 +69,7 @@ def _curves(runs: Sequence[Run], name: str, title: str, unit: str, convert: Call
     drawings = []
     clocks = [run.seconds() for run in runs]
     spread = [run.name for run, (clock, measured) in zip(runs, clocks, strict=True) if clock and not measured]
+    timeless = [run.name for run, (clock, _) in zip(runs, clocks, strict=True) if clock is None]
     for over in ("steps", "seconds"):
         figure, (axes,) = style.canvas()
         drawn = False
@@ -92,6 +93,8 @@ def _curves(runs: Sequence[Run], name: str, title: str, unit: str, convert: Call
             caption = "With markers: validation; thin: training (with markers where there is no validation)."
         if over == "seconds" and spread:
             caption += f" Of {', '.join(spread)} only the whole time is known; it is spread evenly over the steps."
+        if over == "seconds" and timeless:
+            caption += f" The times of {', '.join(timeless)} are not known; trainer.save_state() keeps them."
         style.finish(figure, [axes], whole_steps=over == "steps")
         drawings.append(Drawing(f"{name}_{over}", f"{title} against {over}", caption, figure if drawn else None))
     return drawings
@@ -122,10 +125,10 @@ def _gap(runs: Sequence[Run]) -> Drawing:
 
 def _by_type(run: Run, key: str) -> dict[str, Points]:
     """Return (step, mean over matrices) by module type, one point per refresh of the type's matrices."""
-    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in run.refreshes:
-        if isinstance(row.get(key), (int, float)):
-            number = int(row.get("refresh") or row["step"])
+        if is_number(row.get(key)):
+            number = row["refresh"] if is_number(row.get("refresh")) else row["step"]
             found[module_type(str(row["module"]))][number].append((float(row["step"]), float(row[key])))
     return {
         kind: sorted((fmean(s for s, _ in some), fmean(v for _, v in some)) for some in numbers.values())
@@ -231,8 +234,8 @@ def _memory(runs: Sequence[Run]) -> Drawing:
     """Draw the bytes of every component as bars, with AdamW on the same model below."""
     bars: dict[str, dict[str, float]] = {}
     for run in runs:
-        held = run.described.get("memory")
-        if isinstance(held, dict) and all(isinstance(held.get(key), (int, float)) for key in COMPONENTS):
+        held = run.described.get("memory", {})
+        if held.keys() >= COMPONENTS.keys():
             bars[run.name] = {key: held[key] for key in COMPONENTS}
             adamw = {"weights": held["weights"], "gradients": held.get("adamw_gradients", held["gradients"])}
             reference = adamw | {"low_rank_state": 0, "dense_state": held.get("adamw_state", 0)}
@@ -289,7 +292,8 @@ def _step_times(runs: Sequence[Run]) -> Drawing:
         notes.append(f"{run.name}: median {', '.join(shown)}.")
         if ordinary:
             axes.plot([median(ordinary)] * 2, [row - 0.3, row + 0.06], color=style.INK, linewidth=2)
-    axes.set(xlabel="milliseconds per step", xscale="log", ylim=(len(timed) - 0.4, -0.6))
+    axes.set(xlabel="milliseconds per step", ylim=(len(timed) - 0.4, -0.6))
+    style.log_scale(axes, "x")
     axes.set_yticks(range(len(timed)), [run.name for _, run in timed])
     axes.grid(axis="y", visible=False)
     caption = "Ticks: ordinary steps, their median a long one; triangles: steps with a refresh, the first among them. "

@@ -27,9 +27,8 @@ p, figcaption, footer { color: var(--soft); } figcaption, footer, td, th { font-
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } td:first-child { font-weight: 600; }
 .problems { background: var(--note); border-radius: .5rem; padding: .6rem 1rem .6rem 2rem; overflow-wrap: anywhere; }
-.figures { display: grid; gap: 1.5rem; margin: 1.5rem 0;
-           grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); align-items: start; }
-figure { margin: 0; padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; min-width: 0; }
+.figures { columns: 23rem; column-gap: 1.5rem; margin: 1.5rem 0; }
+figure { margin: 0 0 1.5rem; padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; break-inside: avoid; }
 @media (max-width: 40rem) { body { padding: .5rem; } figure { padding: .5rem; } }
 figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif !important; }
@@ -77,7 +76,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         training, validation = run.curve("loss"), run.curve("eval_loss")
         state = run.curve("lowrank/state_mib")
         times = [float(s["ms"]) for s in run.steps]
-        runtime = run.curve("train_runtime")
+        seconds = [y for _, y in run.curve("train_runtime")] or [y for _, y in run.measured()]
         rows.append(
             {
                 "run": run.name,
@@ -89,7 +88,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "perplexity": f"{math.exp(min(min(y for _, y in validation), 700.0)):.4g}" if validation else "–",
                 "state, MiB": f"{state[-1][1]:,.4g}" if state else "–",
                 "ms per step": f"{median(times):.3g}" if times else "–",
-                "seconds": f"{runtime[-1][1]:,.4g}" if runtime else "–",
+                "seconds": f"{seconds[-1]:,.4g}" if seconds else "–",
             }
         )
     return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,9 @@ from hf_lowrank import records
 
 
 STATE_FILE = "trainer_state.json"
+
+LARGEST = 1e100
+"""Beyond it nothing is a measurement, and axes overflow."""
 
 Rows = list[dict[str, Any]]
 Points = list[tuple[float, float]]
@@ -30,7 +32,7 @@ class Run:
         history: Trainer's log history.
         refreshes: one row per refresh of a matrix.
         steps: one row per step, with its milliseconds.
-        described: resolved options and bytes, as in records.RUN_FILE; {} for another optimizer.
+        described: resolved options and bytes, as in records.RUN_FILE; nothing for another optimizer.
         checkpoints: (step, folder), in order.
         problems: what could not be read.
     """
@@ -58,22 +60,26 @@ class Run:
     def rank(self) -> float | None:
         """The rank that was asked for."""
         groups = self.described.get("groups", ())
-        return next((group["rank"] for group in groups if "rank" in group), None)
+        return next((group["rank"] for group in groups if is_number(group.get("rank"))), None)
 
     def curve(self, key: str) -> Points:
         """Return (step, value) of everything that was logged under a key and is a finite number."""
-        rows = (row for row in self.history if _finite(row.get("step")) and _finite(row.get(key)))
+        rows = (row for row in self.history if is_number(row.get("step")) and is_number(row.get(key)))
         return [(float(row["step"]), float(row[key])) for row in rows]
+
+    def measured(self) -> Points:
+        """Return (step, seconds since the start) of every step."""
+        return [(float(row["step"]), float(row["seconds"])) for row in self.steps if is_number(row.get("seconds"))]
 
     def seconds(self) -> tuple[Callable[[float], float] | None, bool]:
         """Return seconds of training as a function of the step, if known, and whether that was measured step by step.
 
         Without a file of steps the whole training time is spread evenly over the steps.
         """
-        measured = [(float(row["step"]), float(row["seconds"])) for row in self.steps if _finite(row.get("seconds"))]
+        measured = self.measured()
         if len(measured) > 1:
             return lambda step: _interpolate(measured, step), True
-        total = [row for row in self.history if _finite(row.get("train_runtime")) and row.get("step")]
+        total = [row for row in self.history if is_number(row.get("train_runtime")) and row.get("step")]
         if not total:
             return None, False
         rate = total[-1]["train_runtime"] / total[-1]["step"]
@@ -100,9 +106,9 @@ def read_run(folder: Path) -> Run:
     run = replace(
         run,
         history=history,
-        described=described if isinstance(described, dict) else {},
+        described=_well_formed(described),
         refreshes=[row for row in rows[records.REFRESH_FILE] if "module" in row],
-        steps=[row for row in rows[records.STEPS_FILE] if _finite(row.get("ms"))],
+        steps=[row for row in rows[records.STEPS_FILE] if is_number(row.get("ms"))],
         checkpoints=checkpoints,
     )
     if run.empty:
@@ -152,8 +158,21 @@ def _json(file: Path, problems: list[str]) -> Any:
         return None
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _well_formed(described: Any) -> dict[str, Any]:
+    """Return what can be used of a description of a run."""
+    if not isinstance(described, dict):
+        return {}
+    groups, memory = described.get("groups"), described.get("memory")
+    return {
+        **({"optimizer": described["optimizer"]} if isinstance(described.get("optimizer"), str) else {}),
+        "groups": [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else [],
+        "memory": {k: v for k, v in memory.items() if is_number(v)} if isinstance(memory, dict) else {},
+    }
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number that can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST  # no NaN either
 
 
 def _interpolate(points: Points, x: float) -> float:

@@ -59,8 +59,9 @@ def canvas(panels: int = 1) -> tuple[Canvas, list[Any]]:
 
 
 def look(i: int) -> dict[str, Any]:
-    """Return colour, dash and marker of line `i`, each of which tells it apart."""
-    return {"color": COLOURS[i % 8], "linestyle": DASHES[i % 8], "marker": MARKERS[i % 8], "markevery": 0.12}
+    """Return colour, dash and marker of line `i`, each of which tells eight lines apart, and all together 64."""
+    j = (i + i // 8) % 8
+    return {"color": COLOURS[i % 8], "linestyle": DASHES[j], "marker": MARKERS[j], "markevery": 0.12}
 
 
 def thin(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -70,14 +71,15 @@ def thin(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in kept], [y for _, y in kept]
 
 
-def log_scale(axes: Any) -> None:
-    """Make the y axis logarithmic, with plain numbers at its ticks even where it spans less than a decade."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def log_scale(axes: Any, which: str = "y") -> None:
+    """Make the x or y axis logarithmic, with plain numbers at its ticks even where it spans less than a decade."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if high / low < 20:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-        axes.yaxis.set_minor_locator(NullLocator())
+        axis.set_major_locator(MaxNLocator(nbins=6))
+    axis.set_minor_locator(NullLocator())
 
 
 def finish(figure: Canvas, axes: list[Any], *, columns: int = 2, whole_steps: bool = True) -> Canvas:

@@ -17,13 +17,17 @@ from hf_lowrank.parts import Context, Subspace
 
 
 @dataclass(frozen=True)
-class BlockPower(Subspace, name="block_power"):
+class BlockPower(Subspace, key="block_power"):
     """P' = QR(b b^T P) for b = rho P M^ + (1 - rho) G; the first basis is the dominant one.
 
     b is never formed: with B^T = P^T b = rho P^T P M^ + (1 - rho) P^T G, b B = rho P (M^ B) + (1 - rho) G B.
 
     References:
         LDAdam, arXiv 2410.16103, Algorithm 1 and its section on block power iteration.
+
+    Differs from the authors' code: b is never formed; the first basis comes from the Gram matrix instead of an SVD, of
+    which there is no option; signs are aligned with the basis before. Basis and moments are fp32 by default, whatever
+    the weights are.
     """
 
     on_refresh: ClassVar[str] = "rotate_variance"

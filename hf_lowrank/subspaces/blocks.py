@@ -54,11 +54,14 @@ class _Fixed(Subspace):
 
 
 @dataclass(frozen=True)
-class Haar(_Fixed, name="haar"):
+class Haar(_Fixed, key="haar"):
     """The approximation coefficients of a Haar transform of some level: sums over 2^level entries / 2^(level/2).
 
     References:
         GWT, arXiv 2501.07237, section 3.
+
+    Differs from the authors' code: sums over blocks take the place of the transform and of the wavelet library that
+    comes with it, so Haar is the only wavelet.
     """
 
     def basis(self, s: State, ctx: Context) -> Basis:
@@ -68,12 +71,14 @@ class Haar(_Fixed, name="haar"):
 
 
 @dataclass(frozen=True)
-class Fold(_Fixed, name="fold"):
+class Fold(_Fixed, key="fold"):
     """Means over 2^level adjacent entries, of G and of G∘G: R is (..., 2r, n). A short last block is filled with
     zeros.
 
     References:
         FOAM, arXiv 2512.07112, Algorithm 1.
+
+    Differs from the authors' code: nothing; both folds are taken in one pass.
     """
 
     def shape(self, m: int, n: int, r: int) -> tuple[int, int]:

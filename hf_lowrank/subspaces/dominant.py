@@ -12,7 +12,7 @@ from hf_lowrank.parts import Context, Subspace
 
 
 @dataclass(frozen=True)
-class Dominant(Subspace, name="dominant"):
+class Dominant(Subspace, key="dominant"):
     """P = U[:, :r], the r leading left singular vectors of the gradient at the refresh.
 
     References:

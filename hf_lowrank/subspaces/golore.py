@@ -14,7 +14,7 @@ from hf_lowrank.subspaces.dominant import dominant
 
 
 @dataclass(frozen=True)
-class GoLore(Subspace, name="golore"):
+class GoLore(Subspace, key="golore"):
     """P = U[:, :r] up to the share `switch_at` of the run, then uniform on the Stiefel manifold.
 
     The leading singular vectors of a noisy gradient are those of its noise once the signal is small; a random basis

@@ -22,7 +22,7 @@ NOTHING_OUTSIDE = 1e-7
 
 
 @dataclass(frozen=True)
-class Grassmann(Subspace, name="grassmann"):
+class Grassmann(Subspace, key="grassmann"):
     """S <- S + [(cos theta - 1) S v + sin theta u] v^T: a geodesic towards less error ||G - S A||^2.
 
     The first basis is the dominant one. The gradient of the error is -2T, of which the leading triple alone is

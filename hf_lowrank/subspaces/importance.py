@@ -27,7 +27,7 @@ def _spectrum(G: Tensor, refresh: str) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class I3S(Subspace, name="i3s"):
+class I3S(Subspace, key="i3s"):
     """P = U[:, I], I = r indices drawn without replacement with weight sigma_i, sorted ascending.
 
     References:
@@ -46,13 +46,16 @@ class I3S(Subspace, name="i3s"):
 
 
 @dataclass(frozen=True)
-class Hybrid(Subspace, name="hybrid"):
+class Hybrid(Subspace, key="hybrid"):
     """P = [U[:, :r0], U[:, J]], J = r - r0 indices drawn uniformly without replacement from the others, sorted.
 
     r0 = 0 is the uniform rule, r0 = r the dominant one.
 
     References:
         I3S, arXiv 2502.05790, Algorithm 3.
+
+    Differs from the authors' code: none was released. The paper analyses it with momentum SGD (Algorithm 4) and says
+    nothing of a second moment: with Adam's, `on_refresh=rotate` projects M as printed and keeps V.
     """
 
     on_refresh: ClassVar[str] = "rotate"
@@ -71,11 +74,13 @@ class Hybrid(Subspace, name="hybrid"):
 
 
 @dataclass(frozen=True)
-class Uniform(Subspace, name="uniform"):
+class Uniform(Subspace, key="uniform"):
     """P = U[:, J], J = r indices drawn uniformly without replacement, sorted.
 
     References:
         I3S, arXiv 2502.05790, sections 3.3 (r0 = 0) and 4.5.
+
+    Differs from the authors' code: none was released. The draw is Gumbel top-r with equal weights, keyed as in I3S.
     """
 
     refresh: str = _spectrum_option()

@@ -14,7 +14,7 @@ from hf_lowrank.subspaces.dominant import dominant
 
 
 @dataclass(frozen=True)
-class Lazy(Subspace, name="lazy"):
+class Lazy(Subspace, key="lazy"):
     """P = U[:, :r], at intervals of its own for every matrix.
 
     When the last `queue_size` overlaps ||P_old^T P_new||^2 / r have a mean of at least `threshold` the interval

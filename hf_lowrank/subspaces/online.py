@@ -19,7 +19,7 @@ from hf_lowrank.parts import Context, Subspace
 
 
 @dataclass(frozen=True)
-class Online(Subspace, name="online"):
+class Online(Subspace, key="online"):
     """P steps down f(P) = ||P P^T G - G||^2 by an AdamW of its own, after the weight has been written.
 
     With A = P^T G the gradient is 2 (P A A^T + G A^T P^T P - 2 G A^T): no residual and no autograd. The first basis is
@@ -29,8 +29,11 @@ class Online(Subspace, name="online"):
     State: 3mr for P and its moments, in fp32: what is accumulated must not be rounded to fewer bits.
 
     References:
-        Online Subspace Descent, arXiv 2408.12857, section 4 and its code (AdamW with weight decay 0.01, learning rate
-        1/200 at the usual interval).
+        Online Subspace Descent, arXiv 2408.12857, section 4 and its code.
+
+    Differs from the authors' code: the gradient of f in closed form, and plain tensors as state, so that a run can be
+    resumed. Kept from the code against the paper: no penalty on ||P^T P - I||, AdamW's weight decay of 0.01, and a
+    learning rate of 1/200, which is one over the usual interval and not five times that of the model.
     """
 
     orthonormal: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from hf_lowrank.parts import Context, Subspace
 
 
 @dataclass(frozen=True)
-class Random(Subspace, name="random"):
+class Random(Subspace, key="random"):
     """P uniform on the Stiefel manifold, so that E[P P^T] = (r/m) I.
 
     References:

@@ -16,7 +16,7 @@ from hf_lowrank.parts import Context, Subspace
 
 
 @dataclass(frozen=True)
-class Rows(Subspace, name="rows"):
+class Rows(Subspace, key="rows"):
     """P^T selects r rows of the gradient and scales them: R = scale∘G[index].
 
     * `top`: the r rows of the largest norm; what changes the gradient least, but the same rows win for ever
@@ -31,6 +31,9 @@ class Rows(Subspace, name="rows"):
 
     References:
         Grass, arXiv 2406.17660, sections 3 and 4.
+
+    Differs from the authors' code: none was released. Of the paper's rules `norm` is the default, since with `top` the
+    same rows win for ever.
     """
 
     on_refresh: ClassVar[str] = "reset"

@@ -20,7 +20,7 @@ KEPT = 8
 
 
 @dataclass(frozen=True)
-class Sketch(Subspace, name="sketch"):
+class Sketch(Subspace, key="sketch"):
     """P (m, r) with entries N(0, 1/r), so that E[P P^T] = I; a new one at every refresh.
 
     It is a function of (seed, number of the refresh, m, r), drawn on the weight's device: state, none. The stream is
