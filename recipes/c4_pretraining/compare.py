@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -38,6 +39,8 @@ from recipes.common import stop  # noqa: E402
 
 SETTINGS = "settings.json"
 RESULT = "all_results.json"
+USERS_MISTAKE = 2
+"""The exit code that `stop` and argparse share."""
 ROWS = ("adamw", "galore_dominant_adamw", "galore_i3s_adamw", "fira_adamw", "fira_i3s_adamw")
 BASELINES = tuple(x for x in get_args(get_args(get_type_hints(BaselineArguments)["baseline"])[0]))
 Cell = dict[str, Any]
@@ -50,12 +53,12 @@ def main() -> None:
     if not arguments.print:
         check_rows(arguments.rows)
         keep_settings(folder, arguments, more)
-        first, *others = arguments.seeds
-        grid = list(product(arguments.learning_rates, arguments.matrix_learning_rates))
-        cells = [cell(row, *rates, first) for row in arguments.rows for rates in grid]
-        run_all(folder, cells, arguments, more)
-        again = [{**best, "seed": seed} for best in bests(folder, arguments.rows, first) for seed in others]
-        run_all(folder, again, arguments, more)
+        try:
+            run_grid(folder, arguments, more)
+        except SystemExit:
+            if not any(finished(folder)):
+                shutil.rmtree(folder)  # a mistake leaves nothing behind
+            raise
     results = {}
     for path in arguments.output_dir:
         found = collect(path)
@@ -65,6 +68,15 @@ def main() -> None:
     text = table.markdown(results)
     (folder / "table.md").write_text(text)
     print(f"\n{text}")
+
+
+def run_grid(folder: Path, arguments: argparse.Namespace, more: list[str]) -> None:
+    """Run the grid with the first seed, then the best cell of every row with the others."""
+    first, *others = arguments.seeds
+    grid = list(product(arguments.learning_rates, arguments.matrix_learning_rates))
+    run_all(folder, [cell(row, *rates, first) for row in arguments.rows for rates in grid], arguments, more)
+    again = [{**best, "seed": seed} for best in bests(folder, arguments.rows, first) for seed in others]
+    run_all(folder, again, arguments, more)
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -132,24 +144,45 @@ def command(folder: Path, one: Cell, config: Path, more: list[str]) -> list[str]
 
 
 def run_all(folder: Path, cells: list[Cell], arguments: argparse.Namespace, more: list[str]) -> None:
-    """Run what is not recorded; a training that fails is reported and left out."""
+    """Run what is not recorded. A training that fails is reported and left out; a user's mistake ends all."""
+    running: set[subprocess.Popen[bytes]] = set()
 
     def work(one: Cell) -> None:
         line, path = command(folder, one, arguments.config, more), folder / name(one)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
         with (path / "log.txt").open("w") as log:
-            failed = subprocess.run(line, stdout=log, stderr=log, env={"OMP_WAIT_POLICY": "passive", **os.environ})
-        if failed.returncode:
-            last = ((path / "log.txt").read_text().strip().splitlines() or [""])[-1]
-            print(f"{name(one)} failed: {last} (see {path / 'log.txt'})", file=sys.stderr, flush=True)
+            environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+            training = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
+            running.add(training)
+            failed = training.wait()
+        if training not in running:  # the comparison was stopped, and the training with it
+            return
+        if failed:
+            report_failure(path, failed)
             return
         (path / "model.safetensors").unlink(missing_ok=True)  # what is kept of a grid is numbers
-        (path / "cell.json").write_text(json.dumps({**one, "command": shlex.join(line)}) + "\n")
+        unfinished = path / "cell.tmp"
+        unfinished.write_text(json.dumps({**one, "command": shlex.join(line)}) + "\n")
+        unfinished.replace(path / "cell.json")
         print(f"{name(one)}: {perplexity(path):.3f}", flush=True)
 
+    todo = [one for one in cells if not (folder / name(one) / "cell.json").exists()]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(work, [one for one in cells if not (folder / name(one) / "cell.json").exists()]))
+        try:
+            list(pool.map(work, todo))
+        finally:  # after Ctrl-C, SIGTERM and mistakes: what still runs would go on without us
+            while running:
+                running.pop().kill()
+
+
+def report_failure(path: Path, code: int) -> None:
+    """Say which training failed and why; end if it was by a user's mistake, which all others share."""
+    last = ((path / "log.txt").read_text().strip().splitlines() or [""])[-1]
+    if code == USERS_MISTAKE:
+        shutil.rmtree(path)
+        stop(f"{path.name}: {last}")
+    print(f"{path.name} failed: {last} (see {path / 'log.txt'})", file=sys.stderr, flush=True)
 
 
 def perplexity(path: Path) -> float:
@@ -228,4 +261,8 @@ def describe(done: list[tuple[Cell, Path]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no training is left behind
+    try:
+        main()
+    except KeyboardInterrupt:
+        stop("interrupted; started again, it goes on with what is missing", code=130)

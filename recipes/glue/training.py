@@ -12,6 +12,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -56,6 +57,9 @@ class GlueArguments:
     max_seq_length: int = field(default=512, metadata={"help": "Longer texts are cut to this many tokens."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    warmup_share: float = field(
+        default=0.0, metadata={"help": "Warm-up as a share of all steps, where --warmup_steps gives none."}
+    )
 
 
 def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArguments) -> dict[str, Any]:
@@ -74,6 +78,7 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     """
     task = task_named(glue.task)
     resume = checkpoint_to_resume(args)
+    set_warmup(glue.warmup_share, args)
     rows = data.load(glue.task, glue.data_dir)
     tokenizer, model = load_encoder(glue, task, seed=args.seed)
     counts = {"train": glue.max_train_samples}
@@ -123,6 +128,15 @@ def run(trainer: Trainer, validation: dict[str, Dataset], task: Task, resume: st
         "steps": done.global_step,
         **{name: round(size, 2) for name, size in sizes.items()},
     }
+
+
+def set_warmup(share: float, args: TrainingArguments) -> None:
+    """Warm up over a share of all steps, where the arguments say nothing of it."""
+    if not 0 <= share < 1:
+        stop(f"--warmup_share must be at least 0 and below 1, not {share:g}")
+    if share and not args.warmup_steps:
+        # transformers 5 reads warmup_steps below 1 as a share; 4 has another name for it
+        setattr(args, "warmup_steps" if transformers.__version__ >= "5" else "warmup_ratio", share)
 
 
 def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

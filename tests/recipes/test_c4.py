@@ -281,9 +281,9 @@ PUBLISHED = {
     "i3s_1b": ("rank=512,update_proj_gap=200,scale=0.25", 1e-2, 13.4e9, 512, 0.0),
     "fira_1b": ("rank=512,update_proj_gap=200,scale=0.0625", 1e-2, 100_000, 512, 0.0),
     "fira_7b": ("rank=64,update_proj_gap=500,scale=0.0625", 5e-3, 10_000, 512, 1.0),
-    "subtrack_60m": ("rank=128,update_proj_gap=200,scale=0.25", 1e-2, 1000, 256, 0.0),
-    "subtrack_350m": ("rank=256,update_proj_gap=200,scale=0.25", 1e-2, 1000, 64, 0.0),
-    "subtrack_pp_1b": ("rank=512,update_proj_gap=200,scale=0.25", 1e-4, 10_000, None, 1.0),
+    "subtrack_60m": ("rank=128,update_proj_gap=200,scale=0.25,accumulate=true", 1e-2, 1000, 256, 0.0),
+    "subtrack_350m": ("rank=256,update_proj_gap=200,scale=0.25,accumulate=true", 1e-2, 1000, 64, 0.0),
+    "subtrack_pp_1b": ("rank=512,update_proj_gap=200,scale=0.25", 1e-4, 10_000, 16, 1.0),
     "apollo_130m": ("rank=192,update_proj_gap=200,scale=1.0", 1e-2, 20_000, 512, 0.0),
 }
 

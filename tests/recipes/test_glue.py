@@ -231,6 +231,7 @@ def test_settings_are_those_of_the_papers(paper, rank):
             expected["eta"] = STEP_SIZES[rank][i]
         assert {name: float(value) for name, value in options.items()} == expected
         assert found["optim"] == {"galore": "galore_dominant_adamw", "subtrack": "subtrack_adamw"}[paper]
+        assert found["adam_epsilon"] == 1e-6  # the default of their released optimizers
         assert found["optim_target_modules"] == "query,key,value,intermediate.dense,output.dense"
         assert (found["task"], found["learning_rate"]) == (task, LEARNING_RATES[rank][i])
         assert found["per_device_train_batch_size"] == (32 if task == "cola" else 16)
@@ -245,7 +246,7 @@ def test_lora_has_the_settings_of_hu_et_al():
             found = yaml.safe_load((RECIPE / "configs" / f"lora_r{rank}" / f"{task}.yaml").read_text())
             names = ("learning_rate", "per_device_train_batch_size", "num_train_epochs")
             assert [found[name] for name in names] == expected
-            assert (found["adapter_rank"], found["adapter_alpha"], found["warmup_steps"]) == (rank, 8, 0.06)
+            assert (found["adapter_rank"], found["adapter_alpha"], found["warmup_share"]) == (rank, 8, 0.06)
             assert found["adapter_targets"] == "query,value"
 
 
