@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import hf_lowrank  # noqa: E402
 from recipes.baselines import BaselineArguments  # noqa: E402
 from recipes.c4_pretraining import table  # noqa: E402
-from recipes.common import stop  # noqa: E402
+from recipes.common import require_writable, stop  # noqa: E402
 
 
 SETTINGS = "settings.json"
@@ -62,6 +62,8 @@ def main() -> None:
     results = {}
     for path in arguments.output_dir:
         found = collect(path)
+        if found["title"] in results:  # models of one size are told apart by their folders
+            found["title"] += f" ({path.name})"
         results[found["title"]] = found
         (path / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         table.plot(path, found)
@@ -115,6 +117,7 @@ def keep_settings(folder: Path, arguments: argparse.Namespace, more: list[str]) 
     """Write down what all trainings have in common; refuse a folder of other settings."""
     settings = {"config": arguments.config.name, "content": arguments.config.read_text(), "options": shlex.join(more)}
     file = folder / SETTINGS
+    require_writable(folder)
     if file.exists() and json.loads(file.read_text()) != settings:
         stop(f"{folder} holds a comparison with other settings; choose another --output_dir")
     if not file.exists() and folder.exists() and any(folder.iterdir()):
@@ -250,7 +253,7 @@ def describe(done: list[tuple[Cell, Path]]) -> dict[str, Any]:
             ranks |= {group["rank"] for group in groups if "rank" in group}
     millions = numbers["parameters"] / 1e6
     return {
-        "title": f"{millions:.0f}M" if millions >= 10 else f"{millions:.1f}M",
+        "title": f"{millions:.0f}M" if millions >= 10 else f"{millions:.2g}M",
         "parameters": numbers["parameters"],
         "rank": "/".join(f"{rank:g}" for rank in sorted(ranks)) or "-",
         "width": llama["hidden_size"],

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hf_lowrank.models import LLAMA, llama_config
 from recipes.c4_pretraining.data import model_vocab_size
-from recipes.common import stop
+from recipes.common import require_at_least, stop
 
 
 @dataclass
@@ -48,6 +48,9 @@ def shape(args: ModelArguments) -> tuple[int, int, int, int]:
     width, inner, heads, layers = LLAMA[args.model_size]
     width, inner = args.hidden_size or width, args.intermediate_size or inner
     heads, layers = args.num_attention_heads or heads, args.num_hidden_layers or layers
+    require_at_least(
+        1, hidden_size=width, intermediate_size=inner, num_attention_heads=heads, num_hidden_layers=layers
+    )
     if width % heads or width // heads % 2:
         stop(f"--hidden_size {width} must be an even multiple of --num_attention_heads {heads}")
     return width, inner, heads, layers

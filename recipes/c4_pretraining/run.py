@@ -21,7 +21,6 @@ import datasets
 import torch
 import yaml
 from transformers import (
-    HfArgumentParser,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     Trainer,
@@ -38,10 +37,13 @@ from recipes.c4_pretraining import data, models  # noqa: E402
 from recipes.c4_pretraining.evaluation import Perplexity  # noqa: E402
 from recipes.c4_pretraining.stream import Collator, HeldOut, StreamCallback, TokenStream  # noqa: E402
 from recipes.common import (  # noqa: E402
+    ArgumentParser,
     StepTimer,
     checkpoint_to_resume,
     machine,
     negative_log_likelihood,
+    nothing_left_behind,
+    require_at_least,
     sizes,
     state_bytes,
     stop,
@@ -76,17 +78,38 @@ class BudgetArguments:
 Arguments = tuple[models.ModelArguments, data.DataArguments, BudgetArguments, BaselineArguments, TrainingArguments]
 
 
-def parser() -> HfArgumentParser:
+def parser() -> ArgumentParser:
     """Return the parser of the command line and of the YAML files."""
     hf_lowrank.register()
-    return HfArgumentParser(Arguments.__args__)
+    return ArgumentParser(Arguments.__args__)
 
 
 def main() -> None:
     """Train and evaluate as the command line says."""
-    model_args, data_args, budget, baseline, training_args = parse(sys.argv[1:])
-    checkpoint = checkpoint_to_resume(training_args)
+    arguments = parse(sys.argv[1:])
+    args = arguments[-1]
+    with nothing_left_behind(Path(args.output_dir)):
+        checkpoint = checkpoint_to_resume(args)
+        trainer, held_out, timer, keeper = prepare(*arguments, checkpoint)
+    if args.do_train:
+        train(trainer, timer, keeper, checkpoint)
+    if args.do_eval:
+        metrics = trainer.evaluate() | {"eval_tokens": held_out.tokens}
+        for record in (trainer.log_metrics, trainer.save_metrics):
+            record("eval", metrics)
+
+
+def prepare(
+    model_args: models.ModelArguments,
+    data_args: data.DataArguments,
+    budget: BudgetArguments,
+    baseline: BaselineArguments,
+    training_args: TrainingArguments,
+    checkpoint: str | None,
+) -> tuple[Trainer, HeldOut, StepTimer, StreamCallback]:
+    """Return the trainer, the rows held out, and what times the steps and keeps the position."""
     models.shape(model_args)
+    check_numbers(model_args, data_args, budget, training_args)
     set_accumulation(budget, training_args)
     tokenizer, epoch_rows, held_out = load_data(data_args, training_args)
     set_steps(budget, training_args, data.mean_tokens(epoch_rows(0)), data_args)
@@ -98,31 +121,42 @@ def main() -> None:
         callbacks = prepare_(model, baseline, training_args)
         rate = model_args.matrix_learning_rate
         optimizer = optimizer_with_two_rates(model, training_args, matrix_learning_rate=rate)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         stop(str(error))
     timer = StepTimer()
     stream = TokenStream(epoch_rows, rows_per_step=rows_per_step(training_args))
     keeper = StreamCallback(stream, timer)
     if checkpoint and not training_args.dataloader_num_workers:
         training_args.ignore_data_skip = keeper.resume(checkpoint)
-    trainer = Trainer(
-        model,
-        training_args,
-        train_dataset=stream,
-        eval_dataset=held_out,
-        data_collator=Collator(block_size=data_args.block_size, padding=tokenizer.eos_token_id),
-        processing_class=tokenizer,
-        compute_metrics=Perplexity(training_args.per_device_train_batch_size),
-        preprocess_logits_for_metrics=negative_log_likelihood,
-        callbacks=[timer, keeper, *callbacks],
-        optimizer_cls_and_kwargs=optimizer,
-    )
-    if training_args.do_train:
-        train(trainer, timer, keeper, checkpoint)
-    if training_args.do_eval:
-        metrics = trainer.evaluate() | {"eval_tokens": held_out.tokens}
-        for record in (trainer.log_metrics, trainer.save_metrics):
-            record("eval", metrics)
+    try:
+        trainer = Trainer(
+            model,
+            training_args,
+            train_dataset=stream,
+            eval_dataset=held_out,
+            data_collator=Collator(block_size=data_args.block_size, padding=tokenizer.eos_token_id),
+            processing_class=tokenizer,
+            compute_metrics=Perplexity(training_args.per_device_train_batch_size),
+            preprocess_logits_for_metrics=negative_log_likelihood,
+            callbacks=[timer, keeper, *callbacks],
+            optimizer_cls_and_kwargs=optimizer,
+        )
+    except ValueError as error:  # options that do not go together
+        stop(str(error))
+    return trainer, held_out, timer, keeper
+
+
+def check_numbers(
+    model: models.ModelArguments, text: data.DataArguments, budget: BudgetArguments, args: TrainingArguments
+) -> None:
+    """End with one sentence where a number makes no sense."""
+    require_at_least(0, matrix_learning_rate=model.matrix_learning_rate, warmup_share=budget.warmup_share)
+    require_at_least(1, eval_tokens=text.eval_tokens, shuffle_documents=text.shuffle_documents)
+    require_at_least(1, total_batch_size=budget.total_batch_size, train_tokens=budget.train_tokens)
+    require_at_least(1, per_device_train_batch_size=args.per_device_train_batch_size)
+    require_at_least(2, block_size=text.block_size)  # the first token of a row is not predicted
+    if budget.warmup_share > 1:
+        stop(f"--warmup_share must be at most 1, not {budget.warmup_share:g}")
 
 
 def load_data(
@@ -147,16 +181,16 @@ def parse(line: list[str]) -> Arguments:
         while line and line[0].endswith((".yaml", ".yml")):
             reader.set_defaults(**read_yaml(Path(line.pop(0)), reader))
         return reader.parse_args_into_dataclasses(line)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         stop(str(error).strip().splitlines()[0])
 
 
-def read_yaml(file: Path, reader: HfArgumentParser) -> dict[str, Any]:
+def read_yaml(file: Path, reader: ArgumentParser) -> dict[str, Any]:
     """Return the values of a YAML file."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        stop(f"cannot read {file}: {error.strerror}")
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"cannot read {file}: {getattr(error, 'strerror', None) or error}")
     except yaml.YAMLError as error:
         stop(f"{file} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
@@ -223,7 +257,7 @@ def build_or_load(
         stop("evaluate the merged model, which a finished training leaves in its --output_dir, without --baseline")
     try:
         return LlamaForCausalLM.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # no model there, or half a file: many kinds
         stop(f"cannot load a model from {checkpoint}: {str(error).strip().splitlines()[0]}")
 
 
