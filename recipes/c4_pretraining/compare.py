@@ -118,7 +118,7 @@ def keep_settings(folder: Path, arguments: argparse.Namespace, more: list[str]) 
     settings = {"config": arguments.config.name, "content": arguments.config.read_text(), "options": shlex.join(more)}
     file = folder / SETTINGS
     require_writable(folder)
-    if file.exists() and json.loads(file.read_text()) != settings:
+    if file.exists() and read(file) != settings:
         stop(f"{folder} holds a comparison with other settings; choose another --output_dir")
     if not file.exists() and folder.exists() and any(folder.iterdir()):
         stop(f"{folder} holds something that this recipe did not write; choose another --output_dir")
@@ -149,8 +149,11 @@ def command(folder: Path, one: Cell, config: Path, more: list[str]) -> list[str]
 def run_all(folder: Path, cells: list[Cell], arguments: argparse.Namespace, more: list[str]) -> None:
     """Run what is not recorded. A training that fails is reported and left out; a user's mistake ends all."""
     running: set[subprocess.Popen[bytes]] = set()
+    mistakes: list[str] = []
 
     def work(one: Cell) -> None:
+        if mistakes:
+            return
         line, path = command(folder, one, arguments.config, more), folder / name(one)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
@@ -158,46 +161,56 @@ def run_all(folder: Path, cells: list[Cell], arguments: argparse.Namespace, more
             environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
             training = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
             running.add(training)
-            failed = training.wait()
+            code = training.wait()
         if training not in running:  # the comparison was stopped, and the training with it
             return
-        if failed:
-            report_failure(path, failed)
-            return
-        (path / "model.safetensors").unlink(missing_ok=True)  # what is kept of a grid is numbers
-        unfinished = path / "cell.tmp"
-        unfinished.write_text(json.dumps({**one, "command": shlex.join(line)}) + "\n")
-        unfinished.replace(path / "cell.json")
-        print(f"{name(one)}: {perplexity(path):.3f}", flush=True)
+        last = ((path / "log.txt").read_text().strip().splitlines() or [""])[-1]
+        if code == USERS_MISTAKE:
+            mistakes.append(f"{name(one)}: {last}")
+            shutil.rmtree(path)
+        elif code:
+            print(f"{name(one)} failed: {last} (see {path / 'log.txt'})", file=sys.stderr, flush=True)
+        else:
+            keep(one, path, line)
 
     todo = [one for one in cells if not (folder / name(one) / "cell.json").exists()]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         try:
             list(pool.map(work, todo))
-        finally:  # after Ctrl-C, SIGTERM and mistakes: what still runs would go on without us
+        finally:  # after Ctrl-C and SIGTERM: what still runs would go on without us
             while running:
                 running.pop().kill()
+    if mistakes:
+        stop(mistakes[0])
 
 
-def report_failure(path: Path, code: int) -> None:
-    """Say which training failed and why; end if it was by a user's mistake, which all others share."""
-    last = ((path / "log.txt").read_text().strip().splitlines() or [""])[-1]
-    if code == USERS_MISTAKE:
-        shutil.rmtree(path)
-        stop(f"{path.name}: {last}")
-    print(f"{path.name} failed: {last} (see {path / 'log.txt'})", file=sys.stderr, flush=True)
+def keep(one: Cell, path: Path, line: list[str]) -> None:
+    """Record a finished training."""
+    (path / "model.safetensors").unlink(missing_ok=True)  # what is kept of a grid is numbers
+    unfinished = path / "cell.tmp"
+    unfinished.write_text(json.dumps({**one, "command": shlex.join(line)}) + "\n")
+    unfinished.replace(path / "cell.json")
+    print(f"{name(one)}: {perplexity(path):.3f}", flush=True)
+
+
+def read(file: Path) -> Any:
+    """Return the content of a JSON file of ours."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        stop(f"{file} cannot be read; delete its folder and start again")
 
 
 def perplexity(path: Path) -> float:
     """Return the validation perplexity of a finished training; infinite where it diverged."""
-    value = float(json.loads((path / RESULT).read_text())["eval_perplexity"])
+    value = float(read(path / RESULT)["eval_perplexity"])
     return value if isfinite(value) else float("inf")
 
 
 def finished(folder: Path) -> Iterator[tuple[Cell, Path]]:
     """Yield every recorded training."""
     for file in sorted(folder.glob("*/cell.json")):
-        yield json.loads(file.read_text()), file.parent
+        yield read(file), file.parent
 
 
 def bests(folder: Path, rows: list[str], seed: int) -> list[Cell]:
@@ -217,7 +230,7 @@ def collect(folder: Path) -> dict[str, Any]:
     if not done:
         stop(f"{folder} holds no finished training")
     rows = {row: summary(folder, row, done) for row in dict.fromkeys(one["row"] for one, _ in done)}
-    settings = json.loads((folder / SETTINGS).read_text())
+    settings = read(folder / SETTINGS)
     return {**describe(done), "settings": settings, "rows": rows}
 
 
@@ -229,7 +242,7 @@ def summary(folder: Path, row: str, done: list[tuple[Cell, Path]]) -> dict[str, 
     rates = {key: best[key] for key in ("learning_rate", "matrix_learning_rate")}
     chosen = [one for one in grid if rates.items() <= one.items()]
     path = folder / name(best)
-    numbers = json.loads((path / RESULT).read_text())
+    numbers = read(path / RESULT)
     return {
         **rates,
         "seeds": [one["seed"] for one in chosen],
@@ -245,15 +258,14 @@ def summary(folder: Path, row: str, done: list[tuple[Cell, Path]]) -> dict[str, 
 def describe(done: list[tuple[Cell, Path]]) -> dict[str, Any]:
     """Return what the runs of a folder share: size, rank and width, tokens, machine."""
     path = done[0][1]
-    numbers, llama = (json.loads((path / file).read_text()) for file in (RESULT, "config.json"))
+    numbers, llama = (read(path / file) for file in (RESULT, "config.json"))
     ranks = set()
     for _, other in done:
         if (options := other / "hf_lowrank.json").exists():
-            groups = json.loads(options.read_text())["groups"]
+            groups = read(options)["groups"]
             ranks |= {group["rank"] for group in groups if "rank" in group}
-    millions = numbers["parameters"] / 1e6
     return {
-        "title": f"{millions:.0f}M" if millions >= 10 else f"{millions:.2g}M",
+        "title": table.count(numbers["parameters"]),
         "parameters": numbers["parameters"],
         "rank": "/".join(f"{rank:g}" for rank in sorted(ranks)) or "-",
         "width": llama["hidden_size"],
