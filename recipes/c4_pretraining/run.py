@@ -155,6 +155,8 @@ def check_numbers(
     require_at_least(1, total_batch_size=budget.total_batch_size, train_tokens=budget.train_tokens)
     require_at_least(1, per_device_train_batch_size=args.per_device_train_batch_size)
     require_at_least(2, block_size=text.block_size)  # the first token of a row is not predicted
+    if args.dataloader_num_workers > 1:
+        stop("--dataloader_num_workers must be 0 or 1: several workers would each read the whole stream")
     if budget.warmup_share > 1:
         stop(f"--warmup_share must be at most 1, not {budget.warmup_share:g}")
 

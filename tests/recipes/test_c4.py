@@ -113,7 +113,12 @@ def test_shuffling_changes_the_order_and_nothing_else(texts, tokenizer, paragrap
 RELORA = ["--baseline", "relora", "--adapter_rank", "4", "--relora_every", "5", "--relora_warmup", "1"]
 
 
-@pytest.mark.parametrize("optim", [I3S, [*RELORA, "--matrix_learning_rate", "5e-3", "--dtype", "bfloat16"]])
+LORA, LOW_RANK = (["--baseline", name, "--adapter_rank", "4"] for name in ("lora", "low_rank"))
+
+
+@pytest.mark.parametrize(
+    "optim", [I3S, [*RELORA, "--matrix_learning_rate", "5e-3", "--dtype", "bfloat16"], LORA, LOW_RANK]
+)
 def test_resumed_equals_uninterrupted(main, tmp_path, texts, optim):
     """Streamed files, accumulation, a second epoch of the data: weights, losses, tokens are the same bit for bit."""
     line = [*TINY, *texts, *optim, "--do_train", "--total_batch_size", 8, "--max_steps", 12, "--save_steps", 5]
@@ -137,6 +142,19 @@ def test_a_checkpoint_without_a_position_is_read_up_to(main, tmp_path, texts):
     main(*line, "--resume_from_checkpoint", "true")
     resumed = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_worker_reads_the_same_rows_and_resumes_exactly(main, tmp_path, texts):
+    line = [*TINY, *texts, *I3S, "--do_train", "--total_batch_size", 4, "--max_steps", 4, "--save_steps", 2]
+    main(*line, "--output_dir", tmp_path / "plain")
+    line += ["--dataloader_num_workers", 1, "--output_dir", tmp_path / "worker"]
+    main(*line)
+    whole = load_file(tmp_path / "worker" / "model.safetensors")
+    shutil.rmtree(tmp_path / "worker" / "checkpoint-4")
+    main(*line, "--resume_from_checkpoint", "true")
+    for other in ("plain", "worker"):
+        weights = load_file(tmp_path / other / "model.safetensors")
+        assert all(torch.equal(whole[name], weights[name]) for name in whole)
 
 
 def history(folder):
@@ -387,6 +405,7 @@ def test_a_baseline_leaves_an_ordinary_model(main, tmp_path, texts, baseline):
         (["TEXTS", "--tokenizer_dir", "EMPTY"], "cannot write to"),
         (["TEXTS", "--output_dir", "EMPTY"], "cannot write to"),
         (["TEXTS", "--fsdp", "full_shard"], "fsdp"),
+        (["TEXTS", "--dataloader_num_workers", "2"], "--dataloader_num_workers must be 0 or 1"),
         (["TEXTS", "--resume_from_checkpoint", "FOLDER"], "holds no checkpoint to resume from"),
         (["--dataset", "allenai/c4"], "cannot load allenai/c4 from the hub"),
     ],
