@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -34,6 +33,14 @@ import hf_lowrank
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.baselines import BaselineArguments, prepare_, to_plain_  # noqa: E402
 from recipes.c4_pretraining import data, models  # noqa: E402
+from recipes.c4_pretraining.budget import (  # noqa: E402
+    BudgetArguments,
+    check_numbers,
+    require_text,
+    rows_per_step,
+    set_accumulation,
+    set_steps,
+)
 from recipes.c4_pretraining.evaluation import Perplexity  # noqa: E402
 from recipes.c4_pretraining.stream import Collator, HeldOut, StreamCallback, TokenStream  # noqa: E402
 from recipes.common import (  # noqa: E402
@@ -43,7 +50,6 @@ from recipes.common import (  # noqa: E402
     machine,
     negative_log_likelihood,
     nothing_left_behind,
-    require_at_least,
     sizes,
     state_bytes,
     stop,
@@ -53,26 +59,6 @@ from recipes.rates import optimizer_with_two_rates  # noqa: E402
 
 DATA_SEED = 42
 """The papers' seed for the order of the documents, where --data_seed gives none."""
-
-
-@dataclass
-class BudgetArguments:
-    """How much is trained on."""
-
-    total_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Rows per step over all processes; sets gradient_accumulation_steps. (The papers: 512.)"},
-    )
-    train_tokens: float | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens to train on, padding not counted; sets max_steps, by the mean length of the first "
-            f"{data.MEASURED_ROWS} rows. --max_steps wins."
-        },
-    )
-    warmup_share: float = field(
-        default=0.1, metadata={"help": "Warm-up as a share of all steps, where --warmup_steps gives none."}
-    )
 
 
 Arguments = tuple[models.ModelArguments, data.DataArguments, BudgetArguments, BaselineArguments, TrainingArguments]
@@ -117,18 +103,15 @@ def prepare(
     set_seed(training_args.seed)
     llama = models.config(model_args, tokenizer, data_args.block_size)
     model = build_or_load(model_args, llama, checkpoint, training_args, baseline)
-    try:
-        callbacks = prepare_(model, baseline, training_args)
-        rate = model_args.matrix_learning_rate
-        optimizer = optimizer_with_two_rates(model, training_args, matrix_learning_rate=rate)
-    except (ValueError, ImportError) as error:
-        stop(str(error))
     timer = StepTimer()
     stream = TokenStream(epoch_rows, rows_per_step=rows_per_step(training_args))
     keeper = StreamCallback(stream, timer)
     if checkpoint and not training_args.dataloader_num_workers:
         training_args.ignore_data_skip = keeper.resume(checkpoint)
     try:
+        callbacks = prepare_(model, baseline, training_args)
+        rate = model_args.matrix_learning_rate
+        optimizer = optimizer_with_two_rates(model, training_args, matrix_learning_rate=rate)
         trainer = Trainer(
             model,
             training_args,
@@ -141,24 +124,9 @@ def prepare(
             callbacks=[timer, keeper, *callbacks],
             optimizer_cls_and_kwargs=optimizer,
         )
-    except ValueError as error:  # options that do not go together
+    except (ValueError, ImportError) as error:  # options that are wrong, or do not go together
         stop(str(error))
     return trainer, held_out, timer, keeper
-
-
-def check_numbers(
-    model: models.ModelArguments, text: data.DataArguments, budget: BudgetArguments, args: TrainingArguments
-) -> None:
-    """End with one sentence where a number makes no sense."""
-    require_at_least(0, matrix_learning_rate=model.matrix_learning_rate, warmup_share=budget.warmup_share)
-    require_at_least(1, eval_tokens=text.eval_tokens, shuffle_documents=text.shuffle_documents)
-    require_at_least(1, total_batch_size=budget.total_batch_size, train_tokens=budget.train_tokens)
-    require_at_least(1, per_device_train_batch_size=args.per_device_train_batch_size)
-    require_at_least(2, block_size=text.block_size)  # the first token of a row is not predicted
-    if args.dataloader_num_workers > 1:
-        stop("--dataloader_num_workers must be 0 or 1: several workers would each read the whole stream")
-    if budget.warmup_share > 1:
-        stop(f"--warmup_share must be at most 1, not {budget.warmup_share:g}")
 
 
 def load_data(
@@ -183,7 +151,7 @@ def parse(line: list[str]) -> Arguments:
         while line and line[0].endswith((".yaml", ".yml")):
             reader.set_defaults(**read_yaml(Path(line.pop(0)), reader))
         return reader.parse_args_into_dataclasses(line)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         stop(str(error).strip().splitlines()[0])
 
 
@@ -202,45 +170,6 @@ def read_yaml(file: Path, reader: ArgumentParser) -> dict[str, Any]:
         if key not in known:
             stop(f"{file} sets {key}, which is no option; --help lists them")
     return values
-
-
-def set_accumulation(budget: BudgetArguments, args: TrainingArguments) -> None:
-    """Set gradient_accumulation_steps so that a step takes total_batch_size rows; require a length."""
-    if args.max_steps <= 0 and not budget.train_tokens:
-        stop("say how long to train: --max_steps or --train_tokens")
-    if budget.total_batch_size is None:
-        return
-    at_once = args.train_batch_size * args.world_size
-    if budget.total_batch_size % at_once:
-        stop(
-            f"--total_batch_size {budget.total_batch_size} is no multiple of the {at_once} rows that all processes "
-            "take at once; change --per_device_train_batch_size"
-        )
-    args.gradient_accumulation_steps = budget.total_batch_size // at_once
-
-
-def rows_per_step(args: TrainingArguments) -> int:
-    """Return the rows that one step takes, over all processes."""
-    return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
-
-
-def set_steps(
-    budget: BudgetArguments, args: TrainingArguments, tokens_per_row: float, data_args: data.DataArguments
-) -> None:
-    """Set max_steps from the budget in tokens, and the warm-up from its share."""
-    require_text(tokens_per_row, int(tokens_per_row > 0), data_args, "training")
-    if args.max_steps <= 0:
-        args.max_steps = math.ceil(budget.train_tokens / (rows_per_step(args) * tokens_per_row))
-    if not args.warmup_steps:
-        args.warmup_steps = round(budget.warmup_share * args.max_steps)
-
-
-def require_text(tokens: float, rows: int, args: data.DataArguments, what: str) -> None:
-    """End where there is nothing to predict."""
-    if rows == 0 and args.packing:
-        stop(f"the {what} text has fewer than {args.block_size} tokens, which is one row (--block_size)")
-    if tokens <= rows:  # a row's first token is not predicted
-        stop(f"the {what} text holds no words")
 
 
 def build_or_load(

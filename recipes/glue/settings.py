@@ -52,7 +52,7 @@ def parse(
     )
     try:
         glue, baseline, args = parser.parse_args_into_dataclasses(list(options))
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         stop(" ".join(str(error).split()))
     task_named(glue.task)
     return glue, baseline, args

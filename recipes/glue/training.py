@@ -82,10 +82,8 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     set_warmup(glue.warmup_share, args)
     rows = data.load(glue.task, glue.data_dir)
     tokenizer, model = load_encoder(glue, task, seed=args.seed)
-    counts = {"train": glue.max_train_samples}
-    splits = {name: data.first_rows(split, counts.get(name, glue.max_eval_samples)) for name, split in rows.items()}
-    splits = {name: data.tokenize(split, task, tokenizer, glue.max_seq_length) for name, split in splits.items()}
-    try:  # the optimizer is asked for here: Trainer would make its folder before it finds a mistake in the options
+    splits = {name: prepared(split, name, glue, tokenizer) for name, split in rows.items()}
+    try:  # the optimizer is asked for here: Trainer would make its folder before it finds a mistake
         callbacks = prepare_(model, baseline, args, also_train=head_names(model))
         optimizer = Trainer.get_optimizer_cls_and_kwargs(args, model)
         trainer = Trainer(
@@ -102,14 +100,25 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     except (ValueError, ImportError) as error:
         stop(str(error))
     result = run(trainer, splits, task, resume)
-    if trainer.is_world_process_zero():
-        (Path(args.output_dir) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    if args.save_strategy != "no":
-        to_plain_(model)
-        trainer.save_model()
+    finish(trainer, result)
     del trainer, model
-    gc.collect()  # a Trainer and its callbacks refer to each other, and the next training may want the memory
+    gc.collect()  # the two refer to each other, and the next training may want the memory
     return result
+
+
+def prepared(rows: Dataset, split: str, glue: GlueArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return the tokenized rows of a split, or as many of them as are asked for."""
+    count = glue.max_train_samples if split == "train" else glue.max_eval_samples
+    return data.tokenize(data.first_rows(rows, count), task_named(glue.task), tokenizer, glue.max_seq_length)
+
+
+def finish(trainer: Trainer, result: dict[str, Any]) -> None:
+    """Leave the results, and an ordinary model where models are saved."""
+    if trainer.is_world_process_zero():
+        (Path(trainer.args.output_dir) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    if trainer.args.save_strategy != "no":
+        to_plain_(trainer.model)
+        trainer.save_model()
 
 
 def run(trainer: Trainer, validation: dict[str, Dataset], task: Task, resume: str | None) -> dict[str, Any]:

@@ -404,7 +404,6 @@ def test_a_baseline_leaves_an_ordinary_model(main, tmp_path, texts, baseline):
         (["TEXTS", "--matrix_learning_rate", "-1"], "--matrix_learning_rate must be at least 0, not -1"),
         (["TEXTS", "--tokenizer_dir", "EMPTY"], "cannot write to"),
         (["TEXTS", "--output_dir", "EMPTY"], "cannot write to"),
-        (["TEXTS", "--fsdp", "full_shard"], "fsdp"),
         (["TEXTS", "--dataloader_num_workers", "2"], "--dataloader_num_workers must be 0 or 1"),
         (["TEXTS", "--resume_from_checkpoint", "FOLDER"], "holds no checkpoint to resume from"),
         (["--dataset", "allenai/c4"], "cannot load allenai/c4 from the hub"),
