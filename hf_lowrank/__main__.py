@@ -46,7 +46,7 @@ def main() -> None:
     target = target[as_module:]
     if not target or target[0].startswith("-"):
         _stop(f"expected a script or -m MODULE, got {' '.join(arguments)!r}; see --help")
-    if not (_has_module(target[0]) if as_module else Path(target[0]).exists()):
+    if not (_has_module(target[0]) if as_module else _is_script(Path(target[0]))):
         _stop(f"no such {'module' if as_module else 'script'}: {target[0]}")
     try:
         _prepare(local_metrics=local_metrics)
@@ -71,6 +71,11 @@ def _prepare(*, local_metrics: bool) -> None:
         from hf_lowrank.local_metrics import install
 
         install()
+
+
+def _is_script(path: Path) -> bool:
+    """Tell whether Python can run a path: a file, or a folder with a __main__.py."""
+    return (path / "__main__.py").is_file() if path.is_dir() else path.exists()
 
 
 def _has_module(name: str) -> bool:

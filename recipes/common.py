@@ -5,16 +5,28 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, trainer_utils
+from transformers import (
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+    trainer_utils,
+)
 
 import hf_lowrank
 
@@ -31,8 +43,58 @@ def stop(sentence: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+@contextmanager
+def nothing_left_behind(folder: Path) -> Iterator[None]:
+    """Remove a folder that was not there before, if a user's mistake ends what is done inside this context.
+
+    For what comes before a training: what a training wrote is never removed.
+    """
+    existed = folder.exists()
+    try:
+        yield
+    except SystemExit:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def require_writable(folder: Path) -> None:
+    """End with one sentence if a folder cannot be made or written to; make nothing."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        stop(f"cannot write to {folder}: {nearest}: {error.strerror}")
+
+
+def require_at_least(least: float, **options: float | None) -> None:
+    """End with one sentence if an option that is given is below the least value that makes sense."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            stop(f"--{name} must be at least {least:g}, not {value:g}")
+
+
+class ArgumentParser(HfArgumentParser):
+    """transformers' parser, for which a mistake is one sentence: of many choices it names the nearest."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        found = re.fullmatch(r"argument (--\w+).*: invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if found is None:
+            stop(message)
+        option, value, choices = found[1], found[2], found[3].replace("'", "").split(", ")
+        near = get_close_matches(value, choices, 3)
+        if len(choices) > 12:
+            choices = near
+        stop(f"{option} {value} is no choice; {', '.join(choices) or 'see'}{' are valid' if choices else ' --help'}")
+
+
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """Return the checkpoint that --resume_from_checkpoint means: a folder, or `true` for the newest of output_dir."""
+    """Return the checkpoint that --resume_from_checkpoint means: a folder, or `true` for the newest of output_dir.
+
+    Ends with one sentence if there is none, if output_dir cannot be written to, or if it holds another run.
+    """
+    require_writable(Path(args.output_dir))
     last = trainer_utils.get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     wanted = args.resume_from_checkpoint
     if wanted is None:
@@ -48,6 +110,9 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         return last
     if not Path(wanted).is_dir():
         stop(f"there is no checkpoint folder {wanted}")
+    only_evaluates = args.do_eval and not args.do_train
+    if not only_evaluates and not Path(wanted, "trainer_state.json").is_file():
+        stop(f"{wanted} holds no checkpoint to resume from: it has no trainer_state.json")
     return str(wanted)
 
 

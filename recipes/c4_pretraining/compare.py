@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -33,11 +34,13 @@ sys.path.insert(0, str(HERE.parents[1]))
 import hf_lowrank  # noqa: E402
 from recipes.baselines import BaselineArguments  # noqa: E402
 from recipes.c4_pretraining import table  # noqa: E402
-from recipes.common import stop  # noqa: E402
+from recipes.common import require_writable, stop  # noqa: E402
 
 
 SETTINGS = "settings.json"
 RESULT = "all_results.json"
+USERS_MISTAKE = 2
+"""The exit code that `stop` and argparse share."""
 ROWS = ("adamw", "galore_dominant_adamw", "galore_i3s_adamw", "fira_adamw", "fira_i3s_adamw")
 BASELINES = tuple(x for x in get_args(get_args(get_type_hints(BaselineArguments)["baseline"])[0]))
 Cell = dict[str, Any]
@@ -50,21 +53,32 @@ def main() -> None:
     if not arguments.print:
         check_rows(arguments.rows)
         keep_settings(folder, arguments, more)
-        first, *others = arguments.seeds
-        grid = list(product(arguments.learning_rates, arguments.matrix_learning_rates))
-        cells = [cell(row, *rates, first) for row in arguments.rows for rates in grid]
-        run_all(folder, cells, arguments, more)
-        again = [{**best, "seed": seed} for best in bests(folder, arguments.rows, first) for seed in others]
-        run_all(folder, again, arguments, more)
+        try:
+            run_grid(folder, arguments, more)
+        except SystemExit:
+            if not any(finished(folder)):
+                shutil.rmtree(folder)  # a mistake leaves nothing behind
+            raise
     results = {}
     for path in arguments.output_dir:
         found = collect(path)
+        if found["title"] in results:  # models of one size are told apart by their folders
+            found["title"] += f" ({path.name})"
         results[found["title"]] = found
         (path / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         table.plot(path, found)
     text = table.markdown(results)
     (folder / "table.md").write_text(text)
     print(f"\n{text}")
+
+
+def run_grid(folder: Path, arguments: argparse.Namespace, more: list[str]) -> None:
+    """Run the grid with the first seed, then the best cell of every row with the others."""
+    first, *others = arguments.seeds
+    grid = list(product(arguments.learning_rates, arguments.matrix_learning_rates))
+    run_all(folder, [cell(row, *rates, first) for row in arguments.rows for rates in grid], arguments, more)
+    again = [{**best, "seed": seed} for best in bests(folder, arguments.rows, first) for seed in others]
+    run_all(folder, again, arguments, more)
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -103,7 +117,8 @@ def keep_settings(folder: Path, arguments: argparse.Namespace, more: list[str]) 
     """Write down what all trainings have in common; refuse a folder of other settings."""
     settings = {"config": arguments.config.name, "content": arguments.config.read_text(), "options": shlex.join(more)}
     file = folder / SETTINGS
-    if file.exists() and json.loads(file.read_text()) != settings:
+    require_writable(folder)
+    if file.exists() and read(file) != settings:
         stop(f"{folder} holds a comparison with other settings; choose another --output_dir")
     if not file.exists() and folder.exists() and any(folder.iterdir()):
         stop(f"{folder} holds something that this recipe did not write; choose another --output_dir")
@@ -132,36 +147,70 @@ def command(folder: Path, one: Cell, config: Path, more: list[str]) -> list[str]
 
 
 def run_all(folder: Path, cells: list[Cell], arguments: argparse.Namespace, more: list[str]) -> None:
-    """Run what is not recorded; a training that fails is reported and left out."""
+    """Run what is not recorded. A training that fails is reported and left out; a user's mistake ends all."""
+    running: set[subprocess.Popen[bytes]] = set()
+    mistakes: list[str] = []
 
     def work(one: Cell) -> None:
+        if mistakes:
+            return
         line, path = command(folder, one, arguments.config, more), folder / name(one)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
         with (path / "log.txt").open("w") as log:
-            failed = subprocess.run(line, stdout=log, stderr=log, env={"OMP_WAIT_POLICY": "passive", **os.environ})
-        if failed.returncode:
-            last = ((path / "log.txt").read_text().strip().splitlines() or [""])[-1]
-            print(f"{name(one)} failed: {last} (see {path / 'log.txt'})", file=sys.stderr, flush=True)
+            environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+            training = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
+            running.add(training)
+            code = training.wait()
+        if training not in running:  # the comparison was stopped, and the training with it
             return
-        (path / "model.safetensors").unlink(missing_ok=True)  # what is kept of a grid is numbers
-        (path / "cell.json").write_text(json.dumps({**one, "command": shlex.join(line)}) + "\n")
-        print(f"{name(one)}: {perplexity(path):.3f}", flush=True)
+        last = ((path / "log.txt").read_text().strip().splitlines() or [""])[-1]
+        if code == USERS_MISTAKE:
+            mistakes.append(f"{name(one)}: {last}")
+            shutil.rmtree(path)
+        elif code:
+            print(f"{name(one)} failed: {last} (see {path / 'log.txt'})", file=sys.stderr, flush=True)
+        else:
+            keep(one, path, line)
 
+    todo = [one for one in cells if not (folder / name(one) / "cell.json").exists()]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(work, [one for one in cells if not (folder / name(one) / "cell.json").exists()]))
+        try:
+            list(pool.map(work, todo))
+        finally:  # after Ctrl-C and SIGTERM: what still runs would go on without us
+            while running:
+                running.pop().kill()
+    if mistakes:
+        stop(mistakes[0])
+
+
+def keep(one: Cell, path: Path, line: list[str]) -> None:
+    """Record a finished training."""
+    (path / "model.safetensors").unlink(missing_ok=True)  # what is kept of a grid is numbers
+    unfinished = path / "cell.tmp"
+    unfinished.write_text(json.dumps({**one, "command": shlex.join(line)}) + "\n")
+    unfinished.replace(path / "cell.json")
+    print(f"{name(one)}: {perplexity(path):.3f}", flush=True)
+
+
+def read(file: Path) -> Any:
+    """Return the content of a JSON file of ours."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        stop(f"{file} cannot be read; delete its folder and start again")
 
 
 def perplexity(path: Path) -> float:
     """Return the validation perplexity of a finished training; infinite where it diverged."""
-    value = float(json.loads((path / RESULT).read_text())["eval_perplexity"])
+    value = float(read(path / RESULT)["eval_perplexity"])
     return value if isfinite(value) else float("inf")
 
 
 def finished(folder: Path) -> Iterator[tuple[Cell, Path]]:
     """Yield every recorded training."""
     for file in sorted(folder.glob("*/cell.json")):
-        yield json.loads(file.read_text()), file.parent
+        yield read(file), file.parent
 
 
 def bests(folder: Path, rows: list[str], seed: int) -> list[Cell]:
@@ -181,7 +230,7 @@ def collect(folder: Path) -> dict[str, Any]:
     if not done:
         stop(f"{folder} holds no finished training")
     rows = {row: summary(folder, row, done) for row in dict.fromkeys(one["row"] for one, _ in done)}
-    settings = json.loads((folder / SETTINGS).read_text())
+    settings = read(folder / SETTINGS)
     return {**describe(done), "settings": settings, "rows": rows}
 
 
@@ -193,7 +242,7 @@ def summary(folder: Path, row: str, done: list[tuple[Cell, Path]]) -> dict[str, 
     rates = {key: best[key] for key in ("learning_rate", "matrix_learning_rate")}
     chosen = [one for one in grid if rates.items() <= one.items()]
     path = folder / name(best)
-    numbers = json.loads((path / RESULT).read_text())
+    numbers = read(path / RESULT)
     return {
         **rates,
         "seeds": [one["seed"] for one in chosen],
@@ -209,15 +258,14 @@ def summary(folder: Path, row: str, done: list[tuple[Cell, Path]]) -> dict[str, 
 def describe(done: list[tuple[Cell, Path]]) -> dict[str, Any]:
     """Return what the runs of a folder share: size, rank and width, tokens, machine."""
     path = done[0][1]
-    numbers, llama = (json.loads((path / file).read_text()) for file in (RESULT, "config.json"))
+    numbers, llama = (read(path / file) for file in (RESULT, "config.json"))
     ranks = set()
     for _, other in done:
         if (options := other / "hf_lowrank.json").exists():
-            groups = json.loads(options.read_text())["groups"]
+            groups = read(options)["groups"]
             ranks |= {group["rank"] for group in groups if "rank" in group}
-    millions = numbers["parameters"] / 1e6
     return {
-        "title": f"{millions:.0f}M" if millions >= 10 else f"{millions:.1f}M",
+        "title": table.count(numbers["parameters"]),
         "parameters": numbers["parameters"],
         "rank": "/".join(f"{rank:g}" for rank in sorted(ranks)) or "-",
         "width": llama["hidden_size"],
@@ -228,4 +276,8 @@ def describe(done: list[tuple[Cell, Path]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no training is left behind
+    try:
+        main()
+    except KeyboardInterrupt:
+        stop("interrupted; started again, it goes on with what is missing", code=130)

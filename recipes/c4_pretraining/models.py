@@ -9,33 +9,16 @@ from typing import Literal
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from hf_lowrank.models import LLAMA, llama_config
 from recipes.c4_pretraining.data import model_vocab_size
-from recipes.common import stop
-
-
-SIZES = {
-    "9m": (128, 352, 4, 4),
-    "20m": (256, 688, 4, 4),
-    "35m": (384, 1024, 8, 6),
-    "40m": (416, 1024, 8, 8),
-    "60m": (512, 1376, 8, 8),
-    "71m": (512, 1368, 8, 12),
-    "100m": (640, 1708, 10, 12),
-    "130m": (768, 2048, 12, 12),
-    "250m": (768, 2560, 16, 24),
-    "350m": (1024, 2736, 16, 24),
-    "1b": (2048, 5461, 32, 24),
-    "3b": (2560, 6848, 32, 32),
-    "7b": (4096, 11008, 32, 32),
-}
-"""Name: width, width of the feed-forward layers, attention heads, layers (GaLore's configuration files)."""
+from recipes.common import require_at_least, stop
 
 
 @dataclass
 class ModelArguments:
     """Size and precision of the model, and the second learning rate."""
 
-    model_size: str = field(default="60m", metadata={"help": f"One of {', '.join(SIZES)}."})
+    model_size: str = field(default="60m", metadata={"help": f"One of {', '.join(LLAMA)}."})
     hidden_size: int | None = field(default=None, metadata={"help": "Another width than the size's."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Another feed-forward width."})
     num_attention_heads: int | None = field(default=None, metadata={"help": "Another number of heads."})
@@ -58,13 +41,16 @@ class ModelArguments:
 
 def shape(args: ModelArguments) -> tuple[int, int, int, int]:
     """Return width, feed-forward width, heads and layers, or end with what is wrong with them."""
-    if args.model_size not in SIZES:
-        near = get_close_matches(args.model_size, SIZES, 1)
+    if args.model_size not in LLAMA:
+        near = get_close_matches(args.model_size, LLAMA, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        stop(f"--model_size {args.model_size} is none of {', '.join(SIZES)}{hint}")
-    width, inner, heads, layers = SIZES[args.model_size]
+        stop(f"--model_size {args.model_size} is none of {', '.join(LLAMA)}{hint}")
+    width, inner, heads, layers = LLAMA[args.model_size]
     width, inner = args.hidden_size or width, args.intermediate_size or inner
     heads, layers = args.num_attention_heads or heads, args.num_hidden_layers or layers
+    require_at_least(
+        1, hidden_size=width, intermediate_size=inner, num_attention_heads=heads, num_hidden_layers=layers
+    )
     if width % heads or width // heads % 2:
         stop(f"--hidden_size {width} must be an even multiple of --num_attention_heads {heads}")
     return width, inner, heads, layers
@@ -73,20 +59,19 @@ def shape(args: ModelArguments) -> tuple[int, int, int, int]:
 def config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> LlamaConfig:
     """Return the configuration that the arguments name."""
     width, inner, heads, layers = shape(args)
-    return LlamaConfig(
-        vocab_size=model_vocab_size(tokenizer),
-        hidden_size=width,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        num_hidden_layers=layers,
-        max_position_embeddings=max(block_size, 2048 if args.model_size == "7b" else 1024),
-        rms_norm_eps=1e-6,
-        initializer_range=0.02,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        use_cache=False,
-    )
+    published = llama_config(args.model_size)
+    ours = {
+        "vocab_size": model_vocab_size(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": max(block_size, published["max_position_embeddings"]),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "use_cache": False,
+    }
+    return LlamaConfig(**published | ours)
 
 
 def build(args: ModelArguments, llama: LlamaConfig) -> LlamaForCausalLM:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -21,7 +20,6 @@ import datasets
 import torch
 import yaml
 from transformers import (
-    HfArgumentParser,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     Trainer,
@@ -35,13 +33,23 @@ import hf_lowrank
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.baselines import BaselineArguments, prepare_, to_plain_  # noqa: E402
 from recipes.c4_pretraining import data, models  # noqa: E402
+from recipes.c4_pretraining.budget import (  # noqa: E402
+    BudgetArguments,
+    check_numbers,
+    require_text,
+    rows_per_step,
+    set_accumulation,
+    set_steps,
+)
 from recipes.c4_pretraining.evaluation import Perplexity  # noqa: E402
 from recipes.c4_pretraining.stream import Collator, HeldOut, StreamCallback, TokenStream  # noqa: E402
 from recipes.common import (  # noqa: E402
+    ArgumentParser,
     StepTimer,
     checkpoint_to_resume,
     machine,
     negative_log_likelihood,
+    nothing_left_behind,
     sizes,
     state_bytes,
     stop,
@@ -53,40 +61,41 @@ DATA_SEED = 42
 """The papers' seed for the order of the documents, where --data_seed gives none."""
 
 
-@dataclass
-class BudgetArguments:
-    """How much is trained on."""
-
-    total_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Rows per step over all processes; sets gradient_accumulation_steps. (The papers: 512.)"},
-    )
-    train_tokens: float | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens to train on, padding not counted; sets max_steps, by the mean length of the first "
-            f"{data.MEASURED_ROWS} rows. --max_steps wins."
-        },
-    )
-    warmup_share: float = field(
-        default=0.1, metadata={"help": "Warm-up as a share of all steps, where --warmup_steps gives none."}
-    )
-
-
 Arguments = tuple[models.ModelArguments, data.DataArguments, BudgetArguments, BaselineArguments, TrainingArguments]
 
 
-def parser() -> HfArgumentParser:
+def parser() -> ArgumentParser:
     """Return the parser of the command line and of the YAML files."""
     hf_lowrank.register()
-    return HfArgumentParser(Arguments.__args__)
+    return ArgumentParser(Arguments.__args__)
 
 
 def main() -> None:
     """Train and evaluate as the command line says."""
-    model_args, data_args, budget, baseline, training_args = parse(sys.argv[1:])
-    checkpoint = checkpoint_to_resume(training_args)
+    arguments = parse(sys.argv[1:])
+    args = arguments[-1]
+    with nothing_left_behind(Path(args.output_dir)):
+        checkpoint = checkpoint_to_resume(args)
+        trainer, held_out, timer, keeper = prepare(*arguments, checkpoint)
+    if args.do_train:
+        train(trainer, timer, keeper, checkpoint)
+    if args.do_eval:
+        metrics = trainer.evaluate() | {"eval_tokens": held_out.tokens}
+        for record in (trainer.log_metrics, trainer.save_metrics):
+            record("eval", metrics)
+
+
+def prepare(
+    model_args: models.ModelArguments,
+    data_args: data.DataArguments,
+    budget: BudgetArguments,
+    baseline: BaselineArguments,
+    training_args: TrainingArguments,
+    checkpoint: str | None,
+) -> tuple[Trainer, HeldOut, StepTimer, StreamCallback]:
+    """Return the trainer, the rows held out, and what times the steps and keeps the position."""
     models.shape(model_args)
+    check_numbers(model_args, data_args, budget, training_args)
     set_accumulation(budget, training_args)
     tokenizer, epoch_rows, held_out = load_data(data_args, training_args)
     set_steps(budget, training_args, data.mean_tokens(epoch_rows(0)), data_args)
@@ -94,35 +103,30 @@ def main() -> None:
     set_seed(training_args.seed)
     llama = models.config(model_args, tokenizer, data_args.block_size)
     model = build_or_load(model_args, llama, checkpoint, training_args, baseline)
-    try:
-        callbacks = prepare_(model, baseline, training_args)
-        rate = model_args.matrix_learning_rate
-        optimizer = optimizer_with_two_rates(model, training_args, matrix_learning_rate=rate)
-    except ValueError as error:
-        stop(str(error))
     timer = StepTimer()
     stream = TokenStream(epoch_rows, rows_per_step=rows_per_step(training_args))
     keeper = StreamCallback(stream, timer)
     if checkpoint and not training_args.dataloader_num_workers:
         training_args.ignore_data_skip = keeper.resume(checkpoint)
-    trainer = Trainer(
-        model,
-        training_args,
-        train_dataset=stream,
-        eval_dataset=held_out,
-        data_collator=Collator(block_size=data_args.block_size, padding=tokenizer.eos_token_id),
-        processing_class=tokenizer,
-        compute_metrics=Perplexity(training_args.per_device_train_batch_size),
-        preprocess_logits_for_metrics=negative_log_likelihood,
-        callbacks=[timer, keeper, *callbacks],
-        optimizer_cls_and_kwargs=optimizer,
-    )
-    if training_args.do_train:
-        train(trainer, timer, keeper, checkpoint)
-    if training_args.do_eval:
-        metrics = trainer.evaluate() | {"eval_tokens": held_out.tokens}
-        for record in (trainer.log_metrics, trainer.save_metrics):
-            record("eval", metrics)
+    try:
+        callbacks = prepare_(model, baseline, training_args)
+        rate = model_args.matrix_learning_rate
+        optimizer = optimizer_with_two_rates(model, training_args, matrix_learning_rate=rate)
+        trainer = Trainer(
+            model,
+            training_args,
+            train_dataset=stream,
+            eval_dataset=held_out,
+            data_collator=Collator(block_size=data_args.block_size, padding=tokenizer.eos_token_id),
+            processing_class=tokenizer,
+            compute_metrics=Perplexity(training_args.per_device_train_batch_size),
+            preprocess_logits_for_metrics=negative_log_likelihood,
+            callbacks=[timer, keeper, *callbacks],
+            optimizer_cls_and_kwargs=optimizer,
+        )
+    except (ValueError, ImportError) as error:  # options that are wrong, or do not go together
+        stop(str(error))
+    return trainer, held_out, timer, keeper
 
 
 def load_data(
@@ -147,16 +151,16 @@ def parse(line: list[str]) -> Arguments:
         while line and line[0].endswith((".yaml", ".yml")):
             reader.set_defaults(**read_yaml(Path(line.pop(0)), reader))
         return reader.parse_args_into_dataclasses(line)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         stop(str(error).strip().splitlines()[0])
 
 
-def read_yaml(file: Path, reader: HfArgumentParser) -> dict[str, Any]:
+def read_yaml(file: Path, reader: ArgumentParser) -> dict[str, Any]:
     """Return the values of a YAML file."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        stop(f"cannot read {file}: {error.strerror}")
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"cannot read {file}: {getattr(error, 'strerror', None) or error}")
     except yaml.YAMLError as error:
         stop(f"{file} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
@@ -166,45 +170,6 @@ def read_yaml(file: Path, reader: HfArgumentParser) -> dict[str, Any]:
         if key not in known:
             stop(f"{file} sets {key}, which is no option; --help lists them")
     return values
-
-
-def set_accumulation(budget: BudgetArguments, args: TrainingArguments) -> None:
-    """Set gradient_accumulation_steps so that a step takes total_batch_size rows; require a length."""
-    if args.max_steps <= 0 and not budget.train_tokens:
-        stop("say how long to train: --max_steps or --train_tokens")
-    if budget.total_batch_size is None:
-        return
-    at_once = args.train_batch_size * args.world_size
-    if budget.total_batch_size % at_once:
-        stop(
-            f"--total_batch_size {budget.total_batch_size} is no multiple of the {at_once} rows that all processes "
-            "take at once; change --per_device_train_batch_size"
-        )
-    args.gradient_accumulation_steps = budget.total_batch_size // at_once
-
-
-def rows_per_step(args: TrainingArguments) -> int:
-    """Return the rows that one step takes, over all processes."""
-    return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
-
-
-def set_steps(
-    budget: BudgetArguments, args: TrainingArguments, tokens_per_row: float, data_args: data.DataArguments
-) -> None:
-    """Set max_steps from the budget in tokens, and the warm-up from its share."""
-    require_text(tokens_per_row, int(tokens_per_row > 0), data_args, "training")
-    if args.max_steps <= 0:
-        args.max_steps = math.ceil(budget.train_tokens / (rows_per_step(args) * tokens_per_row))
-    if not args.warmup_steps:
-        args.warmup_steps = round(budget.warmup_share * args.max_steps)
-
-
-def require_text(tokens: float, rows: int, args: data.DataArguments, what: str) -> None:
-    """End where there is nothing to predict."""
-    if rows == 0 and args.packing:
-        stop(f"the {what} text has fewer than {args.block_size} tokens, which is one row (--block_size)")
-    if tokens <= rows:  # a row's first token is not predicted
-        stop(f"the {what} text holds no words")
 
 
 def build_or_load(
@@ -223,7 +188,7 @@ def build_or_load(
         stop("evaluate the merged model, which a finished training leaves in its --output_dir, without --baseline")
     try:
         return LlamaForCausalLM.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # no model there, or half a file: many kinds
         stop(f"cannot load a model from {checkpoint}: {str(error).strip().splitlines()[0]}")
 
 

@@ -13,7 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.ticker import MaxNLocator, ScalarFormatter  # noqa: E402
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -61,7 +61,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines.append(["PPL gap reduction", *(text for x in results.values() for text in (_gap(x, i3s, dominant), ""))])
     lines += [_line(row, results) for row in names if row not in inside and row != FULL_RANK]
     lines.append(["r / d_model", *(t for x in results.values() for t in (f"{x['rank']}/{x['width']}", ""))])
-    lines.append(["Tokens", *(t for x in results.values() for t in (_count(x["tokens"]), ""))])
+    lines.append(["Tokens", *(t for x in results.values() for t in (count(x["tokens"]), ""))])
     lines.insert(1, ["---", *["---:"] * (2 * len(results))])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{table}\n\n{_notes(results)}\n"
@@ -97,13 +97,14 @@ def _gap(found: Mapping[str, Any], i3s: str, dominant: str) -> str:
     return DASH if share is None else f"{share:.2%}"
 
 
-def _count(tokens: float | None) -> str:
-    if tokens is None:
+def count(number: float | None) -> str:
+    """Return a number of tokens or parameters as 1.5B, 58.1M or 920k."""
+    if number is None:
         return DASH
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if tokens >= size:
-            return f"{tokens / size:.3g}{letter}"
-    return f"{tokens:.0f}"
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"
 
 
 def _notes(results: Mapping[str, Any]) -> str:
@@ -115,7 +116,7 @@ def _notes(results: Mapping[str, Any]) -> str:
         rates = (f"{name} {row['learning_rate']:g} / {row['matrix_learning_rate']:g}" for name, row in rows.items())
         lines += [
             f"{title}: {settings['config']} {settings['options']}".rstrip() + f"; {found['parameters']:,} parameters; "
-            f"seeds {seeds} (mean ± standard deviation); perplexity on {_count(found['eval_tokens'])} held-out "
+            f"seeds {seeds} (mean ± standard deviation); perplexity on {count(found['eval_tokens'])} held-out "
             "tokens, which chose the learning rates too.",
             f"Learning rates, rest / matrices: {', '.join(rates)}.",
             f"{found['machine']}.",
@@ -140,6 +141,8 @@ def plot(folder: Path, found: Mapping[str, Any]) -> None:
                 style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=row, **style)
         axes.set(xlabel=label, ylabel="validation perplexity", yscale="log", title=f"{found['title']}: same budget")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(ScalarFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

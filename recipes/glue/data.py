@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -81,6 +82,8 @@ def _read(file: Path, task: Task) -> Dataset:
         stop(f"{file} is empty")
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         stop(f"{file} cannot be read as {file.suffix[1:].upper()}: {error}")
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first fields of longer rows as an index
+        stop(f"{file} has rows of more fields than its header has columns; quote texts that hold a separator")
     wanted = [*task.columns, "label"]
     missing = [column for column in wanted if column not in table.columns]
     if missing:
@@ -96,7 +99,7 @@ def _read(file: Path, task: Task) -> Dataset:
 def _labels(table: pd.DataFrame, task: Task, file: Path) -> list[int] | list[float]:
     """Return the labels as numbers: classes 0, 1, ... or the regression's target."""
     numbers = pd.to_numeric(table["label"], errors="coerce")
-    good = numbers.notna() if task.labels == 1 else numbers.isin(range(task.labels))
+    good = np.isfinite(numbers) if task.labels == 1 else numbers.isin(range(task.labels))
     if not good.all():
         valid = "a number" if task.labels == 1 else f"one of {', '.join(map(str, range(task.labels)))}"
         row = int((~good).idxmax())

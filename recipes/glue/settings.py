@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from recipes.baselines import BaselineArguments
-from recipes.common import stop
+from recipes.common import ArgumentParser, stop
 from recipes.glue.tasks import task_named
 from recipes.glue.training import GlueArguments
 
@@ -32,7 +32,7 @@ def settings(file: Path) -> list[str]:
     """Return the content of a YAML file as options of a command line."""
     try:
         content = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         stop(f"cannot read the settings {file}: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
         stop(f"{file} holds no settings: it wants lines such as `task: cola`")
@@ -43,7 +43,7 @@ def parse(
     options: Sequence[str], description: str | None = None
 ) -> tuple[GlueArguments, BaselineArguments, TrainingArguments]:
     """Return the arguments of one training, or end with one sentence and exit code 2."""
-    parser = HfArgumentParser(
+    parser = ArgumentParser(
         (GlueArguments, BaselineArguments, TrainingArguments),
         usage=USAGE,
         description=description,
@@ -52,7 +52,7 @@ def parse(
     )
     try:
         glue, baseline, args = parser.parse_args_into_dataclasses(list(options))
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         stop(" ".join(str(error).split()))
     task_named(glue.task)
     return glue, baseline, args

@@ -12,6 +12,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,7 +28,7 @@ from transformers import (
 
 from hf_lowrank import local_metrics
 from recipes.baselines import BaselineArguments, prepare_, to_plain_
-from recipes.common import checkpoint_to_resume, state_bytes, stop
+from recipes.common import checkpoint_to_resume, require_at_least, state_bytes, stop
 from recipes.glue import data
 from recipes.glue.tasks import Task, task_named
 
@@ -54,8 +55,11 @@ class GlueArguments:
         metadata={"help": "Folder of local data: TASK/train.csv and TASK/validation.csv, or .tsv. Default: the hub."},
     )
     max_seq_length: int = field(default=512, metadata={"help": "Longer texts are cut to this many tokens."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many."})
+    warmup_share: float = field(
+        default=0.0, metadata={"help": "Warm-up as a share of all steps, where --warmup_steps gives none."}
+    )
 
 
 def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArguments) -> dict[str, Any]:
@@ -74,36 +78,47 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     """
     task = task_named(glue.task)
     resume = checkpoint_to_resume(args)
+    check_numbers(glue, args)
+    set_warmup(glue.warmup_share, args)
     rows = data.load(glue.task, glue.data_dir)
     tokenizer, model = load_encoder(glue, task, seed=args.seed)
-    counts = {"train": glue.max_train_samples}
-    splits = {name: data.first_rows(split, counts.get(name, glue.max_eval_samples)) for name, split in rows.items()}
-    splits = {name: data.tokenize(split, task, tokenizer, glue.max_seq_length) for name, split in splits.items()}
-    try:  # the optimizer is asked for here: Trainer would make its folder before it finds a mistake in the options
+    splits = {name: prepared(split, name, glue, tokenizer) for name, split in rows.items()}
+    try:  # the optimizer is asked for here: Trainer would make its folder before it finds a mistake
         callbacks = prepare_(model, baseline, args, also_train=head_names(model))
         optimizer = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=splits.pop("train"),
+            eval_dataset=splits[task.validation[0]],
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=metrics_of(glue.task, task, local=glue.data_dir is not None),
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=optimizer,
+        )
     except (ValueError, ImportError) as error:
         stop(str(error))
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=splits.pop("train"),
-        eval_dataset=splits[task.validation[0]],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=metrics_of(glue.task, task, local=glue.data_dir is not None),
-        callbacks=callbacks,
-        optimizer_cls_and_kwargs=optimizer,
-    )
     result = run(trainer, splits, task, resume)
-    if trainer.is_world_process_zero():
-        (Path(args.output_dir) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    if args.save_strategy != "no":
-        to_plain_(model)
-        trainer.save_model()
+    finish(trainer, result)
     del trainer, model
-    gc.collect()  # a Trainer and its callbacks refer to each other, and the next training may want the memory
+    gc.collect()  # the two refer to each other, and the next training may want the memory
     return result
+
+
+def prepared(rows: Dataset, split: str, glue: GlueArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return the tokenized rows of a split, or as many of them as are asked for."""
+    count = glue.max_train_samples if split == "train" else glue.max_eval_samples
+    return data.tokenize(data.first_rows(rows, count), task_named(glue.task), tokenizer, glue.max_seq_length)
+
+
+def finish(trainer: Trainer, result: dict[str, Any]) -> None:
+    """Leave the results, and an ordinary model where models are saved."""
+    if trainer.is_world_process_zero():
+        (Path(trainer.args.output_dir) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    if trainer.args.save_strategy != "no":
+        to_plain_(trainer.model)
+        trainer.save_model()
 
 
 def run(trainer: Trainer, validation: dict[str, Dataset], task: Task, resume: str | None) -> dict[str, Any]:
@@ -125,6 +140,22 @@ def run(trainer: Trainer, validation: dict[str, Dataset], task: Task, resume: st
     }
 
 
+def check_numbers(glue: GlueArguments, args: TrainingArguments) -> None:
+    """End with one sentence where a number makes no sense."""
+    require_at_least(1, max_train_samples=glue.max_train_samples, max_eval_samples=glue.max_eval_samples)
+    require_at_least(1, per_device_train_batch_size=args.per_device_train_batch_size)
+    require_at_least(3, max_seq_length=glue.max_seq_length)  # a token between two special ones
+
+
+def set_warmup(share: float, args: TrainingArguments) -> None:
+    """Warm up over a share of all steps, where the arguments say nothing of it."""
+    if not 0 <= share < 1:
+        stop(f"--warmup_share must be at least 0 and below 1, not {share:g}")
+    if share and not args.warmup_steps:
+        # transformers 5 reads warmup_steps below 1 as a share; 4 has another name for it
+        setattr(args, "warmup_steps" if transformers.__version__ >= "5" else "warmup_ratio", share)
+
+
 def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Return tokenizer and model; the head is new and drawn from the seed.
 
@@ -137,7 +168,7 @@ def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrai
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name, **kind)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # no network, no such folder, half a file: many kinds
         reason = str(error).split("\n")[0].rstrip(".")
         stop(
             f"cannot load the model {name!r} ({reason}); give a folder with --model_name_or_path, or a name on the "

