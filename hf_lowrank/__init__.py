@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_lowrank.memory import MemoryEstimate, estimate_memory, fit_budget
     from hf_lowrank.methods import METHODS, Method
     from hf_lowrank.model_card import add_to_model_card
+    from hf_lowrank.models import LLAMA, llama_config
     from hf_lowrank.optimizer import LowRankOptimizer
     from hf_lowrank.parts import Columns, Context, Facts, Moments, Reconstruction, Subspace, Update
     from hf_lowrank.trainer import LowRankTrainer, optimizer_cls_and_kwargs, register, unregister
@@ -27,6 +28,8 @@ _LAZY = {
     "METHODS": "methods",
     "Method": "methods",
     "LowRankOptimizer": "optimizer",
+    "LLAMA": "models",
+    "llama_config": "models",
     "add_to_model_card": "model_card",
     "param_groups": "groups",
     "target_parameters": "groups",
@@ -50,6 +53,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "LLAMA",
     "METHODS",
     "Basis",
     "Columns",
@@ -69,6 +73,7 @@ __all__ = [
     "add_to_model_card",
     "estimate_memory",
     "fit_budget",
+    "llama_config",
     "optimizer_cls_and_kwargs",
     "param_groups",
     "register",
