@@ -48,7 +48,7 @@ def real_gradients(width: int, inner: int, device: str, *, quick: bool) -> dict[
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=256)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     text, kept = speeches(), (4, 8, 12) if quick else (20, 70, 120)
-    batch, length = (4, 32) if quick else (8, 64)
+    batch, length = (4, 32) if quick else (16, 64)
     found: dict[str, list[Tensor]] = {name: [] for name in MATRICES}
     for step in range(kept[-1] + 1):
         starts = torch.randint(len(text) - length, (batch,)).tolist()
