@@ -198,9 +198,9 @@ def _mean_of_positive(values: Tensor, mass: Tensor) -> Tensor:
 
 
 class LimiterActivity:
-    """How often the limiter of a norm's growth (Fira, APOLLO, GWT) was active, over matrices and steps; no wait for the device.
+    """How often the limiter of a norm's growth (Fira, APOLLO, GWT) was active, over matrices and steps.
 
-    Seen from the state alone: an active limiter leaves a norm that has grown by just its factor.
+    It does not wait for the device. Seen from the state alone: an active limiter leaves a norm that has grown by just its factor.
     """
 
     SLOTS = ("residual_norm", "norm")
