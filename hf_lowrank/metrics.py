@@ -200,7 +200,8 @@ def _mean_of_positive(values: Tensor, mass: Tensor) -> Tensor:
 class LimiterActivity:
     """How often the limiter of a norm's growth (Fira, APOLLO, GWT) was active, over matrices and steps.
 
-    It does not wait for the device. Seen from the state alone: an active limiter leaves a norm that has grown by just its factor.
+    It does not wait for the device. Seen from the state alone: an active limiter leaves a norm that has grown by just
+    its factor.
     """
 
     SLOTS = ("residual_norm", "norm")
