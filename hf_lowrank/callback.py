@@ -34,7 +34,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
     In every log, as means over matrices: overlap: ||U^T V||_F^2 / r of the last basis with the one before (I3S paper,
     eq. 3); overlap_first: with the first one; energy: share of the gradient's squared norm inside the basis at its
     refresh; stable_rank: ||G||_F^2 / ||G||_2^2 there (GaLore paper, section 3.2); limited: share of the steps since
-    the last log in which Fira's limiter was active; residual_share: of the gradient's squared norm outside the
+    the last log in which a limiter was active; residual_share: of the gradient's squared norm outside the
     subspace at the last step, where a method keeps it. Further refreshes: so far, over all matrices; refresh_ms: time
     of the refreshes since the last log; skipped: steps left out for a gradient that was not finite, over all
     parameters; state_mib: the optimizer's state.

@@ -19,7 +19,8 @@ try:
     from rich.markup import escape
     from rich.table import Table
 except ModuleNotFoundError as missing:  # the console script comes with the package, what it needs with an extra
-    sys.exit(f"hf-lowrank needs the package {missing.name}: pip install 'hf_lowrank[cli]'")
+    print(f"hf-lowrank needs the package {missing.name}: pip install 'hf_lowrank[cli]'", file=sys.stderr)
+    sys.exit(2)
 
 MIB = 2**20
 

@@ -198,12 +198,13 @@ def _mean_of_positive(values: Tensor, mass: Tensor) -> Tensor:
 
 
 class LimiterActivity:
-    """How often the limiter of a residual's growth was active, over matrices and steps; no wait for the device.
+    """How often the limiter of a norm's growth (Fira, APOLLO, GWT) was active, over matrices and steps.
 
-    Seen from the state alone: an active limiter leaves a norm that has grown by just its factor.
+    It does not wait for the device. Seen from the state alone: an active limiter leaves a norm that has grown by just
+    its factor.
     """
 
-    SLOT = "residual_norm"
+    SLOTS = ("residual_norm", "norm")
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
@@ -211,7 +212,12 @@ class LimiterActivity:
 
     def look(self, optimizer: LowRankOptimizer) -> None:
         """Compare the norms with those of the last call."""
-        found = [(local(s[self.SLOT]), group["limiter"]) for _, _, group, s in matrices(optimizer) if self.SLOT in s]
+        found = [
+            (local(s[slot]), group["limiter"])
+            for _, _, group, s in matrices(optimizer)
+            for slot in self.SLOTS
+            if slot in s
+        ]
         if not found:
             return
         now = torch.cat([norm.reshape(-1).to(found[0][0].device) for norm, _ in found])

@@ -52,6 +52,12 @@ def whole(model):
     return [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in model.parameters()]
 
 
+def logged(trainer):
+    """Our rows of the log history, without times."""
+    rows = [{k: v for k, v in row.items() if "lowrank" in k or k == "step"} for row in trainer.state.log_history]
+    return [{k: v for k, v in row.items() if "refresh_ms" not in k} for row in rows if "lowrank/refreshes" in row]
+
+
 def main():
     kind, optim, folder = sys.argv[1:]
     warnings.filterwarnings("ignore")
@@ -75,20 +81,22 @@ def main():
 
     first = train("first", save_strategy="steps", save_steps=3)
     weights = whole(first.accelerator.unwrap_model(first.model))
-    exactly = None
+    exactly = alike = None
     if can_resume(kind):
         resumed = train("resumed", resume=str(Path(folder) / "first" / "checkpoint-3"))
         again = whole(resumed.accelerator.unwrap_model(resumed.model))
         exactly = all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+        alike = logged(resumed) == logged(first)
     kinds = sorted({type(p).__name__ for g in engine(first).param_groups for p in g["params"]})
     if int(os.environ["RANK"]) == 0:
         torch.save(weights, Path(folder) / "weights.pt")
         report = {
             "resumed exactly": exactly,
+            "logged alike": alike,
             "optimizer": type(engine(first)).__name__,
             "parameters": kinds,
             "shared": engine(first).share_refreshes,
-            "logged": sum("lowrank/refreshes" in row for row in first.state.log_history),
+            "logged": len(logged(first)),
         }
         (Path(folder) / "report.json").write_text(json.dumps(report))
     torch.distributed.barrier()

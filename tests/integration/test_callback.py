@@ -192,6 +192,13 @@ def test_the_limiter_is_seen_where_the_residual_grows():
     assert activity.share() is None
 
 
+@pytest.mark.parametrize("name", ["fira_adamw", "apollo_random_adamw", "gwt_adamw"])
+def test_every_method_with_a_limiter_says_how_often_it_was_active(name, tmp_path):
+    t = train(arguments(tmp_path, name, logging_steps=4))
+    shares = [row["lowrank/limited"] for row in t.state.log_history if "lowrank/limited" in row]
+    assert len(shares) == 2 and all(0 <= share <= 1 for share in shares)
+
+
 @pytest.mark.parametrize("name", ["galore_i3s_adamw", "fira_adamw"])
 def test_a_resumed_run_has_the_same_rows_where_it_is_logged_and_saved_at_different_steps(name, tmp_path):
     rhythm = {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2, "max_steps": 8}

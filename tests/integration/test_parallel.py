@@ -31,6 +31,7 @@ def test_several_processes_equal_one(kind, optim, processes, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["optimizer"] == "LowRankOptimizer"
     assert report["resumed exactly"] or (report["resumed exactly"] is None and kind == "ddp")  # see can_resume
+    assert report["logged alike"] == report["resumed exactly"]  # no row doubled, none missing
     assert report["parameters"] == (["Parameter"] if kind == "ddp" else ["DTensor"])
     assert report["shared"] == (kind == "ddp")
     assert report["logged"] == 6
