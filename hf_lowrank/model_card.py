@@ -31,7 +31,7 @@ TITLES = {
     "2501.07237": "Breaking Memory Limits: Gradient Wavelet Transform Enhances LLMs Training",
     "2502.01586": "SubTrack++: Gradient Subspace Tracking for Scalable LLM Training",
     "2502.05790": "I3S: Importance Sampling Subspace Selection for Low-Rank Optimization in LLM Pretraining",
-    "2512.07112": "FOAM: Blocked State Folding for Memory-Efficient LLM Training",
+    "2512.07112": "FOAM: Folded Optimizer with Approximate Moment",
 }
 """Titles of the papers, by arXiv number."""
 
