@@ -1,4 +1,4 @@
-"""A Gaussian sketch that is drawn anew wherever it is used, and never stored: APOLLO, FLora."""
+"""A Gaussian sketch that is drawn from its key and is no state: APOLLO, FLora."""
 
 from __future__ import annotations
 
