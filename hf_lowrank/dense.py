@@ -48,7 +48,7 @@ class DenseStep:
                 s["skipped"].add_(1)
             elif not self.rule.elementwise:
                 yield from self._step_whole(i)
-            elif weight.dtype == torch.float32 and s.plain:
+            elif weight.dtype == torch.float32 and s.plain():
                 together.append(i)
             else:
                 self._step_in_blocks(i)

@@ -30,7 +30,8 @@ def refresh_(due: Sequence[MatrixStep], *, share: bool) -> int:
     """
     here = 0
     for mesh in dict.fromkeys(unit.mesh for unit in due):
-        units = [unit for unit in due if unit.mesh == mesh]
+        # the costliest first, so that processes that work at the same time have as much to do
+        units = sorted((unit for unit in due if unit.mesh == mesh), key=lambda unit: -unit.cost)
         rank, world = team(mesh, share=share)
         group = None if world == 1 else group_of(mesh)
         owner = distributed.owners([unit.cost for unit in units], world)

@@ -167,12 +167,12 @@ def power_step(G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
     little from the slot it has.
 
     Returns:
-        Q (..., m, r), and estimates from below of the r largest singular values of G, (..., r): the roots of those of
-        R, which are exact if P spans the leading vectors.
+        Q (..., m, r), and estimates of the r largest singular values of G, (..., r), which are the roots of the
+        diagonal of R if the columns of P are the leading vectors; the largest is an estimate from below.
     """
     G = G.float()
     Q, R = torch.linalg.qr(G @ (G.mT @ P))
-    return Q, torch.linalg.svdvals(R).sqrt()
+    return Q, R.diagonal(dim1=-2, dim2=-1).abs().sqrt().sort(descending=True).values
 
 
 def orthonormalize(X: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank import distributed, linalg
+from hf_lowrank.bases import Basis
 from hf_lowrank.formats import State
 from hf_lowrank.matrices import sharded
 from hf_lowrank.parts import Summing
@@ -36,10 +37,14 @@ class Refresh:
         unit, subspace, s = self.unit, self.unit.parts.subspace, self.unit.s
         ctx = unit.context(refreshing=True)
         G, _ = yield from unit.summed(unit.parts.reconstruction.absorb(s, unit.gradient, ctx))
-        self.whole = unit.layout.whole(subspace.evidence(s, G, ctx), self.owner)
+        evidence = subspace.evidence(s, G, ctx)
+        # where the step projects the same gradient, the energy in the new basis is had from that
+        self.later = evidence is G and not unit.layout.along and not unit.due_after and s.plain("basis")
+        self.whole = unit.layout.whole(evidence, self.owner)
         self.new = {name: self._whole_stack(s[name]).clone() for name in s.names("basis")}
         self.wanted = {name: self._whole_moment(s[name]) for name in subspace.wants}
-        self.choice = torch.tensor([0.0, UNKNOWN, UNKNOWN, UNKNOWN], device=unit.device)  # changed, then the report
+        # whether the basis changes, then the report, with ||G||^2 in the place of an energy that comes later
+        self.choice = torch.tensor([0.0, UNKNOWN, UNKNOWN, UNKNOWN], device=unit.device)
 
     def choose_(self) -> None:
         """Choose a new basis from the whole gradient, unless that is zero or not finite."""
@@ -61,10 +66,14 @@ class Refresh:
         unknown = torch.tensor(UNKNOWN)
         before = subspace.basis(ChainMap(old, s), self.unit.context(number=ctx.number - 1))
         overlap = linalg.overlap(basis.changes(before)[0]) if ctx.number and subspace.orthonormal else unknown
-        energy = linalg.squared_norm(basis.project(G)).sum() / total.sum() if subspace.orthonormal else unknown
+        energy = self._energy(basis, G, total.sum()) if subspace.orthonormal else unknown
         stable_rank = unknown if sigma is None else _stable_rank(total, sigma, live)
         report = [x.to(self.choice) for x in (torch.ones(()), overlap, energy, stable_rank)]
         self.choice.copy_(torch.stack(report))
+
+    def _energy(self, basis: Basis, G: Tensor, total: Tensor) -> Tensor:
+        """Return the share of ||G||^2 inside the basis, or ||G||^2 if the step is to report it."""
+        return total if self.later else linalg.squared_norm(basis.project(G)).sum() / total
 
     def adopt_(self, group: Any) -> None:
         """Take over the basis that the owner chose, if it did, and carry the moments into it."""
@@ -82,6 +91,8 @@ class Refresh:
         for name, tensor in new.items():
             s[name].copy_(tensor)
         s.commit("basis", "moment", "variance")
+        if self.later and subspace.orthonormal:
+            unit.total, energy = self.choice[2], UNKNOWN
         s["report"].copy_(torch.tensor([overlap, energy, stable_rank]))
         interval = subspace.adopted_(s, unit.group.get("update_proj_gap", 1), overlap)
         s.commit("exact")

@@ -85,10 +85,9 @@ class View(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.slots)
 
-    @property
-    def plain(self) -> bool:
-        """Whether nothing is encoded."""
-        return all(form is FORMATS["fp32"] for form in self.forms.values())
+    def plain(self, *kinds: Kind) -> bool:
+        """Tell whether nothing of these kinds is encoded; without kinds, nothing at all."""
+        return all(self.forms[name] is FORMATS["fp32"] for name in (self.names(*kinds) if kinds else self.slots))
 
     def names(self, *kinds: Kind) -> list[str]:
         """Return the slots of some kinds."""

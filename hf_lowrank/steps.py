@@ -80,6 +80,7 @@ class MatrixStep:
         self.absorbed: Tensor | None = None  # what takes the place of the gradient
         self.pending: dict[str, Tensor] = {}  # slots to be stored if the step is finite
         self.observed = False  # whether a refresh has looked at this gradient
+        self.total: Tensor | None = None  # ||G||^2, if the energy in a new basis is still to be reported
         self.R: Tensor | None = None  # (..., r, n), not yet summed over processes
         self.measured: Tensor | None = None  # (..., r, columns)
         self.basis: Basis | None = None  # the one in use, once it is needed
@@ -124,6 +125,9 @@ class MatrixStep:
         absorbing = self.parts.reconstruction.absorb(self.s, self.gradient, self._now or self.context())
         self.absorbed, self.pending = yield from self.summed(absorbing)
         R = self.layout.rows_of(self._whole_basis()).project(self.absorbed)
+        if self.total is not None:
+            self.s["report"][1] = linalg.sum_of_squares(R) / self.total
+            self.total = None
         if not self.parts.needs_gradient:
             self.absorbed = None
         self.R = R if self.R is None else self.R.add_(R)
@@ -186,7 +190,9 @@ class MatrixStep:
                 block.add_(update.rest(columns, start, length), alpha=alpha)
 
         W = self.layout.wide(self.weight)
-        linalg.rewrite_(W, write_, lambda: ctx.rounding(W.device), blockwise=update.rest is not None)
+        # two passes over a block that stays in the cache cost little more than one over the whole
+        blockwise = update.rest is not None or (Z is not None and d is not None and W.device.type == "cpu")
+        linalg.rewrite_(W, write_, lambda: ctx.rounding(W.device), blockwise=blockwise)
 
     # ---- the pieces -------------------------------------------------------------------------------------------------
 
