@@ -24,7 +24,7 @@ test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
 
 # The same tests with the oldest torch and transformers that are supported; the oldest Python: make test-lowest PYTHON=python3.10.
-test-lowest: VENV = .venv-lowest
+test-lowest: VENV = .venv-lowest-$(notdir $(PYTHON))
 test-lowest:
 	$(MAKE) VENV=$(VENV) TORCH="$(LOWEST_TORCH)" TRANSFORMERS="$(LOWEST_TRANSFORMERS)" $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not full"

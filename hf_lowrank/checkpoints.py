@@ -66,8 +66,8 @@ def checkpoint_fault(path: Path) -> str | None:
         json.loads((path / trainer.TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError) as error:
         return f"{trainer.TRAINER_STATE_NAME} is missing or unreadable ({type(error).__name__})"
-    file = path / trainer.OPTIMIZER_NAME
+    files = path / trainer.OPTIMIZER_NAME, path / trainer.OPTIMIZER_NAME_BIN  # the second is FSDP's full state dict
     sharded = any((folder / ".metadata").exists() for folder in path.glob("optimizer_*"))  # FSDP's own format
-    if not sharded and not (file.exists() and zipfile.is_zipfile(file)):
+    if not sharded and not any(file.exists() and zipfile.is_zipfile(file) for file in files):
         return f"{trainer.OPTIMIZER_NAME} is missing or unreadable"
     return None

@@ -216,7 +216,7 @@ class LimiterActivity:
             (local(s[slot]), group["limiter"])
             for _, _, group, s in matrices(optimizer)
             for slot in self.SLOTS
-            if slot in s
+            if slot in s and "limiter" in group
         ]
         if not found:
             return

@@ -91,7 +91,11 @@ def section(run: dict[str, Any]) -> str:
     groups = [group for group in run["groups"] if "rank" in group]
     if groups:
         projected = sum(len(group.get("param_names") or ()) for group in groups)
-        lines += ["", f"Options of the {projected} matrices that were trained in a subspace:", ""]
+        lines += [
+            "",
+            f"Options of the {projected or ''} matrices that were trained in a subspace:".replace("  ", " "),
+            "",
+        ]
         lines += ["| option | value |", "|---|---|"]
         lines += [f"| `{key}` | {_values(key, groups)} |" for key in sorted(groups[0]) if key not in _SHARED]
     if cited := _papers(row, groups):

@@ -65,7 +65,13 @@ def load_model(model: str | Path | nn.Module) -> nn.Module:
 
 
 def llama_config(size: str) -> dict[str, Any]:
-    """Return the arguments of transformers' LlamaConfig for a size of LLAMA, as in the authors' config files."""
+    """Return the arguments of transformers' LlamaConfig for a size of LLAMA, as in the authors' config files.
+
+    Raises:
+        ValueError: for another size; the message lists them.
+    """
+    if size not in LLAMA:
+        raise ValueError(f"there is no built-in size {size!r}; valid: {', '.join(LLAMA)}")
     hidden, intermediate, heads, layers = LLAMA[size]
     return {
         "hidden_size": hidden,

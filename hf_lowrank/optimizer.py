@@ -153,8 +153,7 @@ class LowRankOptimizer(Optimizer):
         rates = [float(group["lr"]) for group in self.param_groups]
         if not all(0 <= rate < inf for rate in rates):
             raise ValueError(f"lr must be in [0, inf), got {rates}")
-        left_out = ("params", "param_names", "lr")
-        plain = [{k: v for k, v in group.items() if k not in left_out} for group in self.param_groups]
+        plain = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.param_groups]
         if plain != self._checked:
             check_edits(self.param_groups, self._checked)
             self._checked = plain

@@ -34,7 +34,7 @@ T = TypeVar("T")
 Summing = Generator[Tensor, Tensor, T]
 """A computation that yields partial sums, is sent the whole ones, and returns a T."""
 
-_SUBSPACE, _ROUNDING, SHARED = 0, 1, 2  # keep the streams of the three uses apart
+_SUBSPACE, _ROUNDING, SHARED = 0, 1, 3  # keep the streams of the three uses apart; metrics.py has 2
 
 
 @dataclass(frozen=True)

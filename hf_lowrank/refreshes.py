@@ -31,6 +31,9 @@ class Refresh:
 
     def __init__(self, unit: MatrixStep, owner: int) -> None:
         self.unit, self.owner = unit, owner
+        self.whole: Tensor | None = None  # what the rule looks at, on the process that chooses
+        self.new: dict[str, Tensor] = {}  # the basis on its way in
+        self.wanted: dict[str, Tensor] = {}  # moments that the rule looks at
 
     def collect_(self) -> Summing[None]:
         """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
@@ -97,6 +100,7 @@ class Refresh:
         interval = subspace.adopted_(s, unit.group.get("update_proj_gap", 1), overlap)
         s.commit("exact")
         unit.basis, unit.observed = None, True
+        self.new, self.wanted = {}, {}
         self._schedule_next(interval)
 
     def _carry_over_(self, new: Mapping[str, Tensor]) -> None:

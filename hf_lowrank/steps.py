@@ -148,7 +148,7 @@ class MatrixStep:
         assert R is not None, "measure() comes first"
         if not finite[0]:
             self.s["skipped"].add_(1)
-            self.absorbed, self.pending = None, {}
+            self.absorbed, self.pending, self.basis, self._now = None, {}, None, None
             return
         s, rules = self.s, self.parts
         ctx = self._now = self._now or self.context()

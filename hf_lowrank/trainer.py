@@ -248,9 +248,14 @@ def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
 def _describe_optimizer(self: Trainer) -> None:
     """Add the optimizer to the model card that Trainer has just written, if it is one of ours."""
     optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
-    ours = isinstance(optimizer, LowRankOptimizer) or name_of(self.args) in methods.names()
-    if ours and self.is_world_process_zero() and (Path(self.args.output_dir) / RUN_FILE).exists():
-        add_to_model_card(self.args.output_dir)
+    unbuilt = optimizer is None and name_of(self.args) in methods.names()
+    if not (unbuilt or isinstance(optimizer, LowRankOptimizer)) or not self.is_world_process_zero():
+        return
+    if (Path(self.args.output_dir) / RUN_FILE).exists():
+        try:
+            add_to_model_card(self.args.output_dir)
+        except ValueError as error:  # it must not cost the upload of a trained model
+            logger.warning("the model card says nothing of the optimizer: %s", error)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import re
@@ -43,25 +44,34 @@ def stop(sentence: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 @contextmanager
 def nothing_left_behind(folder: Path) -> Iterator[None]:
-    """Remove a folder that was not there before, if a user's mistake ends what is done inside this context.
+    """Remove a folder that was not there before, with those made on the way to it, if a user's mistake ends what is done
+    inside this context.
 
     For what comes before a training: what a training wrote is never removed.
     """
-    existed = folder.exists()
+    path = folder.absolute()
+    made = [x for x in (path, *path.parents) if not os.path.exists(x)]
     try:
         yield
     except SystemExit:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
+        if made and os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(made[-1], ignore_errors=True)
         raise
 
 
 def require_writable(folder: Path) -> None:
     """End with one sentence if a folder cannot be made or written to; make nothing."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     try:
+        folder.exists()  # a name may be too long
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         stop(f"cannot write to {folder}: {nearest}: {error.strerror}")
@@ -70,8 +80,8 @@ def require_writable(folder: Path) -> None:
 def require_at_least(least: float, **options: float | None) -> None:
     """End with one sentence if an option that is given is below the least value that makes sense."""
     for name, value in options.items():
-        if value is not None and value < least:
-            stop(f"--{name} must be at least {least:g}, not {value:g}")
+        if value is not None and not least <= value < math.inf:
+            stop(f"--{name} must be a number of at least {least:g}, not {value:g}")
 
 
 class ArgumentParser(HfArgumentParser):

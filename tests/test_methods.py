@@ -73,7 +73,7 @@ class Held:
 
     def sketch(self, m, r, number):
         """N(0, 1/r) from the key alone: (use, seed, number of the refresh, m, r)."""
-        key = 2, self.opt.param_groups[0]["seed"], number, m, r
+        key = 3, self.opt.param_groups[0]["seed"], number, m, r
         return torch.randn(m, r, generator=linalg.generator(*key)) * r**-0.5
 
     def choose(self, subspace):

@@ -15,8 +15,8 @@ from hf_lowrank.formats import Slots, State
 from hf_lowrank.parts import SHARED, Context, Subspace
 
 
-KEPT = 8
-"""Sketches that stay in memory, so that an ordinary step draws none."""
+KEPT = 4
+"""Sketches that stay in memory beside the state, so that an ordinary step draws none: one for each width of a model."""
 
 
 @dataclass(frozen=True)

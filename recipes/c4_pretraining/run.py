@@ -47,6 +47,7 @@ from recipes.common import (  # noqa: E402
     ArgumentParser,
     StepTimer,
     checkpoint_to_resume,
+    first_line,
     machine,
     negative_log_likelihood,
     nothing_left_behind,
@@ -152,7 +153,7 @@ def parse(line: list[str]) -> Arguments:
             reader.set_defaults(**read_yaml(Path(line.pop(0)), reader))
         return reader.parse_args_into_dataclasses(line)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        stop(str(error).strip().splitlines()[0])
+        stop(first_line(error))
 
 
 def read_yaml(file: Path, reader: ArgumentParser) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def build_or_load(
     try:
         return LlamaForCausalLM.from_pretrained(checkpoint)
     except Exception as error:  # no model there, or half a file: many kinds
-        stop(f"cannot load a model from {checkpoint}: {str(error).strip().splitlines()[0]}")
+        stop(f"cannot load a model from {checkpoint}: {first_line(error)}")
 
 
 def train(trainer: Trainer, timer: StepTimer, keeper: StreamCallback, checkpoint: str | None) -> None:

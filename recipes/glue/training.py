@@ -151,9 +151,9 @@ def set_warmup(share: float, args: TrainingArguments) -> None:
     """Warm up over a share of all steps, where the arguments say nothing of it."""
     if not 0 <= share < 1:
         stop(f"--warmup_share must be at least 0 and below 1, not {share:g}")
-    if share and not args.warmup_steps:
+    if share and not args.warmup_steps and not getattr(args, "warmup_ratio", 0):
         # transformers 5 reads warmup_steps below 1 as a share; 4 has another name for it
-        setattr(args, "warmup_steps" if transformers.__version__ >= "5" else "warmup_ratio", share)
+        setattr(args, "warmup_steps" if int(transformers.__version__.split(".")[0]) >= 5 else "warmup_ratio", share)
 
 
 def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
