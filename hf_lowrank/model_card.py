@@ -91,11 +91,8 @@ def section(run: dict[str, Any]) -> str:
     groups = [group for group in run["groups"] if "rank" in group]
     if groups:
         projected = sum(len(group.get("param_names") or ()) for group in groups)
-        lines += [
-            "",
-            f"Options of the {projected or ''} matrices that were trained in a subspace:".replace("  ", " "),
-            "",
-        ]
+        counted = f"{projected} matrices" if projected else "matrices"
+        lines += ["", f"Options of the {counted} that were trained in a subspace:", ""]
         lines += ["| option | value |", "|---|---|"]
         lines += [f"| `{key}` | {_values(key, groups)} |" for key in sorted(groups[0]) if key not in _SHARED]
     if cited := _papers(row, groups):

@@ -16,7 +16,7 @@ from hf_lowrank.parts import SHARED, Context, Subspace
 
 
 KEPT = 4
-"""Sketches that stay in memory beside the state, so that an ordinary step draws none: one for each width of a model."""
+"""Sketches that stay in memory beside the state, so that an ordinary step draws none; a model has one per width."""
 
 
 @dataclass(frozen=True)
