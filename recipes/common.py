@@ -52,8 +52,8 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def nothing_left_behind(folder: Path) -> Iterator[None]:
-    """Remove a folder that was not there before, with those above it, if a user's mistake ends what is done inside this
-    context.
+    """Remove a folder that was not there before, with those above it, if a user's mistake ends what is done inside
+    this context.
 
     For what comes before a training: what a training wrote is never removed.
     """
