@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
@@ -52,7 +52,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def nothing_left_behind(folder: Path) -> Iterator[None]:
-    """Remove a folder that was not there before, with those above it, if a user's mistake ends what is done inside
+    """Remove a folder that was not there before, and empty ones above it, if a user's mistake ends what is done inside
     this context.
 
     For what comes before a training: what a training wrote is never removed.
@@ -63,7 +63,10 @@ def nothing_left_behind(folder: Path) -> Iterator[None]:
         yield
     except SystemExit:
         if made and os.environ.get("RANK", "0") == "0":
-            shutil.rmtree(made[-1], ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # what another run has put there stays
+                for parent in made[1:]:
+                    parent.rmdir()
         raise
 
 
