@@ -190,9 +190,7 @@ class MatrixStep:
                 block.add_(update.rest(columns, start, length), alpha=alpha)
 
         W = self.layout.wide(self.weight)
-        # two passes over a block that stays in the cache cost little more than one over the whole
-        blockwise = update.rest is not None or (Z is not None and d is not None and W.device.type == "cpu")
-        linalg.rewrite_(W, write_, lambda: ctx.rounding(W.device), blockwise=blockwise)
+        linalg.rewrite_(W, write_, lambda: ctx.rounding(W.device), blockwise=update.rest is not None)
 
     # ---- the pieces -------------------------------------------------------------------------------------------------
 
