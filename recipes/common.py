@@ -84,7 +84,7 @@ def require_at_least(least: float, **options: float | None) -> None:
     """End with one sentence if an option that is given is below the least value that makes sense."""
     for name, value in options.items():
         if value is not None and not least <= value < math.inf:
-            stop(f"--{name} must be a number of at least {least:g}, not {value:g}")
+            stop(f"--{name} must be {f'at least {least:g}' if math.isfinite(value) else 'finite'}, not {value:g}")
 
 
 class ArgumentParser(HfArgumentParser):
