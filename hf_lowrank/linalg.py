@@ -75,7 +75,7 @@ def column_squared_norms(G: Tensor) -> Tensor:
 
 def squared_norm(G: Tensor) -> Tensor:
     """Return ||G||_F^2 of every matrix in the batch, (...,), in fp32."""
-    return column_squared_norms(G).sum(-1)
+    return sum_of_squares(G) if G.dim() == 2 else column_squared_norms(G).sum(-1)
 
 
 def all_finite(tensors: list[Tensor]) -> list[bool]:
