@@ -75,7 +75,9 @@ def column_squared_norms(G: Tensor) -> Tensor:
 
 def squared_norm(G: Tensor) -> Tensor:
     """Return ||G||_F^2 of every matrix in the batch, (...,), in fp32."""
-    return sum_of_squares(G) if G.dim() == 2 else column_squared_norms(G).sum(-1)
+    if G.dim() == 2 and G.dtype == torch.float32:  # of bf16 the other sum keeps 8 bits only
+        return sum_of_squares(G)
+    return column_squared_norms(G).sum(-1)
 
 
 def all_finite(tensors: list[Tensor]) -> list[bool]:
@@ -92,7 +94,7 @@ def all_finite(tensors: list[Tensor]) -> list[bool]:
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """Return the sum of squares of all elements in fp32, without a copy of x."""
+    """Return the sum of squares of all elements in fp32, without a copy of x; of a bf16 x with 8 bits of precision."""
     if x.dtype == torch.float32 and x.numel() < 2**31:
         flat = (x if x.is_contiguous() or x.dim() < 2 else x.mT).reshape(-1)
         return torch.dot(flat, flat)
