@@ -104,13 +104,13 @@ def small(encoder, data, output_dir, *more):
 
 @pytest.mark.parametrize("optim", ["galore_i3s_adamw", "adamw_torch"])
 def test_a_training_learns_the_task_and_leaves_its_results(encoder, data, tmp_path, optim, capsys):
-    options = ["--optim", optim, "--learning_rate", "1e-2", "--max_steps", "36", "--save_strategy", "no"]
+    options = ["--optim", optim, "--learning_rate", "1e-2", "--max_steps", "60", "--save_strategy", "no"]
     if "i3s" in optim:
         options += ["--optim_args", "rank=8,update_proj_gap=10,scale=1"]
     command(RECIPE / "configs/full/rte.yaml", *small(encoder, data, tmp_path / "run", *options))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["metrics"]["validation"]["accuracy"] > 0.9  # a word decides; guessing gives 0.5
-    assert result["steps"] == 36 and result["train_seconds"] > 0
+    assert result["steps"] == 60 and result["train_seconds"] > 0
     assert result["weights_mib"] * (2 if optim == "adamw_torch" else 1.9) >= result["state_mib"] - 1e-2 > 0
     assert "accuracy" in capsys.readouterr().out
 
