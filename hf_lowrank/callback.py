@@ -15,6 +15,7 @@ from hf_lowrank import metrics, records, state
 from hf_lowrank.describe import headline, resolved_options, summary
 from hf_lowrank.layerwise import remove_hooks
 from hf_lowrank.metrics import REPORT, reports
+from hf_lowrank.model_card import TAG
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.records import FIRST_FILE, REFRESH_FILE, RUN_FILE, STEPS_FILE
 
@@ -23,7 +24,6 @@ __all__ = ["REFRESH_FILE", "RUN_FILE", "STEPS_FILE", "LowRankCallback", "reports
 
 logger = logging.getLogger("hf_lowrank")
 MIB = 2**20
-TAG = "hf-lowrank"
 SAVED = "hf_lowrank"
 """Key of what the callback keeps in trainer_state.json."""
 

@@ -38,11 +38,11 @@ class Refresh:
     def collect_(self) -> Summing[None]:
         """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
         unit, subspace, s = self.unit, self.unit.parts.subspace, self.unit.s
-        ctx = unit.context(refreshing=True)
-        G, _ = yield from unit.summed(unit.parts.reconstruction.absorb(s, unit.gradient, ctx))
+        ctx, gradient = unit.context(refreshing=True), unit.gradient
+        G, _ = yield from unit.summed(unit.parts.reconstruction.absorb(s, gradient, ctx))
         evidence = subspace.evidence(s, G, ctx)
-        # where the step projects the same gradient, the energy in the new basis is had from that
-        self.later = evidence is G and not unit.layout.along and not unit.due_after and s.plain("basis")
+        # where the step projects just this, the energy in the new basis is had from that
+        self.later = evidence is gradient and not unit.layout.along and not unit.due_after and s.plain("basis")
         self.whole = unit.layout.whole(evidence, self.owner)
         self.new = {name: self._whole_stack(s[name]).clone() for name in s.names("basis")}
         self.wanted = {name: self._whole_moment(s[name]) for name in subspace.wants}

@@ -10,7 +10,7 @@ import torch
 from shapes import Problem
 from torch import Tensor, nn
 
-from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank import METHODS, LowRankOptimizer, methods
 
 
 LR = 1e-6
@@ -102,7 +102,7 @@ def _basis(W: Tensor, rank: int) -> Tensor:
 
 def ours(name: str, **options: Any) -> Contestant:
     """Return one of our optimizers; `options` go before those of the setup. APOLLO-Mini has its own rank, 1."""
-    own = {key: value for key, value in METHODS[row_of(name)].defaults.items() if key == "rank"}
+    own = {key: value for key, value in METHODS[methods.split(name)[0]].defaults.items() if key == "rank"}
 
     def make(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
         chosen = {"rank": setup.rank, "update_proj_gap": setup.gap, "stagger": False, **own, **options}
@@ -128,11 +128,6 @@ def layerwise_step(optimizer: LowRankOptimizer) -> Callable[[], object]:
         optimizer.step()
 
     return step
-
-
-def row_of(name: str) -> str:
-    """Return the row of METHODS that a name belongs to."""
-    return name.removesuffix("_layerwise").removesuffix("_8bit")
 
 
 FLOORS = (Contestant(PRODUCTS, products, "floor"), Contestant(FLOOR, floor, "floor"))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import peers
 import steps
 import torch
 from contestants import LR, Setup, ours
 from shapes import problem
 from tables import Section, Target
-from timing import Samples, ratio, synchronize
+from timing import CLOCKS, Samples, milliseconds, ratio
 from torch import Tensor, nn
 from training import real_gradients
 
@@ -70,7 +68,9 @@ def sections(device: str, *, quick: bool) -> list[Section]:
                 if i:  # the first one also allocates, and is exact for the tracked rule
                     times[rule].values.append(took)
             if i:
-                times[SVD].values.append(svd_milliseconds(G, device))
+                call = lambda G=G: torch.linalg.svd(G, full_matrices=False)  # noqa: E731
+                # by the wall clock, which is that of the optimizer's own count too
+                times[SVD].values.append(milliseconds(call, device, CLOCKS["wall"]))
     result = Section(f"Refresh of {width} x {inner}, rank {rank}, on gradients of a short training run")
     for name, samples in times.items():
         row = {"rule": name, "ms": round(samples.median, 2), "quartiles": samples.spread}
@@ -81,15 +81,6 @@ def sections(device: str, *, quick: bool) -> list[Section]:
     value, spread = ratio(times["I3S"], times["dominant"])
     result.targets.append(Target("refresh, I3S / dominant", 1.05, round(value, 3), spread))
     return [result, energies(gradients, rank)]
-
-
-def svd_milliseconds(G: Tensor, device: str) -> float:
-    """Return how long a full SVD takes by the wall clock, which is that of the optimizer's own count too."""
-    synchronize(device)
-    start = perf_counter()
-    torch.linalg.svd(G, full_matrices=False)
-    synchronize(device)
-    return 1e3 * (perf_counter() - start)
 
 
 def energies(gradients: dict[str, list[Tensor]], rank: int) -> Section:
