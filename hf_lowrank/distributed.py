@@ -35,9 +35,13 @@ def waves(items: list[T], owner: list[int]) -> list[list[tuple[T, int]]]:
 
 
 def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:
-    """Send the owner's tensors to every process of the group, in place."""
-    for tensor in tensors:
-        dist.broadcast(tensor, group=group, group_src=owner)
+    """Send the owner's tensors to every process of the group, in place; those of one type travel together."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        some = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in some])
+        dist.broadcast(flat, group=group, group_src=owner)
+        for tensor, piece in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+            tensor.copy_(piece.view(tensor.shape))
 
 
 def all_true(flags: list[bool], group: Any, device: torch.device) -> list[bool]:

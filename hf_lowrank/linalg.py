@@ -125,7 +125,7 @@ def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
             U, sigma = attempt()
         except (RuntimeError, NotImplementedError, TypeError):  # not converged; no float64 on the device
             continue
-        if torch.isfinite(U).all() and torch.isfinite(sigma).all():
+        if all(all_finite([U, sigma])):
             return U.to(G), sigma.to(G)
     raise ValueError(f"no decomposition of a gradient of shape {tuple(G.shape)} succeeded; is it finite?")
 
@@ -173,12 +173,38 @@ def power_step(G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
         diagonal of R if the columns of P are the leading vectors; the largest is an estimate from below.
     """
     G = G.float()
-    Q, R = torch.linalg.qr(G @ (G.mT @ P))
-    return Q, R.diagonal(dim1=-2, dim2=-1).abs().sqrt().sort(descending=True).values
+    Q, diagonal = qr(G @ (G.mT @ P))
+    return Q, diagonal.sqrt().sort(descending=True).values
+
+
+def qr(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis Q (..., m, r) of X's columns and the size of R's diagonal (..., r), where X = Q R.
+
+    Cholesky QR, twice, over columns of norm one: a third of the time of Householder QR. Where the first pass leaves
+    the columns far from orthonormal the second would not bring them to working precision, and Householder QR it is.
+
+    References:
+        Yamamoto, Nakatsukasa, Yanagisawa, Fukaya: Roundoff error analysis of the CholeskyQR2 algorithm (2015).
+    """
+    norms = column_norms(X)
+    unit = X / norms.unsqueeze(-2)
+    nearly, first = _cholesky_qr(unit, unit.mT @ unit)
+    gram = nearly.mT @ nearly
+    if bool((gram - torch.eye(gram.shape[-1]).to(gram)).norm() < 0.1):  # a number, and small
+        Q, second = _cholesky_qr(nearly, gram)
+        return Q, norms * first * second
+    Q, R = torch.linalg.qr(X)
+    return Q, R.diagonal(dim1=-2, dim2=-1).abs()
+
+
+def _cholesky_qr(X: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return X L^-T and the diagonal of L, where X^T X = L L^T; anything at all where that is not definite."""
+    L = torch.linalg.cholesky_ex(gram)[0]
+    return torch.linalg.solve_triangular(L.mT, X, upper=True, left=False), L.diagonal(dim1=-2, dim2=-1)
 
 
 def orthonormalize(X: Tensor) -> Tensor:
-    """Return an orthonormal basis of X's columns (Householder QR; Cholesky-QR loses 1e-3 in fp32)."""
+    """Return an orthonormal basis of X's columns by Householder QR, which nothing waits for."""
     Q: Tensor = torch.linalg.qr(X)[0]
     return Q
 

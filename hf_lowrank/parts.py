@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,8 +54,7 @@ class Columns:
     start: int = 0
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """What a part may know of the current step of one parameter.
 
     Attributes:

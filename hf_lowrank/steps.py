@@ -96,7 +96,7 @@ class MatrixStep:
     @property
     def due_after(self) -> bool:
         """Whether the subspace is to be refreshed after this step, for the next."""
-        return self._due and self._late
+        return self._late and self._due
 
     @property
     def mesh(self) -> Any:

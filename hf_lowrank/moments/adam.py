@@ -95,12 +95,10 @@ def _adamw_(
     """One AdamW step of fp32 tensors, by torch's fused kernel where the device has one."""
     fused: dict[torch.device, list[tuple[Tensor, ...]]] = {}
     for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
-        M, V = s["exp_avg"], s["exp_avg_sq"]
+        M, V, t = s["exp_avg"], s["exp_avg_sq"], _bias_step(ctx)
         if has_fused_kernel(W.device) and W.is_contiguous():
-            step = _step_tensor(_bias_step(ctx), W.device)
-            fused.setdefault(W.device, []).append((W, G.contiguous(), M, V, step))
+            fused.setdefault(W.device, []).append((W, G.contiguous(), M, V, _step_tensor(t, W.device)))
             continue
-        t = _bias_step(ctx)
         M.lerp_(G, 1 - ctx.beta1)
         V.mul_(ctx.beta2).addcmul_(G, G, value=1 - ctx.beta2)
         denominator = V.sqrt().div_(sqrt(1 - ctx.beta2**t)).add_(ctx.eps)
