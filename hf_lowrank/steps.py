@@ -176,18 +176,18 @@ class MatrixStep:
         Z = None if Z is None else basis.spread(Z)
 
         def write_(block: Tensor, start: int, length: int) -> None:
-            if Z is None:
-                if beta != 1.0:
-                    block.mul_(beta)
-            else:
-                basis.add_(block, linalg.piece(Z, start, length), beta=beta, alpha=alpha * update.alpha)
-            if G is None or (d is None and update.rest is None):
-                return
-            columns = linalg.piece(G, start, length).to(block.dtype)
-            if d is not None:
-                block.addcmul_(columns, linalg.piece(d, start, length).unsqueeze(-2), value=alpha)
-            if update.rest is not None:
-                block.add_(update.rest(columns, start, length), alpha=alpha)
+            decay = beta
+            if beta != 1.0 and (Z is None or beta == 0.0):
+                block.mul_(beta)
+                decay = 1.0
+            if G is not None and (d is not None or update.rest is not None):  # first, while the gradient is at hand
+                columns = linalg.piece(G, start, length).to(block.dtype)
+                if d is not None:
+                    block.addcmul_(columns, linalg.piece(d, start, length).unsqueeze(-2), value=alpha / decay)
+                if update.rest is not None:
+                    block.add_(update.rest(columns, start, length), alpha=alpha / decay)
+            if Z is not None:
+                basis.add_(block, linalg.piece(Z, start, length), beta=decay, alpha=alpha * update.alpha)
 
         W = self.layout.wide(self.weight)
         linalg.rewrite_(W, write_, lambda: ctx.rounding(W.device), blockwise=update.rest is not None)
