@@ -301,27 +301,32 @@ def rewrite_(
 def round_(target: Tensor, value: Tensor, gen: torch.Generator | None) -> None:
     """Write fp32 `value` into a bf16 or fp16 `target`: stochastically with a generator, else to nearest.
 
-    The expectation of the written number is `value`, and a value that the format can hold is written exactly.
+    The expectation of the written number is `value`, and a value that the format can hold is written exactly. `value`
+    is overwritten.
     """
-    if gen is None:
+    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(target.dtype)
+    if gen is None or dropped is None:
         target.copy_(value)
         return
-    if target.dtype == torch.bfloat16:
-        dropped = 16
-    elif target.dtype == torch.float16:
-        dropped = 13
-    else:
-        target.copy_(value)
-        return
-    bits = value.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 24, bits.shape, dtype=torch.int32, device=bits.device, generator=gen)
+    if not value.is_contiguous() and value.dim() > 1:  # columns that lie in one piece
+        target, value = target.mT, value.mT
+    value = value.contiguous()
+    noise = _random_bits(value, torch.int16 if dropped == 16 else torch.int32, gen)
     small = None
     if dropped == 13:  # below 2^-14 fp16 has a fixed grid of 2^-24
-        grid = torch.floor(value * 2.0**24 + noise * 2.0**-24).mul_(2.0**-24)
+        noise.bitwise_right_shift_(8)
+        grid = torch.floor(value * 2.0**24 + (noise * 2.0**-24 + 0.5)).mul_(2.0**-24)
         small = value.abs() < 2.0**-14, grid
-    rounded = noise.bitwise_right_shift_(24 - dropped).add_(bits)
-    rounded = rounded.bitwise_right_shift_(dropped).bitwise_left_shift_(dropped).view(torch.float32)
-    target.copy_(rounded if small is None else torch.where(small[0], small[1], rounded))
+        noise.bitwise_right_shift_(11)
+    bits = value.view(torch.int32)
+    bits.add_(noise).add_(2 ** (dropped - 1)).bitwise_and_(-(2**dropped))
+    target.copy_(value if small is None else torch.where(small[0], small[1], value))
+
+
+def _random_bits(like: Tensor, dtype: torch.dtype, gen: torch.Generator) -> Tensor:
+    """Return uniform integers of all values of a type, in the shape of another tensor, from draws of 64 bits."""
+    draws = torch.empty(-(-like.numel() * dtype.itemsize // 8), dtype=torch.int64, device=like.device)
+    return draws.random_(-(2**63), None, generator=gen).view(dtype)[: like.numel()].view(like.shape)
 
 
 def column_norms(R: Tensor) -> Tensor:

@@ -109,8 +109,7 @@ class Context(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What a reconstruction may ask of the gradient and of the basis.
 
     Attributes:
@@ -127,8 +126,7 @@ class Facts:
         return r_squared if gram is None else (R * (gram @ R)).sum(-2)
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """A step U = alpha P Z + G diag(d) + rest, to be subtracted from the weight times lr and the bias correction.
 
     Attributes:

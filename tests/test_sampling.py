@@ -140,7 +140,7 @@ def test_a_whole_step_draws_random_subspaces_uniformly():
 
 def rounded(values, dtype, seed=0):
     out = torch.empty_like(values, dtype=dtype)
-    linalg.round_(out, values, linalg.generator(seed))
+    linalg.round_(out, values.clone(), linalg.generator(seed))
     return out
 
 

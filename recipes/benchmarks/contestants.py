@@ -10,12 +10,14 @@ import torch
 from shapes import Problem
 from torch import Tensor, nn
 
-from hf_lowrank import METHODS, LowRankOptimizer, methods
+from hf_lowrank import METHODS, LowRankOptimizer, linalg, methods
 
 
 LR = 1e-6
 SCALE = 0.25
 PRODUCTS, FLOOR = "floor: the two products", "floor: products + fused AdamW on the dense part"
+FIRA_FLOOR = "floor of Fira: + norms, scaled gradient"
+APOLLO_FLOOR = "floor of APOLLO: one product, norms, scaled gradient"
 
 OURS = (
     "galore_dominant_adamw",
@@ -50,6 +52,7 @@ class Runner:
 
 
 Make = Callable[[list[nn.Parameter], list[nn.Parameter], Setup], Runner]
+Kernels = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -65,30 +68,57 @@ class Contestant:
         return self.make(*problem.parameters(), setup)
 
 
-def products(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
-    """R = P^T G and W += P N of every matrix: what every method with a dense basis must do at every step."""
-    wide = [(p.data.mT, _grad(p).mT) if p.shape[0] >= p.shape[1] else (p.data, _grad(p)) for p in matrices]
-    bases = [_basis(w, setup.rank) for w, _ in wide]
-    directions = [torch.randn(P.shape[1], w.shape[1]).to(w) for (w, _), P in zip(wide, bases, strict=True)]
+def bare(kernels: Kernels) -> Make:
+    """Return an optimizer that does nothing but `kernels` of W, G, P and N, seen wide, for every matrix."""
 
-    def step() -> None:
-        for (W, G), P, N in zip(wide, bases, directions, strict=True):
-            torch.mm(P.mT, G)
-            W.addmm_(P, N, alpha=-LR)
+    def make(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
+        wide = [(p.data.mT, _grad(p).mT) if p.shape[0] >= p.shape[1] else (p.data, _grad(p)) for p in matrices]
+        bases = [_basis(w, setup.rank) for w, _ in wide]
+        directions = [torch.randn(P.shape[1], w.shape[1]).to(w) for (w, _), P in zip(wide, bases, strict=True)]
 
-    return Runner(step)
+        def step() -> None:
+            for (W, G), P, N in zip(wide, bases, directions, strict=True):
+                kernels(W, G, P, N)
+
+        return Runner(step)
+
+    return make
 
 
-def floor(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
-    """The two products, and torch's fused AdamW on everything that is not projected."""
-    adamw = torch.optim.AdamW(dense, lr=LR, weight_decay=0.0, fused=True)
-    multiply = products(matrices, dense, setup).step
+def products(W: Tensor, G: Tensor, P: Tensor, N: Tensor) -> None:
+    """R = P^T G and W += P N: what every method with a dense basis must do at every step."""
+    torch.mm(P.mT, G)
+    W.addmm_(P, N, alpha=-LR)
 
-    def step() -> None:
-        multiply()
-        adamw.step()
 
-    return Runner(step, adamw)
+def fira_kernels(W: Tensor, G: Tensor, P: Tensor, N: Tensor) -> None:
+    """What Fira must do besides: norms of the columns of G, R and N, and the gradient added with a factor each."""
+    apollo_kernels(W, G, P, N)
+    W.addmm_(P, N, alpha=-LR)
+
+
+def apollo_kernels(W: Tensor, G: Tensor, P: Tensor, N: Tensor) -> None:
+    """What APOLLO must do: those, and one product."""
+    R = torch.mm(P.mT, G)
+    d = (linalg.column_squared_norms(N) / linalg.column_squared_norms(R)).sqrt_().to(W.dtype)
+    linalg.column_squared_norms(G)
+    W.addcmul_(G, d.unsqueeze(0), value=-LR)
+
+
+def with_adamw(kernels: Kernels) -> Make:
+    """Return the kernels, and torch's fused AdamW on everything that is not projected."""
+
+    def make(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
+        adamw = torch.optim.AdamW(dense, lr=LR, weight_decay=0.0, fused=True)
+        kernels_step = bare(kernels)(matrices, dense, setup).step
+
+        def step() -> None:
+            kernels_step()
+            adamw.step()
+
+        return Runner(step, adamw)
+
+    return make
 
 
 def _grad(p: nn.Parameter) -> Tensor:
@@ -130,4 +160,9 @@ def layerwise_step(optimizer: LowRankOptimizer) -> Callable[[], object]:
     return step
 
 
-FLOORS = (Contestant(PRODUCTS, products, "floor"), Contestant(FLOOR, floor, "floor"))
+FLOORS = (
+    Contestant(PRODUCTS, bare(products), "floor"),
+    Contestant(FLOOR, with_adamw(products), "floor"),
+    Contestant(FIRA_FLOOR, with_adamw(fira_kernels), "floor"),
+    Contestant(APOLLO_FLOOR, with_adamw(apollo_kernels), "floor"),
+)

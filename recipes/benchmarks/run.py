@@ -15,7 +15,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -81,9 +81,8 @@ def contestants(patterns: list[str]) -> list[Contestant]:
     return [*FLOORS, *(one for one in everyone if any(fnmatch(one.name, pattern) for pattern in chosen))]
 
 
-def step_sections(plan: Plan) -> list[Section]:
+def step_sections(plan: Plan) -> Iterator[Section]:
     """Measure steps for every size and type; only the first size has all of its layers."""
-    found = []
     for size in plan.sizes:
         for dtype in plan.dtypes:
             layers = plan.layers if size == plan.first else 2
@@ -96,12 +95,11 @@ def step_sections(plan: Plan) -> list[Section]:
             section = steps.section(posed, measured, remarks, setup)
             if size == plan.first:
                 section.targets = steps.targets(posed, measured, setup)
-            found.append(section)
             steps.release(measured)
-    return found
+            yield section
 
 
-SECTIONS: dict[str, Callable[[Plan], list[Section]]] = {
+SECTIONS: dict[str, Callable[[Plan], Iterable[Section]]] = {
     "steps": step_sections,
     "bytes": lambda plan: [sizes.section()],
     "refresh": lambda plan: refresh.sections(plan.device, quick=plan.quick),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from contestants import FLOOR, FLOORS, Contestant, Runner, Setup, ours
+from contestants import APOLLO_FLOOR, FIRA_FLOOR, FLOOR, FLOORS, Contestant, Runner, Setup, ours
 from peers import ADAMW, APOLLO, FIRA, GALORE_TORCH
 from shapes import Problem, rehearsal
 from tables import Section, Target
@@ -168,13 +168,14 @@ def targets(problem: Problem, found: dict[str, Measured], setup: Setup) -> list[
         ("fira_i3s_adamw", 1.30),
     ):
         checked.append(_over(f"ordinary step, {name} / floor", limit, found, name, floor, setup.gap))
-    for name in (GALORE_TORCH, FIRA, APOLLO, ADAMW):
+    for name in (FIRA_FLOOR, GALORE_TORCH, FIRA, APOLLO, ADAMW):
         checked.append(_over(f"ordinary step, {name} / floor", None, found, name, floor, setup.gap))
     ours = found.get("galore_dominant_adamw")
     if ours:
         galore = ours.ordinary(setup.gap)
         for name in ("apollo_random_adamw", "apollo_mini_adamw"):
             checked.append(_over(f"{name} / galore_dominant_adamw", 0.75, found, name, galore, setup.gap))
+        checked.append(_over(f"{APOLLO_FLOOR} / galore_dominant_adamw", None, found, APOLLO_FLOOR, galore, setup.gap))
     theirs, mine = found.get(GALORE_TORCH), found.get("galore_i3s_adamw")
     first = mine.first / theirs.first if theirs and mine else None
     checked.append(Target("first step, galore_i3s_adamw / galore-torch", 0.25, first, "one first step of each"))
@@ -214,7 +215,8 @@ def release(found: dict[str, Measured]) -> None:
 
 def staggered(problem: Problem, setup: Setup, device: str) -> Section:
     """Measure the worst step of three intervals with the refreshes spread over them, beside the floor's own."""
-    everyone = [FLOORS[1], *(ours(name, stagger=True) for name in STAGGERED), ours("galore_i3s_adamw")]
+    floor = next(one for one in FLOORS if one.name == FLOOR)
+    everyone = [floor, *(ours(name, stagger=True) for name in STAGGERED), ours("galore_i3s_adamw")]
     found, remarks = measure(problem, everyone, setup, intervals=3, device=device, seconds=600.0, peaks=False)
     result = Section(f"Worst step: {problem.name}, a refresh of every matrix each {setup.gap} steps", [], remarks)
     for name, one in found.items():
