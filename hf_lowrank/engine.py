@@ -58,6 +58,7 @@ def update_(work: Sequence[Unit]) -> None:
             flags = distributed.all_true(flags, group, bucket[0].device)
         finite = iter(flags)
         shares = [[next(finite) for _ in reading] for reading in readings]
+        del readings  # so that its memory is used again at once
         distributed.together([unit.step_(share) for unit, share in zip(bucket, shares, strict=True)], group)
 
 
