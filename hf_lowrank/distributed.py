@@ -40,7 +40,7 @@ def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:
         some = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in some])
         dist.broadcast(flat, group=group, group_src=owner)
-        for tensor, piece in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+        for tensor, piece in zip(some, torch.split(flat, [tensor.numel() for tensor in some]), strict=True):
             tensor.copy_(piece.view(tensor.shape))
 
 

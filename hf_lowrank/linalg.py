@@ -122,11 +122,11 @@ def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
     )
     for attempt in attempts:
         try:
-            U, sigma = attempt()
+            U, sigma = (x.to(G) for x in attempt())
         except (RuntimeError, NotImplementedError, TypeError):  # not converged; no float64 on the device
             continue
-        if all(all_finite([U, sigma])):
-            return U.to(G), sigma.to(G)
+        if all_finite([U])[0] and bool(torch.isfinite(sigma).all()):  # squares of sigma may overflow
+            return U, sigma
     raise ValueError(f"no decomposition of a gradient of shape {tuple(G.shape)} succeeded; is it finite?")
 
 
@@ -173,38 +173,15 @@ def power_step(G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
         diagonal of R if the columns of P are the leading vectors; the largest is an estimate from below.
     """
     G = G.float()
-    Q, diagonal = qr(G @ (G.mT @ P))
-    return Q, diagonal.sqrt().sort(descending=True).values
-
-
-def qr(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis Q (..., m, r) of X's columns and the size of R's diagonal (..., r), where X = Q R.
-
-    Cholesky QR, twice, over columns of norm one: a third of the time of Householder QR. Where the first pass leaves
-    the columns far from orthonormal the second would not bring them to working precision, and Householder QR it is.
-
-    References:
-        Yamamoto, Nakatsukasa, Yanagisawa, Fukaya: Roundoff error analysis of the CholeskyQR2 algorithm (2015).
-    """
-    norms = column_norms(X)
-    unit = X / norms.unsqueeze(-2)
-    nearly, first = _cholesky_qr(unit, unit.mT @ unit)
-    gram = nearly.mT @ nearly
-    if bool((gram - torch.eye(gram.shape[-1]).to(gram)).norm() < 0.1):  # a number, and small
-        Q, second = _cholesky_qr(nearly, gram)
-        return Q, norms * first * second
-    Q, R = torch.linalg.qr(X)
-    return Q, R.diagonal(dim1=-2, dim2=-1).abs()
-
-
-def _cholesky_qr(X: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return X L^-T and the diagonal of L, where X^T X = L L^T; anything at all where that is not definite."""
-    L = torch.linalg.cholesky_ex(gram)[0]
-    return torch.linalg.solve_triangular(L.mT, X, upper=True, left=False), L.diagonal(dim1=-2, dim2=-1)
+    Q, R = torch.linalg.qr(G @ (G.mT @ P))
+    return Q, R.diagonal(dim1=-2, dim2=-1).abs().sqrt().sort(descending=True).values
 
 
 def orthonormalize(X: Tensor) -> Tensor:
-    """Return an orthonormal basis of X's columns by Householder QR, which nothing waits for."""
+    """Return an orthonormal basis of X's columns by Householder QR.
+
+    Not by Cholesky QR: on real gradients the columns are too close to dependent for it in fp32.
+    """
     Q: Tensor = torch.linalg.qr(X)[0]
     return Q
 
@@ -216,14 +193,15 @@ def uniform_stiefel(shape: torch.Size, gen: torch.Generator) -> Tensor:
     return uniform
 
 
-def align_signs(new: Tensor, old: Tensor | None) -> Tensor:
-    """Flip columns of a basis so that diag(new^T old) >= 0; with no old basis, so that each largest entry is positive.
+def replace_(P: Tensor, new: Tensor, *, first: bool) -> None:
+    """P <- new, columns flipped so that diag(new^T P) >= 0; those of the first basis so that each largest entry is
+    positive.
 
     Singular vectors are defined up to sign. Moments that are kept across a refresh belong to a slot, so a sign that
     flips at random would turn them around.
     """
-    pivot = new.gather(-2, new.abs().argmax(-2, keepdim=True)) if old is None else (new * old).sum(-2, keepdim=True)
-    return new * torch.where(pivot < 0, -1.0, 1.0)
+    pivot = new.gather(-2, new.abs().argmax(-2, keepdim=True)) if first else (new * P).sum(-2, keepdim=True)
+    torch.mul(new, torch.where(pivot < 0, -1.0, 1.0), out=P)
 
 
 def gumbel_top_r(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
@@ -310,13 +288,14 @@ def round_(target: Tensor, value: Tensor, gen: torch.Generator | None) -> None:
         return
     if not value.is_contiguous() and value.dim() > 1:  # columns that lie in one piece
         target, value = target.mT, value.mT
-    value = value.contiguous()
+    value = value.contiguous().nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)  # one NaN for all
     noise = _random_bits(value, torch.int16 if dropped == 16 else torch.int32, gen)
     small = None
     if dropped == 13:  # below 2^-14 fp16 has a fixed grid of 2^-24
-        noise.bitwise_right_shift_(8)
-        grid = torch.floor(value * 2.0**24 + (noise * 2.0**-24 + 0.5)).mul_(2.0**-24)
-        small = value.abs() < 2.0**-14, grid
+        uniform = noise.bitwise_right_shift_(8).float().mul_(2.0**-24).add_(0.5)
+        scaled = value * 2.0**24
+        below = scaled.floor()
+        small = value.abs() < 2.0**-14, below.add_(uniform < scaled - below).mul_(2.0**-24)
         noise.bitwise_right_shift_(11)
     bits = value.view(torch.int32)
     bits.add_(noise).add_(2 ** (dropped - 1)).bitwise_and_(-(2**dropped))

@@ -218,7 +218,7 @@ class Subspace(Part, ABC):
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
         """Replace the basis; return the singular values of G where the rule knows them."""
         P, sigma = self.choose(G, s["basis"], ctx)
-        s["basis"].copy_(linalg.align_signs(P, s["basis"] if ctx.number else None))
+        linalg.replace_(s["basis"], P, first=not ctx.number)
         return sigma
 
     def basis(self, s: State, ctx: Context) -> Basis:

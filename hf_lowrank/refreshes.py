@@ -34,6 +34,7 @@ class Refresh:
         self.whole: Tensor | None = None  # what the rule looks at, on the process that chooses
         self.new: dict[str, Tensor] = {}  # the basis on its way in
         self.wanted: dict[str, Tensor] = {}  # moments that the rule looks at
+        self.changes: list[Tensor] = []  # from the basis before to the new one, where this process knows them
 
     def collect_(self) -> Summing[None]:
         """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
@@ -58,17 +59,21 @@ class Refresh:
         if not bool(torch.isfinite(total.sum()) & live.any()):
             return
         subspace, ctx = self.unit.parts.subspace, self.unit.context(refreshing=True)
-        old = {name: tensor.clone() for name, tensor in self.new.items()}
+        dead, split = not bool(live.all()), self.unit.layout.along == "batch"
+        old = {name: tensor.clone() for name, tensor in self.new.items()} if dead or split else {}
         s = ChainMap(self.new, self.wanted, self.unit.s)  # type: ignore[arg-type]
         sigma = subspace.refresh_(s, G, ctx)
-        if not bool(live.all()):  # a slice of zeros (an expert that saw no token) keeps its basis
+        if dead:  # a slice of zeros (an expert that saw no token) keeps its basis
             for name, tensor in old.items():
                 keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
                 self.new[name].copy_(torch.where(keep, self.new[name], tensor))
         basis = subspace.basis(s, ctx)
-        unknown = torch.tensor(UNKNOWN)
-        before = subspace.basis(ChainMap(old, s), self.unit.context(number=ctx.number - 1))
-        overlap = linalg.overlap(basis.changes(before)[0]) if ctx.number and subspace.orthonormal else unknown
+        overlap = unknown = torch.tensor(UNKNOWN)
+        if ctx.number and subspace.orthonormal:
+            before = subspace.basis(ChainMap(old, self.unit.s), self.unit.context(number=ctx.number - 1))  # type: ignore[arg-type]
+            changes = basis.changes(before)
+            overlap = linalg.overlap(changes[0])
+            self.changes = [] if split else changes
         energy = self._energy(basis, G, total.sum()) if subspace.orthonormal else unknown
         stable_rank = unknown if sigma is None else _stable_rank(total, sigma, live)
         report = [x.to(self.choice) for x in (torch.ones(()), overlap, energy, stable_rank)]
@@ -111,7 +116,7 @@ class Refresh:
         after = rules.subspace.basis(ChainMap(new, s), ctx)  # type: ignore[arg-type]
         unit.basis = before
         rules.reconstruction.moved_(s, lambda: rules.moments.momentum(s), unit.add_product_, 1.0, ctx)
-        for C, side in zip(after.changes(before), (s, _Turned(s)), strict=False):
+        for C, side in zip(self.changes or after.changes(before), (s, _Turned(s)), strict=False):
             rules.moments.transport_(side, C, how, ctx)
         unit.basis = after
         rules.reconstruction.moved_(s, lambda: rules.moments.momentum(s), unit.add_product_, -1.0, ctx)

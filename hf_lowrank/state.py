@@ -95,14 +95,13 @@ class View(Mapping[str, Tensor]):
 
     def commit(self, *kinds: Kind) -> None:
         """Encode what was decoded of these kinds; it is decoded anew when it is read next."""
-        for name in self.names(*kinds) if self._decoded else ():
-            if name in self._decoded:
-                self.forms[name].encode_(self.raw, name, self.slots[name], self._decoded.pop(name))
+        for name in [name for name in self._decoded if self.slots[name].kind in kinds]:
+            self.forms[name].encode_(self.raw, name, self.slots[name], self._decoded.pop(name))
 
     def forget(self, *kinds: Kind) -> None:
         """Drop what was decoded of these kinds and not changed."""
-        for name in self.names(*kinds) if self._decoded else ():
-            self._decoded.pop(name, None)
+        for name in [name for name in self._decoded if self.slots[name].kind in kinds]:
+            del self._decoded[name]
 
     def narrow(self, start: int, length: int) -> View:
         """Return the moments of `length` elements from `start` in memory order, for rules that act on each alone."""

@@ -176,6 +176,46 @@ def test_a_representable_number_is_written_exactly(dtype):
         assert torch.equal(rounded(every.float(), dtype, seed), every)
 
 
+@pytest.mark.parametrize("steps", [-1023, 1, 700])
+def test_a_number_below_fp16s_normal_ones_never_moves(steps):
+    values = torch.full((2**20,), steps * 2.0**-24)
+    assert torch.equal(rounded(values, torch.float16).float(), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1, -0x400000])
+def test_not_a_number_stays_so_whatever_its_bits(dtype, bits):
+    values = torch.full((1000,), bits, dtype=torch.int32).view(torch.float32)
+    assert rounded(values, dtype).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, 0.0, -0.0])
+def test_infinities_and_zeros_stay_what_they_are(dtype, value):
+    assert (rounded(torch.full((1000,), value), dtype) == value).all()
+
+
+LAYOUTS = {
+    "rows": lambda: torch.randn(6, 10),
+    "columns": lambda: torch.randn(10, 6).mT,
+    "every other column": lambda: torch.randn(6, 20)[:, ::2],
+    "stack of columns": lambda: torch.randn(3, 10, 6).mT,
+    "permuted stack": lambda: torch.randn(10, 3, 6).permute(1, 2, 0),
+    "number": lambda: torch.randn(()),
+    "nothing": lambda: torch.randn(0, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rounding_goes_to_a_neighbour_in_every_layout(dtype, layout):
+    values = LAYOUTS[layout]()
+    out = torch.empty_like(values, dtype=dtype)
+    linalg.round_(out, values.clone(), linalg.generator(0))
+    spacing = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]  # of the numbers from 1 to 2
+    assert ((out.float() - values).abs() < spacing * torch.exp2(values.abs().log2().floor())).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_without_a_generator_rounding_is_to_nearest(dtype):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))

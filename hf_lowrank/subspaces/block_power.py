@@ -45,10 +45,10 @@ class BlockPower(Subspace, key="block_power"):
         G, P = G.float(), s["basis"]
         if ctx.number == 0:
             U, sigma = linalg.gram_basis(G)
-            P.copy_(linalg.align_signs(U[..., : P.shape[-1]], None))
+            linalg.replace_(P, U[..., : P.shape[-1]], first=True)
             return sigma
         M = s["exp_avg"] / (1 - ctx.beta1 ** (ctx.moment_step - 1)) if ctx.moment_step > 1 else s["exp_avg"]
         B = (self.rho * (P.mT @ P) @ M + (1 - self.rho) * (P.mT @ G)).mT  # (..., n, r)
         new = linalg.orthonormalize(self.rho * P @ (M @ B) + (1 - self.rho) * (G @ B))
-        P.copy_(linalg.align_signs(new, P))
+        linalg.replace_(P, new, first=False)
         return None

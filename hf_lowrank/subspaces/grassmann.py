@@ -85,7 +85,7 @@ class Grassmann(Subspace, key="grassmann"):
         G, S = G.float(), s["basis"]
         if ctx.number == 0:
             U, sigma = linalg.gram_basis(G)
-            S.copy_(linalg.align_signs(U[..., : S.shape[-1]], None))
+            linalg.replace_(S, U[..., : S.shape[-1]], first=True)
             return sigma
         total = linalg.squared_norm(G)[..., None, None]
         G = G * torch.where(total > 0, total.rsqrt(), 0.0)  # of norm 1, so that no square overflows

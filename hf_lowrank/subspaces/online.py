@@ -55,7 +55,7 @@ class Online(Subspace, key="online"):
         P, M, V = s["basis"], s["basis_exp_avg"], s["basis_exp_avg_sq"]
         if ctx.number == 0:
             U, sigma = linalg.gram_basis(G)
-            P.copy_(linalg.align_signs(U[..., : P.shape[-1]], None))
+            linalg.replace_(P, U[..., : P.shape[-1]], first=True)
             return sigma
         total = linalg.squared_norm(G)[..., None, None]
         G = G * torch.where(total > 0, total.rsqrt(), 0.0)

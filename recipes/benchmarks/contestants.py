@@ -10,7 +10,7 @@ import torch
 from shapes import Problem
 from torch import Tensor, nn
 
-from hf_lowrank import METHODS, LowRankOptimizer, linalg, methods
+from hf_lowrank import METHODS, LowRankOptimizer, methods
 
 
 LR = 1e-6
@@ -92,17 +92,25 @@ def products(W: Tensor, G: Tensor, P: Tensor, N: Tensor) -> None:
 
 
 def fira_kernels(W: Tensor, G: Tensor, P: Tensor, N: Tensor) -> None:
-    """What Fira must do besides: norms of the columns of G, R and N, and the gradient added with a factor each."""
+    """What Fira must do at every step: both products, column norms of G, R and N, the gradient added by columns."""
     apollo_kernels(W, G, P, N)
     W.addmm_(P, N, alpha=-LR)
 
 
 def apollo_kernels(W: Tensor, G: Tensor, P: Tensor, N: Tensor) -> None:
-    """What APOLLO must do: those, and one product."""
+    """What APOLLO must do at every step: R = P^T G, column norms of G, R and N, the gradient added by columns."""
     R = torch.mm(P.mT, G)
-    d = (linalg.column_squared_norms(N) / linalg.column_squared_norms(R)).sqrt_().to(W.dtype)
-    linalg.column_squared_norms(G)
+    _squared_norms(G)
+    d = (_squared_norms(N) / _squared_norms(R)).sqrt_()
     W.addcmul_(G, d.unsqueeze(0), value=-LR)
+
+
+def _squared_norms(X: Tensor) -> Tensor:
+    """Return those of the columns by the faster of torch's two ways."""
+    if X.stride(-2) == 1:
+        norms: Tensor = torch.linalg.vector_norm(X, dim=-2)
+        return norms.square_()
+    return X.square().sum(-2)
 
 
 def with_adamw(kernels: Kernels) -> Make:

@@ -1,4 +1,4 @@
-"""Measure hf_lowrank beside the published packages and two floors, and print tables, targets and JSON.
+"""Measure hf_lowrank beside the published packages and floors of bare kernels, and print tables, targets and JSON.
 
     python recipes/benchmarks/run.py --json results.json
     python recipes/benchmarks/run.py --quick

@@ -193,7 +193,7 @@ def _peak_targets(problem: Problem, found: dict[str, Measured], setup: Setup) ->
     """Transient MiB of an ordinary step: three r x n fp32 buffers, and for weights of low precision one block besides.
 
     Three buffers are the projected gradient, the direction and one temporary: less than the matrix itself as long as
-    r is below a third of its short side. A block is 2^20 elements in fp32, with as many random bits.
+    r is below a third of its short side. A block is at most 2^20 elements in fp32, with as many random bits.
     """
     buffers = max(3 * 4 * min(setup.rank, *w.shape) * max(w.shape) for w, _ in problem.matrices)
     dtype = str(problem.matrices[0][0].dtype).removeprefix("torch.")
