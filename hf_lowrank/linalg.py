@@ -67,9 +67,11 @@ def column_squared_norms(G: Tensor) -> Tensor:
         return norms.square_()
     if G.numel() <= CACHED:
         return G.float().square().sum(-2)
-    squares = torch.empty(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
-    for block in blocks(G.shape, CACHED):
-        squares.narrow(-1, *block).copy_(G.narrow(-1, *block).float().square().sum(-2))
+    if G.stride(-2) == 1:
+        return torch.cat([G.narrow(-1, *block).float().square().sum(-2) for block in blocks(G.shape, CACHED)], -1)
+    squares = torch.zeros(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
+    for block in blocks(G.mT.shape, CACHED):  # of rows, which lie in one piece
+        squares.add_(G.narrow(-2, *block).float().square().sum(-2))
     return squares
 
 
