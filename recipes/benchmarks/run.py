@@ -4,7 +4,7 @@
     python recipes/benchmarks/run.py --quick
 
 Everything that is compared is interleaved in one run, so that a disturbance hits all alike: trust the ratios, not the
-milliseconds. Gradients are random unless said. The default takes about 40 minutes on two CPU cores, --quick a minute
+milliseconds. Gradients are random unless said. The default takes more than an hour on two CPU cores, --quick a minute
 or so on a tiny model, whose figures mean nothing.
 """
 
