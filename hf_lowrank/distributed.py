@@ -40,8 +40,8 @@ def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:
         some = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in some])
         dist.broadcast(flat, group=group, group_src=owner)
-        for tensor, piece in zip(some, torch.split(flat, [tensor.numel() for tensor in some]), strict=True):
-            tensor.copy_(piece.view(tensor.shape))
+        for tensor, piece in zip(some, _pieces(flat, some), strict=True):
+            tensor.copy_(piece)
 
 
 def all_true(flags: list[bool], group: Any, device: torch.device) -> list[bool]:
@@ -78,5 +78,10 @@ def sum_together(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """Sum every tensor over the processes, in one collective."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, group=group)
+    return _pieces(flat, tensors)
+
+
+def _pieces(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Return views of the numbers of each tensor, in its shape, of all that were laid end to end."""
     pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]

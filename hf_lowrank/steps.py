@@ -180,7 +180,7 @@ class MatrixStep:
             if beta != 1.0 and (Z is None or beta == 0.0):
                 block.mul_(beta)
                 decay = 1.0
-            if G is not None and (d is not None or update.rest is not None):  # first: it is in the cache
+            if G is not None and (d is not None or update.rest is not None):  # before the product: still in the cache
                 columns = linalg.piece(G, start, length).to(block.dtype)
                 if d is not None:
                     block.addcmul_(columns, linalg.piece(d, start, length).unsqueeze(-2), value=alpha / decay)

@@ -196,20 +196,20 @@ def test_infinities_and_zeros_stay_what_they_are(dtype, value):
 
 
 LAYOUTS = {
-    "rows": lambda: torch.randn(6, 10),
-    "columns": lambda: torch.randn(10, 6).mT,
-    "every other column": lambda: torch.randn(6, 20)[:, ::2],
-    "stack of columns": lambda: torch.randn(3, 10, 6).mT,
-    "permuted stack": lambda: torch.randn(10, 3, 6).permute(1, 2, 0),
-    "number": lambda: torch.randn(()),
-    "nothing": lambda: torch.randn(0, 4),
+    "rows": lambda g: torch.randn(6, 10, generator=g),
+    "columns": lambda g: torch.randn(10, 6, generator=g).mT,
+    "every other column": lambda g: torch.randn(6, 20, generator=g)[:, ::2],
+    "stack of columns": lambda g: torch.randn(3, 10, 6, generator=g).mT,
+    "permuted stack": lambda g: torch.randn(10, 3, 6, generator=g).permute(1, 2, 0),
+    "number": lambda g: torch.randn((), generator=g),
+    "nothing": lambda g: torch.randn(0, 4, generator=g),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rounding_goes_to_a_neighbour_in_every_layout(dtype, layout):
-    values = LAYOUTS[layout]()
+    values = LAYOUTS[layout](linalg.generator(1))
     out = torch.empty_like(values, dtype=dtype)
     linalg.round_(out, values.clone(), linalg.generator(0))
     spacing = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]  # of the numbers from 1 to 2
