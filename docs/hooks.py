@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import hf_lowrank
-from hf_lowrank import METHODS, methods
+from hf_lowrank import METHODS
+from hf_lowrank.methods import registry, resolve, tables
 
 
 FOLDER = "methods"
@@ -65,7 +66,7 @@ def pages() -> dict[str, str]:
 
 def index() -> str:
     """Return the page with the table of all methods."""
-    linked = re.sub(r"^\| `(\w+)`", r"| [`\1`](\1.md)", methods.table(), flags=re.M)
+    linked = re.sub(r"^\| `(\w+)`", r"| [`\1`](\1.md)", tables.table(), flags=re.M)
     return f"""---
 hide: [toc]
 ---
@@ -93,9 +94,9 @@ fp32 and in 8-bit. AdamW in fp32 takes {ADAMW:.0f} MiB.
 def page(name: str) -> str:
     """Return the page of one method."""
     row = METHODS[name]
-    made = methods.parts(name, {})
+    made = resolve.parts(name, {})
     summary = row.summary[0].upper() + row.summary[1:]
-    described = "\n\n".join(_part(kind, getattr(made, kind)) for kind in methods.KINDS)
+    described = "\n\n".join(_part(kind, getattr(made, kind)) for kind in registry.KINDS)
     paper = "" if row.paper == "-" else f"Paper: {_linked(row.paper)}. "
     return f"""# {name}
 
@@ -131,7 +132,7 @@ def _use(name: str) -> str:
     own = METHODS[name].defaults.get("rank")
     chosen = {"subspace": "i3s", "moments": "adafactor", "reconstruction": "fira"} if METHODS[name].free else {}
     given: dict[str, Any] = {"rank": 8 if own is None else own, **chosen}
-    if "total_steps" in methods.complete(name, {}):
+    if "total_steps" in resolve.complete(name, {}):
         given["total_steps"] = 1000
     options = ", ".join(f"{key}={value!r}" for key, value in given.items()).replace("'", '"')
     assignments = {"rank": 128 if own is None else own, **chosen}
@@ -188,14 +189,14 @@ def _linked(text: str) -> str:
 
 def _options(name: str) -> str:
     """Return the options as a table, those of the parts first."""
-    made, row = methods.parts(name, {}), METHODS[name]
-    values = methods.complete(name, {})
-    own = {item.name: item for kind in methods.KINDS for item in fields(getattr(made, kind))}
-    shared = {item.name: item for owner in (methods.LowRankOptions, methods.SharedOptions) for item in fields(owner)}
+    made, row = resolve.parts(name, {}), METHODS[name]
+    values = resolve.complete(name, {})
+    own = {item.name: item for kind in registry.KINDS for item in fields(getattr(made, kind))}
+    shared = {item.name: item for owner in (resolve.LowRankOptions, resolve.SharedOptions) for item in fields(owner)}
     lines = ["| option | default | valid | meaning |", "|---|---|---|---|"]
     if row.free:
         lines += [
-            f"| `{kind}` | {getattr(row, kind)} | {_parts_named(kind)} | which {kind} |" for kind in methods.KINDS
+            f"| `{kind}` | {getattr(row, kind)} | {_parts_named(kind)} | which {kind} |" for kind in registry.KINDS
         ]
     for key, item in {**own, **shared}.items():
         if key in values:
@@ -213,7 +214,7 @@ def _parts_named(kind: str) -> str:
 
 def _limits(name: str) -> str:
     """Return what is refused, asked of the parts themselves."""
-    row, made = METHODS[name], methods.parts(name, {})
+    row, made = METHODS[name], resolve.parts(name, {})
     found = []
     if row.limits.startswith("several"):
         found.append(f"{row.limits[0].upper()}{row.limits[1:]}: see [Resume and scale-out](../scale.md#fsdp2).")
@@ -224,7 +225,7 @@ def _limits(name: str) -> str:
         )
     if missing := made.subspace.without:
         found.append(f"Options without a meaning here, and refused: {', '.join(f'`{key}`' for key in missing)}.")
-    if refused := [how for how in methods.TRANSPORTS if how not in made.moments.transports]:
+    if refused := [how for how in registry.TRANSPORTS if how not in made.moments.transports]:
         found.append(f"`on_refresh` cannot be {', '.join(f'`{how}`' for how in refused)} with these moments.")
     if not _accepts(name, proj_type="full"):
         found.append("`proj_type=full` is refused.")
@@ -234,7 +235,7 @@ def _limits(name: str) -> str:
 
 def _accepts(name: str, **options: Any) -> bool:
     try:
-        methods.complete(name, options)
+        resolve.complete(name, options)
     except ValueError:
         return False
     return True

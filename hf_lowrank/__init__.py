@@ -8,48 +8,54 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_lowrank import _moved
+
 
 if TYPE_CHECKING:
-    from hf_lowrank.bases import Basis
-    from hf_lowrank.callback import LowRankCallback
-    from hf_lowrank.formats import Slot
     from hf_lowrank.groups import param_groups, target_parameters
-    from hf_lowrank.memory import MemoryEstimate, estimate_memory, fit_budget
-    from hf_lowrank.methods import METHODS, Method
-    from hf_lowrank.model_card import add_to_model_card
-    from hf_lowrank.models import LLAMA, llama_config
+    from hf_lowrank.hf.arguments import optimizer_cls_and_kwargs
+    from hf_lowrank.hf.callback import LowRankCallback
+    from hf_lowrank.hf.model_card import add_to_model_card
+    from hf_lowrank.hf.models import LLAMA, llama_config
+    from hf_lowrank.hf.register import register, unregister
+    from hf_lowrank.hf.trainer import LowRankTrainer
+    from hf_lowrank.methods.context import Columns, Context
+    from hf_lowrank.methods.parts import Facts, Moments, Reconstruction, Subspace, Update
+    from hf_lowrank.methods.table import METHODS, Method
     from hf_lowrank.optimizer import LowRankOptimizer
-    from hf_lowrank.parts import Columns, Context, Facts, Moments, Reconstruction, Subspace, Update
-    from hf_lowrank.trainer import LowRankTrainer, optimizer_cls_and_kwargs, register, unregister
+    from hf_lowrank.planning.memory import MemoryEstimate, estimate_memory, fit_budget
+    from hf_lowrank.state.slots import Slot
+    from hf_lowrank.tensors.bases import Basis
 
 __version__ = "0.1.0"
+_moved.install()
 
 _LAZY = {
-    "METHODS": "methods",
-    "Method": "methods",
+    "METHODS": "methods.table",
+    "Method": "methods.table",
     "LowRankOptimizer": "optimizer",
-    "LLAMA": "models",
-    "llama_config": "models",
-    "add_to_model_card": "model_card",
+    "LLAMA": "hf.models",
+    "llama_config": "hf.models",
+    "add_to_model_card": "hf.model_card",
     "param_groups": "groups",
     "target_parameters": "groups",
-    "MemoryEstimate": "memory",
-    "estimate_memory": "memory",
-    "fit_budget": "memory",
-    "optimizer_cls_and_kwargs": "trainer",
-    "register": "trainer",
-    "unregister": "trainer",
-    "LowRankTrainer": "trainer",
-    "LowRankCallback": "callback",
-    "Subspace": "parts",
-    "Moments": "parts",
-    "Reconstruction": "parts",
-    "Update": "parts",
-    "Basis": "bases",
-    "Columns": "parts",
-    "Context": "parts",
-    "Facts": "parts",
-    "Slot": "formats",
+    "MemoryEstimate": "planning.memory",
+    "estimate_memory": "planning.memory",
+    "fit_budget": "planning.memory",
+    "optimizer_cls_and_kwargs": "hf.arguments",
+    "register": "hf.register",
+    "unregister": "hf.register",
+    "LowRankTrainer": "hf.trainer",
+    "LowRankCallback": "hf.callback",
+    "Subspace": "methods.parts",
+    "Moments": "methods.parts",
+    "Reconstruction": "methods.parts",
+    "Update": "methods.parts",
+    "Basis": "tensors.bases",
+    "Columns": "methods.context",
+    "Context": "methods.context",
+    "Facts": "methods.parts",
+    "Slot": "state.slots",
 }
 
 __all__ = [
@@ -83,6 +89,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _moved.MOVED:
+        import_module(f"hf_lowrank.{name}")  # says where it is now
     if name not in _LAZY:
         raise AttributeError(f"module 'hf_lowrank' has no attribute {name!r}")
     return getattr(import_module(f"hf_lowrank.{_LAZY[name]}"), name)
@@ -94,9 +102,9 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(ipython: Any) -> None:
     """Register the optimizers: `%load_ext hf_lowrank`."""
-    import_module("hf_lowrank.trainer").register()
+    import_module("hf_lowrank.hf.register").register()
 
 
 def unload_ipython_extension(ipython: Any) -> None:
     """Undo it: `%unload_ext hf_lowrank`."""
-    import_module("hf_lowrank.trainer").unregister()
+    import_module("hf_lowrank.hf.register").unregister()

@@ -31,7 +31,7 @@ def main() -> None:
     """Register, then run the target as if it had been started itself. A user's mistake is one sentence and code 2."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        from hf_lowrank.methods import METHODS
+        from hf_lowrank.methods.table import METHODS
 
         print(USAGE + "\n".join(f"  {name:24} {method.summary}" for name, method in METHODS.items()))
         sys.exit(0 if arguments else 2)
@@ -64,11 +64,11 @@ def _prepare(*, local_metrics: bool) -> None:
     missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"the Trainer needs what is not installed: pip install {' '.join(missing)}")
-    from hf_lowrank.trainer import register
+    from hf_lowrank.hf.register import register
 
     register()
     if local_metrics:
-        from hf_lowrank.local_metrics import install
+        from hf_lowrank.hf.local_metrics import install
 
         install()
 

@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
-from hf_lowrank import __version__, methods
-from hf_lowrank.options import split_assignments
+from hf_lowrank import __version__
+from hf_lowrank.methods import registry, resolve, table
+from hf_lowrank.methods.options import split_assignments
 
 
 try:
@@ -91,7 +92,7 @@ def list_methods(
 
     Every name also exists with [bold]_8bit[/bold], [bold]_layerwise[/bold] and [bold]_8bit_layerwise[/bold].
     """
-    rows = {name: _described(methods.METHODS[name], name, details) for name in _matching(pattern)}
+    rows = {name: _described(table.METHODS[name], name, details) for name in _matching(pattern)}
     if as_json:
         print(json.dumps([{"name": name, **row} for name, row in rows.items()], indent=2))
     elif details:
@@ -109,17 +110,17 @@ def list_methods(
 
 def _matching(pattern: str) -> list[str]:
     wild = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
-    matching = {methods.split(name)[0] for name in methods.names() if fnmatchcase(name, wild)}  # endings as well
-    if found := [name for name in methods.METHODS if name in matching]:
+    matching = {resolve.split(name)[0] for name in resolve.names() if fnmatchcase(name, wild)}  # endings as well
+    if found := [name for name in table.METHODS if name in matching]:
         return found
-    return [methods.split(pattern)[0]]  # a name with an ending, or an error that names the nearest
+    return [resolve.split(pattern)[0]]  # a name with an ending, or an error that names the nearest
 
 
-def _described(method: methods.Method, name: str, details: bool) -> dict[str, Any]:
-    parts = {kind: getattr(method, kind) for kind in methods.KINDS}
+def _described(method: table.Method, name: str, details: bool) -> dict[str, Any]:
+    parts = {kind: getattr(method, kind) for kind in registry.KINDS}
     shown = {kind: part if isinstance(part, str) else type(part).__name__ for kind, part in parts.items()}
     row = {key: getattr(method, key) for key in ("summary", "state", "paper", "limits")} | shown
-    return row | {"options": methods.complete(name, {"rank": 128})} if details else row  # options import torch
+    return row | {"options": resolve.complete(name, {"rank": 128})} if details else row  # options import torch
 
 
 @app.command(
@@ -142,11 +143,11 @@ def targets(
 
     Only the configuration is read: no weights, and no memory for them.
     """
-    from hf_lowrank.models import load_model
-    from hf_lowrank.targets import plan
+    from hf_lowrank.hf.models import load_model
+    from hf_lowrank.planning.targets import plan
 
     options: dict[str, Any] = split_assignments(optim_args)
-    methods.complete(optim, {"rank": 128, **options})  # refuse what is wrong before looking at the model
+    resolve.complete(optim, {"rank": 128, **options})  # refuse what is wrong before looking at the model
     rows = plan(load_model(model), optim, target_modules=target_modules, **options)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
@@ -190,7 +191,7 @@ def memory(
     Weights, gradients and optimizer state are exact; activations follow a rule of thumb, and the accelerator's own
     context (about 0.5 GB under CUDA) is not counted.
     """
-    from hf_lowrank.memory import estimate_memory, fit_budget, parse_bytes
+    from hf_lowrank.planning.memory import estimate_memory, fit_budget, parse_bytes
 
     options = split_assignments(optim_args)
     shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options}
@@ -254,7 +255,7 @@ def report(
     Loss and perplexity, subspaces, spectra of weight changes, memory and step times; whatever a folder holds. A run
     without our optimizers (AdamW, say) is drawn as far as its trainer_state.json goes.
     """
-    from hf_lowrank.report import write_report
+    from hf_lowrank.observe.report import write_report
 
     result = write_report(runs, out, matrices=matrices)
     for problem in result.problems:

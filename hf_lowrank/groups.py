@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_lowrank import methods, options
-from hf_lowrank.matrices import clamp_rank
+from hf_lowrank.methods import options, resolve
+from hf_lowrank.tensors.layout import clamp_rank
 
 
 HEADS = ("lm_head", "classifier", "score", "head")
@@ -56,10 +56,10 @@ def param_groups(
         given = method_options if rank is None else {"rank": rank, **method_options}
         method_options = {"method": method, **filled_for(model, method, given)}
         rank = method_options.pop("rank")
-    rank = options.parse("rank", 128 if rank is None else rank, options.schema(methods.LowRankOptions), what="rank")
+    rank = options.parse("rank", 128 if rank is None else rank, options.schema(resolve.LowRankOptions), what="rank")
     targets = set(target_parameters(model, rank=rank, target_modules=target_modules))
     decaying = set(decay_names(model))
-    dense = {"method", *methods.dense_options(method)}
+    dense = {"method", *resolve.dense_options(method)}
     dense_options = {k: v for k, v in method_options.items() if k in dense}
     groups: list[dict[str, Any]] = []
     for low_rank in (True, False):
@@ -81,7 +81,7 @@ def filled_for(model: nn.Module, method: str, options: Mapping[str, Any]) -> dic
     Raises:
         ValueError: for an unknown method or option.
     """
-    complete = methods.complete(method, options)
+    complete = resolve.complete(method, options)
     filled = {**options, "rank": complete["rank"]}
     if complete.get("head_dim") == 0:  # Adam-mini has one block per head of the queries and keys
         config = getattr(model, "config", None)

@@ -12,22 +12,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lowrank import engine, layerwise, methods, state
-from hf_lowrank.allocation import Plan, adopt, allocate, check_weight, declared_state, whole_if_needed
-from hf_lowrank.checks import TORCH_KEYS, check_checkpoint, check_edits, check_group, merge_options, warn_changed
-from hf_lowrank.dense import DenseStep
-from hf_lowrank.methods import Parts
-from hf_lowrank.parts import alone
-from hf_lowrank.schedule import refresh_cost, staggered_intervals
-from hf_lowrank.state import FORMAT_VERSION
-from hf_lowrank.steps import MatrixStep
+from hf_lowrank.engine import layerwise, step
+from hf_lowrank.engine.checkpoint import check_checkpoint, merge_options, warn_changed
+from hf_lowrank.engine.checks import TORCH_KEYS, check_edits, check_group
+from hf_lowrank.engine.dense import DenseStep
+from hf_lowrank.engine.matrix import MatrixStep
+from hf_lowrank.engine.plan import Plan, declared_state
+from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
+from hf_lowrank.engine.sharding import adopt, allocate, check_weight, whole_if_needed
+from hf_lowrank.methods import resolve
+from hf_lowrank.methods.resolve import Parts
+from hf_lowrank.state import view
+from hf_lowrank.state.view import FORMAT_VERSION
+from hf_lowrank.tensors.sums import alone
 
 
 class LowRankOptimizer(Optimizer):
     """Trains every parameter, with the moments of the matrices kept in a subspace of their gradient.
 
     A group with the key `rank` holds matrices and is low-rank; one without is dense and takes the same rule with no
-    subspace. Other options of the method (methods.LowRankOptions and the fields of its parts) are keys of the group.
+    subspace. Other options of the method (resolve.LowRankOptions and the fields of its parts) are keys of the group.
     The values of a group may be edited while training.
 
     Args:
@@ -60,7 +64,7 @@ class LowRankOptimizer(Optimizer):
         seed: int = 0,
         share_refreshes: bool = False,
     ) -> None:
-        methods.split(method)
+        resolve.split(method)
         if share_refreshes and not (dist.is_available() and dist.is_initialized()):
             raise ValueError("share_refreshes needs torch.distributed to be initialized")
         self.share_refreshes = share_refreshes
@@ -91,8 +95,8 @@ class LowRankOptimizer(Optimizer):
         given = {k: v for k, v in param_group.items() if k not in TORCH_KEYS}
         low_rank = "rank" in given
         name = param_group.get("method", self.defaults["method"])
-        filled = methods.complete(name, {"seed": self.defaults["seed"], **given}, low_rank=low_rank)
-        method = methods.split(name)[0]
+        filled = resolve.complete(name, {"seed": self.defaults["seed"], **given}, low_rank=low_rank)
+        method = resolve.split(name)[0]
         super().add_param_group({**param_group, **filled, "method": method, "format": FORMAT_VERSION})
         try:
             check_group(self.param_groups[-1], low_rank)
@@ -122,10 +126,10 @@ class LowRankOptimizer(Optimizer):
             self._check_edits()
             matrices, dense = self._work()
             self._refresh([unit for unit in matrices if unit.R is None and unit.due])
-            work: list[engine.Unit] = [*matrices, *dense]
+            work: list[step.Unit] = [*matrices, *dense]
             if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
-                self.projected_grad_norm = engine.clip_(work, max_norm)
-            engine.update_(work)
+                self.projected_grad_norm = step.clip_(work, max_norm)
+            step.update_(work)
             self._refresh([unit for unit in matrices if unit.due_after])
         self._forget_gradients()
         return loss
@@ -162,7 +166,7 @@ class LowRankOptimizer(Optimizer):
     def _refresh(self, due: list[MatrixStep]) -> None:
         if due:
             start = perf_counter()
-            self.refreshes_here += engine.refresh_(due, share=self.share_refreshes)
+            self.refreshes_here += step.refresh_(due, share=self.share_refreshes)
             self.refresh_seconds += perf_counter() - start
 
     def train(self) -> None:
@@ -188,7 +192,7 @@ class LowRankOptimizer(Optimizer):
         self._check_edits()
         index = self._index(g, i)
         group = self.param_groups[g]
-        unit = self._held.get(index) or self._matrix(g, i, p, methods.parts(group["method"], group))
+        unit = self._held.get(index) or self._matrix(g, i, p, resolve.parts(group["method"], group))
         in_hook = unit.parts.needs_gradient
         first = unit.s["refreshes"] == 0  # no basis yet: it comes from the first gradient there is
         if unit.due and not first and not in_hook:
@@ -202,7 +206,7 @@ class LowRankOptimizer(Optimizer):
             if unit.due and unit.R is None:
                 self._refresh([unit])
             if in_hook:
-                engine.update_([unit])
+                step.update_([unit])
                 if unit.due_after:
                     self._refresh([unit])
                 self._stepped.add(index)
@@ -224,14 +228,14 @@ class LowRankOptimizer(Optimizer):
             options: groups whose options count instead of the present ones.
         """
         for group, chosen in zip(self.param_groups, options or self.param_groups, strict=True):
-            parts = methods.parts(chosen["method"], chosen)
+            parts = resolve.parts(chosen["method"], chosen)
             names = group.get("param_names") or [""] * len(group["params"])
             for name, p in zip(names, group["params"], strict=True):
                 yield name, p, parts, chosen
 
     def declared_bytes(self) -> int:
         """Return the bytes that this process's state takes, known before the first step."""
-        declared = (state.stored(*declared_state(p, parts, group, n)) for n, p, parts, group in self.declared())
+        declared = (view.stored(*declared_state(p, parts, group, n)) for n, p, parts, group in self.declared())
         return sum(slot.nbytes for stored in declared for slot in stored.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,7 +267,7 @@ class LowRankOptimizer(Optimizer):
         for saved_id, (name, p, parts, group) in zip(saved_ids, self.declared(groups), strict=True):
             saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
             fresh = allocate(p, parts, group, name)
-            if difference := state.mismatch(fresh, saved):
+            if difference := view.mismatch(fresh, saved):
                 what = name or f"parameter {saved_id}"
                 raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
             yield p, {key: adopt(saved[key], fresh[key]) for key in fresh}
@@ -283,7 +287,7 @@ class LowRankOptimizer(Optimizer):
         for g, group in enumerate(self.param_groups):
             first = self._index(g, 0)
             with_grad = [(i, p) for i, p in enumerate(group["params"]) if _has_gradient(p) or first + i in self._held]
-            parts = methods.parts(group["method"], group)
+            parts = resolve.parts(group["method"], group)
             if "rank" in group:
                 matrices += [self._held.get(first + i) or self._matrix(g, i, p, parts) for i, p in with_grad]
                 continue
@@ -297,7 +301,7 @@ class LowRankOptimizer(Optimizer):
         group = self.param_groups[g]
         interval = None
         if group.get("stagger") and self.state[p]["refreshes"] == 0:
-            world = engine.team(getattr(p, "device_mesh", None), share=self.share_refreshes)[1]
+            world = step.team(getattr(p, "device_mesh", None), share=self.share_refreshes)[1]
             costs = [refresh_cost(q) for q in group["params"]]
             interval = staggered_intervals(costs, group["update_proj_gap"], world)[i]
         if p not in self._plans:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_lowrank import METHODS, methods
+from hf_lowrank import METHODS
+from hf_lowrank.methods import resolve
 
 
 def fitting(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options for any method: those that mean nothing to it left out, those that it cannot do without filled in."""
-    row = methods.split(method)[0]
-    subspace = methods.parts(row, options).subspace
+    row = resolve.split(method)[0]
+    subspace = resolve.parts(row, options).subspace
     fitted = {key: value for key, value in options.items() if key not in subspace.without}
     default = METHODS[row].defaults.get("rank", 128)
     if "rank" in options and default < 1:  # it compresses by a power of two

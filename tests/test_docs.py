@@ -136,9 +136,9 @@ def test_every_method_has_a_page_with_its_parts_and_options():
     assert set(GENERATED) == {"methods/index.md", *(f"methods/{name}.md" for name in METHODS)}
     for name, row in METHODS.items():
         page = GENERATED[f"methods/{name}.md"]
-        for option in hf_lowrank.methods.complete(name, {}):
+        for option in hf_lowrank.methods.resolve.complete(name, {}):
             assert f"| `{option}` |" in page, (name, option)
-        for kind in hf_lowrank.methods.KINDS:
+        for kind in hf_lowrank.methods.registry.KINDS:
             assert f"## {kind.capitalize()}: {getattr(row, kind)}" in page
         assert page.count("**References:**") == page.count("**Differs from the authors' code:**") == 3, name
         assert row.state in page
@@ -152,7 +152,7 @@ def test_every_block_says_what_it_is():
 
 
 def test_names_of_methods_in_the_pages_exist():
-    names = hf_lowrank.methods.names()
+    names = hf_lowrank.methods.resolve.names()
     for name, page in WRITTEN.items():
         ours = r"`((?:galore_(?:dominant|i3s|hybrid|random|uniform)|fira|apollo_(?:random|dominant|mini))_\w+)`"
         assert not set(re.findall(ours, page)) - set(names), name
@@ -165,7 +165,7 @@ def test_the_axolotl_plugin_registers(monkeypatch):
         sys.modules["axolotl.integrations.base"].BasePlugin = object
     from transformers.training_args import OptimizerNames
 
-    from hf_lowrank.axolotl import LowRankPlugin
+    from hf_lowrank.hf.axolotl import LowRankPlugin
 
     hf_lowrank.unregister()
     assert "galore_i3s_adamw" not in set(OptimizerNames)

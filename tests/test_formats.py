@@ -5,9 +5,11 @@ import torch
 from fitting import fitting
 from torch import nn
 
-from hf_lowrank import METHODS, LowRankOptimizer, state
-from hf_lowrank.formats import FORMATS, Slot
-from hf_lowrank.state import View
+from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank.state import view
+from hf_lowrank.state.formats import FORMATS
+from hf_lowrank.state.slots import Slot
+from hf_lowrank.state.view import View
 
 
 def round_trip(name, kind, x):
@@ -85,14 +87,14 @@ def test_eight_bit_names_store_codes_and_the_declared_bytes(name):
     step(optimizer, [w, b], 0)
     for p in (w, b):
         for key in {"exp_avg", "exp_avg_sq"} & set(optimizer.state[p]):
-            small = optimizer.state[p][key].numel() < state.SMALLEST_QUANTIZED
+            small = optimizer.state[p][key].numel() < view.SMALLEST_QUANTIZED
             assert optimizer.state[p][key].dtype == (torch.float32 if small else torch.uint8)
             assert small or optimizer.state[p][f"{key}.absmax"].dtype == torch.float32
     assert optimizer.state[b]["exp_avg"].dtype == torch.uint8
     if "basis" in optimizer.state[w]:
         packed = optimizer.param_groups[0].get("basis_format") == "4bit"
         assert optimizer.state[w]["basis"].dtype == (torch.uint8 if packed else torch.float32)
-    assert declared == sum(state.nbytes(s) for s in optimizer.state.values())
+    assert declared == sum(view.nbytes(s) for s in optimizer.state.values())
 
 
 @pytest.mark.parametrize(
@@ -160,9 +162,9 @@ def test_small_tensors_stay_fp32():
 
 def test_a_view_hands_out_plain_tensors_themselves():
     slots = {"x": Slot((4,), "moment")}
-    raw = state.allocate(slots, state.forms(slots), torch.zeros(1))
-    view = View(raw, slots, state.forms(slots))
-    view["x"].add_(1)
+    raw = view.allocate(slots, view.forms(slots), torch.zeros(1))
+    held = View(raw, slots, view.forms(slots))
+    held["x"].add_(1)
     assert raw["x"].tolist() == [1, 1, 1, 1]
 
 

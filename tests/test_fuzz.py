@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import NAMES, weight
 
-from hf_lowrank import LowRankOptimizer, methods
+from hf_lowrank import LowRankOptimizer
+from hf_lowrank.methods import resolve, table
 
 
 QUANTISED = (70, 66)  # at rank 64 basis and moments have more than 4096 elements: 8-bit and 4-bit tensors are stored
@@ -58,7 +59,7 @@ def backward(opt, p, G):
 
 def train(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(NAMES), "method")
-    parts = methods.parts(name, {})
+    parts = resolve.parts(name, {})
     shape = data.draw(SHAPES, "shape")
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
     options = {
@@ -79,9 +80,9 @@ def train(data: st.DataObject) -> None:
         ("fira_form", ("released", "i3s", "paper")),
         ("r0", (0, 1, 2, 20)),
     ):
-        if key in methods.complete(name, fitting(name, options)):
+        if key in resolve.complete(name, fitting(name, options)):
             value = data.draw(st.sampled_from(values), key)
-            if key != "refresh" or value in ("gram", "svd") or methods.METHODS[name].subspace in ("dominant", "lazy"):
+            if key != "refresh" or value in ("gram", "svd") or table.METHODS[name].subspace in ("dominant", "lazy"):
                 options[key] = value
     p, dense = weight(shape, dtype=dtype), weight((3,), dtype=dtype)
     groups = [{"params": [p], **fitting(name, options)}, {"params": [dense]}]

@@ -7,7 +7,8 @@ import torch
 from fitting import fitting
 from streams import NAMES, PLAIN, STACK, TALL, WIDE, displacement, finish, gradients, optimizer, run, weight, wide
 
-from hf_lowrank import METHODS, LowRankOptimizer, methods
+from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank.methods import resolve
 
 
 GAP = 4
@@ -475,15 +476,15 @@ def test_options_come_as_text_too(name):
 
 
 def test_defaults_are_the_documented_ones():
-    group = methods.complete("galore_dominant_adamw", {})
+    group = resolve.complete("galore_dominant_adamw", {})
     assert (group["rank"], group["update_proj_gap"], group["proj_type"], group["scale"]) == (128, 200, "std", 0.25)
-    how = {name: methods.complete(name, {}).get("on_refresh") for name in NAMES}
+    how = {name: resolve.complete(name, {}).get("on_refresh") for name in NAMES}
     assert {how[name] for name in PLAIN if "hybrid" not in name} == {"keep"}
     assert {how[name] for name in NAMES if "hybrid" in name or "golore" in name} == {"rotate"}
     assert {how[name] for name in ("subtrack_pp_adamw", "ldadam")} == {"rotate_variance"}
     assert how["grass_adamw"] == "reset"
     assert {how[name] for name in NAMES if "apollo" in name} == {"keep"}
-    scale = {name: methods.complete(name, {})["scale"] for name in NAMES}
+    scale = {name: resolve.complete(name, {})["scale"] for name in NAMES}
     ones = {"ldadam", "flora_adafactor", "apollo_random_adamw", "apollo_dominant_adamw"}
     assert {name for name in NAMES if scale[name] == 1.0} == ones | {name for name in NAMES if "msgd" in name}
     assert scale["apollo_mini_adamw"] == 128.0

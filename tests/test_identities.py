@@ -21,7 +21,9 @@ from streams import (
     wide,
 )
 
-from hf_lowrank import METHODS, LowRankOptimizer, linalg, methods
+from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank.methods import registry, resolve
+from hf_lowrank.tensors import kernels
 
 
 GAP = 5
@@ -29,23 +31,23 @@ ADAM = [n for n in NAMES if METHODS[n].moments == "adam"]
 BY_AXIS = [  # rules that tell outputs from inputs
     n for n in NAMES if METHODS[n].moments == "adam_mini" or METHODS[n].subspace in ("haar", "fold")
 ]
-WITH_BASIS = [n for n in NAMES if "basis" in methods.parts(n, {}).subspace.slots((), 6, 11, 3, (6, 11))]
+WITH_BASIS = [n for n in NAMES if "basis" in resolve.parts(n, {}).subspace.slots((), 6, 11, 3, (6, 11))]
 
 
 def composable(name):
-    made = methods.parts(name, {})
-    return all(getattr(made, kind).composable for kind in methods.KINDS)
+    made = resolve.parts(name, {})
+    return all(getattr(made, kind).composable for kind in registry.KINDS)
 
 
 def accepts(name, key, value):
     try:
-        methods.complete(name, {"rank": 3, key: value})
+        resolve.complete(name, {"rank": 3, key: value})
     except ValueError:
         return False
     return True
 
 
-ORTHONORMAL = [n for n in WITH_BASIS if methods.parts(n, {}).subspace.orthonormal]
+ORTHONORMAL = [n for n in WITH_BASIS if resolve.parts(n, {}).subspace.orthonormal]
 REFRESHES = [
     (n, how) for n in ORTHONORMAL for how in ("gram", "svd", "randomized", "power") if accepts(n, "refresh", how)
 ] + [(n, None) for n in ORTHONORMAL if not accepts(n, "refresh", "gram")]
@@ -213,7 +215,7 @@ def test_an_inexact_refresh_captures_the_energy_of_the_exact_one(name, how, shap
 @pytest.mark.parametrize("shape", [(6, 11), (11, 6), (2, 6, 11)])
 def test_where_squares_overflow_in_fp32_the_vectors_come_from_float64(shape):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    (U, sigma), (far, large) = linalg.gram_basis(G), linalg.gram_basis(G * 2.0**66)
+    (U, sigma), (far, large) = kernels.gram_basis(G), kernels.gram_basis(G * 2.0**66)
     assert not torch.isfinite((G * 2.0**66).square().sum())
     # fp32 loses the square of the condition number, here below 1e2: 1e-7 x 1e4
     torch.testing.assert_close(large * 2.0**-66, sigma, rtol=1e-4, atol=0)
@@ -241,7 +243,7 @@ def test_the_report_of_a_refresh_is_overlap_captured_energy_and_stable_rank(name
 # ---- relations between methods --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", methods.TRANSPORTS)
+@pytest.mark.parametrize("how", registry.TRANSPORTS)
 @pytest.mark.parametrize("shape, rank", [(WIDE, 4), (TALL, 6), (STACK, 3)])
 def test_hybrid_without_fixed_vectors_is_uniform_and_with_all_fixed_dominant(how, shape, rank):
     def train(name, **options):
@@ -260,7 +262,7 @@ def test_hybrid_without_fixed_vectors_is_uniform_and_with_all_fixed_dominant(how
 def test_the_free_form_makes_every_row_of_named_parts(name):
     row = METHODS[name]
     p, q, stream = weight(WIDE), weight(WIDE), gradients(WIDE, 12)
-    chosen = {kind: getattr(row, kind) for kind in methods.KINDS}
+    chosen = {kind: getattr(row, kind) for kind in registry.KINDS}
     if not all(isinstance(part, str) for part in chosen.values()):
         pytest.skip("has a part of its own")
     a = finish(optimizer(p, name, update_proj_gap=row.defaults.get("update_proj_gap", GAP)), p, stream)

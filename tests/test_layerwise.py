@@ -8,10 +8,11 @@ import torch
 from distributed import models
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from hf_lowrank import METHODS, methods
+from hf_lowrank import METHODS
+from hf_lowrank.methods import resolve
 
 
-STEPWISE = [name for name in METHODS if not methods.parts(name, {}).needs_gradient]
+STEPWISE = [name for name in METHODS if not resolve.parts(name, {}).needs_gradient]
 IN_HOOK = [name for name in METHODS if name not in STEPWISE]
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowrank
-from hf_lowrank import memory, models, state
+from hf_lowrank.hf import models
+from hf_lowrank.planning import activations, memory
+from hf_lowrank.state import view
 
 
 TABLES = Path(__file__).parents[1] / "recipes" / "benchmarks" / "memory_tables.py"
@@ -46,7 +48,7 @@ def real_bytes(model, optim, **options):
     optimizer.step()
     kept = {group: 0 for group in (True, False)}
     for group in optimizer.param_groups:
-        kept["rank" in group] += sum(state.nbytes(optimizer.state[p]) for p in group["params"])
+        kept["rank" in group] += sum(view.nbytes(optimizer.state[p]) for p in group["params"])
     return kept[True], kept[False], optimizer.declared_bytes()
 
 
@@ -78,7 +80,7 @@ def test_adamw_is_counted_like_torch_allocates_it(dtype):
     optimizer.step()
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     estimate = memory.estimate_memory(tiny(), "adamw_torch", dtype=name)
-    assert estimate.state == sum(state.nbytes(s) for s in optimizer.state.values())
+    assert estimate.state == sum(view.nbytes(s) for s in optimizer.state.values())
     assert estimate.gradients == sum(p.grad.nbytes for p in model.parameters()) == estimate.weights
 
 
@@ -128,7 +130,9 @@ def test_activation_rule_is_near_what_autograd_keeps(dtype):
     config = LlamaConfig(**models.llama_config("20m"))
     model = LlamaForCausalLM(config).to(memory.DTYPES[dtype]).train()
     kept = saved_by_autograd(model, 2, 64)
-    rule = models.activation_bytes(model, batch=2, seq=64, itemsize=memory.DTYPES[dtype].itemsize, checkpointing=False)
+    rule = activations.activation_bytes(
+        model, batch=2, seq=64, itemsize=memory.DTYPES[dtype].itemsize, checkpointing=False
+    )
     print(rule / kept)
     assert 0.9 < rule / kept < 1.1
 

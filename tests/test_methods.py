@@ -29,9 +29,12 @@ from references.twosided import TwoSided
 from streams import NAMES, PLAIN, SQUARE, STACK, TALL, WIDE, displacement, finish, gradients, run, weight, wide
 from test_sampling import DRAWS, assert_follows, plackett_luce
 
-from hf_lowrank import METHODS, LowRankOptimizer, linalg, methods
-from hf_lowrank.allocation import COUNTERS, REFRESH
-from hf_lowrank.formats import FORMATS, Slot
+from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank.engine.plan import COUNTERS, REFRESH
+from hf_lowrank.methods import registry, resolve
+from hf_lowrank.state.formats import FORMATS
+from hf_lowrank.state.slots import Slot
+from hf_lowrank.tensors import random
 
 
 STEPS, GAP = 16, 5  # four bases
@@ -46,7 +49,7 @@ LEVELS = {0.5: 1, 0.25: 2, 0.125: 3}
 
 def optimizer(p, name, *, called=None, **options):
     """One group of one weight: the setting where the method has it, and options as they come."""
-    valid = methods.complete(name, {k: options[k] for k in (*methods.KINDS, "on_refresh") if k in options})
+    valid = resolve.complete(name, {k: options[k] for k in (*registry.KINDS, "on_refresh") if k in options})
     usual = {"rank": valid["rank"] if valid["rank"] <= 1 else 3, "total_steps": STEPS, **SETTING}
     if valid.get("update_proj_gap", 1) > 1:
         usual["update_proj_gap"] = GAP
@@ -74,7 +77,7 @@ class Held:
     def sketch(self, m, r, number):
         """N(0, 1/r) from the key alone: (use, seed, number of the refresh, m, r)."""
         key = 3, self.opt.param_groups[0]["seed"], number, m, r
-        return torch.randn(m, r, generator=linalg.generator(*key)) * r**-0.5
+        return torch.randn(m, r, generator=random.generator(*key)) * r**-0.5
 
     def choose(self, subspace):
         """The basis of this refresh as the optimizer has it."""
@@ -809,7 +812,7 @@ def evaluated(formula, **sizes):
 def test_declared_bytes_are_those_of_the_tables_formula(name, shape):
     if name == "q_galore_adamw":
         shape = tuple(8 * k for k in shape)  # smaller bases are not packed
-    default = methods.complete(name, {})["rank"]
+    default = resolve.complete(name, {})["rank"]
     opt = optimizer(p := weight(shape), name, rank=default if default <= 1 else 8)
     m, n = min(shape), max(shape)
     formula = METHODS[name].state

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hf_lowrank import methods
+from hf_lowrank.methods import tables
 
 
 ROOT = Path(__file__).parent.parent
@@ -11,11 +11,11 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_of_methods_is_the_generated_one():
-    assert methods.table() in README
+    assert tables.table() in README
 
 
 def test_the_table_of_options_is_the_generated_one():
-    assert methods.options_table() in README
+    assert tables.options_table() in README
 
 
 def test_every_file_that_is_linked_or_named_exists():

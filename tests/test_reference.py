@@ -21,7 +21,8 @@ from streams import (
     weight,
 )
 
-from hf_lowrank import METHODS, linalg
+from hf_lowrank import METHODS
+from hf_lowrank.tensors import kernels
 
 
 STEPS, GAP = 16, 5  # four bases
@@ -271,7 +272,7 @@ def test_runs_of_low_precision_weights_equal_the_reference_in_the_mean(name, dty
 
 def test_weights_larger_than_one_block_are_written_like_small_ones():
     shape = (16, 70000)
-    assert shape[0] * shape[1] > linalg.BLOCK
+    assert shape[0] * shape[1] > kernels.BLOCK
     gen = torch.Generator().manual_seed(0)
     G = (
         orthonormal(16, 16, gen) * torch.arange(16, 0, -1) @ torch.randn(16, 70000, generator=gen).double()

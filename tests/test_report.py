@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_lowrank import records
+from hf_lowrank.observe import records
 
 
 pytest.importorskip("matplotlib")
-from hf_lowrank.report import write_report  # noqa: E402
-from hf_lowrank.report.figures import _by_type  # noqa: E402
-from hf_lowrank.report.runs import read_run  # noqa: E402
-from hf_lowrank.report.spectra import mean_spectrum, weight_change  # noqa: E402
+from hf_lowrank.observe.report import write_report  # noqa: E402
+from hf_lowrank.observe.report.figures import _by_type  # noqa: E402
+from hf_lowrank.observe.report.runs import read_run  # noqa: E402
+from hf_lowrank.observe.report.spectra import mean_spectrum, weight_change  # noqa: E402
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -9,6 +9,7 @@ from distributed import models
 from torch import nn
 
 from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank.tensors import kernels
 
 
 def finite(opt):
@@ -218,11 +219,10 @@ def test_sharing_refreshes_needs_processes():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_large_tensors_in_blocks_equal_small_ones(dtype, monkeypatch):
-    from hf_lowrank import linalg
 
     finals = []
     for block in (2**20, 512):
-        monkeypatch.setattr(linalg, "BLOCK", block)
+        monkeypatch.setattr(kernels, "BLOCK", block)
         gen = torch.Generator().manual_seed(0)
         tensors = [torch.randn(shape, generator=gen).to(dtype) for shape in ((40, 50), (50, 40), (2, 30, 41), (4500,))]
         params = [nn.Parameter(t) for t in tensors]

@@ -10,7 +10,8 @@ import torch
 from fitting import fitting
 from streams import NAMES, STACK, WIDE, finish, gradients, optimizer, orthonormal, run, weight
 
-from hf_lowrank import LowRankOptimizer, linalg
+from hf_lowrank import LowRankOptimizer
+from hf_lowrank.tensors import random, rounding
 
 
 DRAWS = 20_000
@@ -47,35 +48,35 @@ def assert_follows(index, law):
 
 @pytest.mark.parametrize("weights", [[4.0, 3.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0], [100.0, 1.0, 0.1, 0.01]])
 def test_gumbel_top_r_follows_the_enumerated_plackett_luce_law(weights):
-    index = linalg.gumbel_top_r(torch.tensor(weights).expand(DRAWS, 4), 2, linalg.generator(0))
+    index = random.gumbel_top_r(torch.tensor(weights).expand(DRAWS, 4), 2, random.generator(0))
     assert (index[:, 1] > index[:, 0]).all()
     assert_follows(index, plackett_luce(weights, 2))
 
 
 def test_the_law_does_not_depend_on_the_weights_scale():
     w = torch.tensor([4.0, 3.0, 2.0, 1.0]).expand(100, 4)
-    draws = [linalg.gumbel_top_r(w * scale, 2, linalg.generator(0)) for scale in (1.0, 1e-30, 1e30)]
+    draws = [random.gumbel_top_r(w * scale, 2, random.generator(0)) for scale in (1.0, 1e-30, 1e30)]
     assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
 
 
 def test_a_zero_weight_is_never_drawn_while_enough_are_positive():
-    index = linalg.gumbel_top_r(torch.tensor([0.0, 1e-30, 0.0, 5.0, 1e30]).expand(DRAWS, 5), 3, linalg.generator(0))
+    index = random.gumbel_top_r(torch.tensor([0.0, 1e-30, 0.0, 5.0, 1e30]).expand(DRAWS, 5), 3, random.generator(0))
     assert torch.equal(index, torch.tensor([1, 3, 4]).expand(DRAWS, 3))
 
 
 def test_fewer_positive_weights_than_draws_are_all_taken():
     w = torch.tensor([0.0, 0.0, 3.0, 0.0, 1.0])
     for seed in range(50):
-        index = linalg.gumbel_top_r(w, 4, linalg.generator(seed)).tolist()
+        index = random.gumbel_top_r(w, 4, random.generator(seed)).tolist()
         assert index == [0, 1, 2, 4]
-    assert linalg.gumbel_top_r(torch.zeros(5), 3, linalg.generator(0)).tolist() == [0, 1, 2]
-    assert linalg.gumbel_top_r(torch.ones(5), 5, linalg.generator(0)).tolist() == [0, 1, 2, 3, 4]
+    assert random.gumbel_top_r(torch.zeros(5), 3, random.generator(0)).tolist() == [0, 1, 2]
+    assert random.gumbel_top_r(torch.ones(5), 5, random.generator(0)).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_same_key_gives_the_same_draw_and_another_key_another():
     w = torch.rand(8, 64, generator=torch.Generator().manual_seed(0))
     draws = [
-        linalg.gumbel_top_r(w, 16, linalg.generator(*key)) for key in ((0, 1, 2), (0, 1, 2), (0, 2, 1), (1, 1, 2))
+        random.gumbel_top_r(w, 16, random.generator(*key)) for key in ((0, 1, 2), (0, 1, 2), (0, 2, 1), (1, 1, 2))
     ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
@@ -119,7 +120,7 @@ def test_every_parameter_refresh_and_seed_has_a_stream_of_its_own(name):
 
 @pytest.mark.parametrize("m, r", [(4, 2), (5, 5), (3, 1)])
 def test_uniform_stiefel_is_orthonormal_and_covers_every_direction_alike(m, r):
-    P = linalg.uniform_stiefel(torch.Size((DRAWS, m, r)), linalg.generator(0)).double()
+    P = random.uniform_stiefel(torch.Size((DRAWS, m, r)), random.generator(0)).double()
     assert (P.mT @ P - torch.eye(r)).abs().max() < 1e-5
     mean = (P @ P.mT).mean(0)  # entries of a projector have a standard deviation of at most 1/2
     assert (mean - r / m * torch.eye(m)).abs().max() < 5 * 0.5 / sqrt(DRAWS)
@@ -140,7 +141,7 @@ def test_a_whole_step_draws_random_subspaces_uniformly():
 
 def rounded(values, dtype, seed=0):
     out = torch.empty_like(values, dtype=dtype)
-    linalg.round_(out, values.clone(), linalg.generator(seed))
+    rounding.round_(out, values.clone(), random.generator(seed))
     return out
 
 
@@ -209,9 +210,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rounding_goes_to_a_neighbour_in_every_layout(dtype, layout):
-    values = LAYOUTS[layout](linalg.generator(1))
+    values = LAYOUTS[layout](random.generator(1))
     out = torch.empty_like(values, dtype=dtype)
-    linalg.round_(out, values.clone(), linalg.generator(0))
+    rounding.round_(out, values.clone(), random.generator(0))
     spacing = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]  # of the numbers from 1 to 2
     assert ((out.float() - values).abs() < spacing * torch.exp2(values.abs().log2().floor())).all()
 
@@ -220,7 +221,7 @@ def test_rounding_goes_to_a_neighbour_in_every_layout(dtype, layout):
 def test_without_a_generator_rounding_is_to_nearest(dtype):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     out = torch.empty_like(values, dtype=dtype)
-    linalg.round_(out, values, None)
+    rounding.round_(out, values, None)
     assert torch.equal(out, values.to(dtype))
 
 

@@ -18,8 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, trainer
 
 import hf_lowrank
-from hf_lowrank import records
-from hf_lowrank.models import LLAMA, llama_config
+from hf_lowrank.hf.models import LLAMA, llama_config
+from hf_lowrank.observe import records
 
 
 class Timed(hf_lowrank.LowRankCallback):

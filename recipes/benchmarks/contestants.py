@@ -10,7 +10,8 @@ import torch
 from shapes import Problem
 from torch import Tensor, nn
 
-from hf_lowrank import METHODS, LowRankOptimizer, methods
+from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank.methods import resolve
 
 
 LR = 1e-6
@@ -140,7 +141,7 @@ def _basis(W: Tensor, rank: int) -> Tensor:
 
 def ours(name: str, **options: Any) -> Contestant:
     """Return one of our optimizers; `options` go before those of the setup. APOLLO-Mini has its own rank, 1."""
-    own = {key: value for key, value in METHODS[methods.split(name)[0]].defaults.items() if key == "rank"}
+    own = {key: value for key, value in METHODS[resolve.split(name)[0]].defaults.items() if key == "rank"}
 
     def make(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
         chosen = {"rank": setup.rank, "update_proj_gap": setup.gap, "stagger": False, **own, **options}

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from hf_lowrank import groups
-from hf_lowrank.memory import estimate_memory
-from hf_lowrank.models import load_model
+from hf_lowrank.hf.models import load_model
+from hf_lowrank.planning.memory import estimate_memory
 
 
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}

@@ -33,7 +33,7 @@ from contestants import FLOORS, OURS, Contestant, Setup, ours
 from shapes import problem
 from tables import Section
 
-from hf_lowrank.models import VOCABULARY
+from hf_lowrank.hf.models import VOCABULARY
 
 
 RANKS = {"9m": 32, "60m": 128, "130m": 256, "350m": 256}
@@ -73,9 +73,9 @@ class Plan:
 
 def contestants(patterns: list[str]) -> list[Contestant]:
     """Return floors, our optimizers and the published ones whose name matches."""
-    from hf_lowrank import methods
+    from hf_lowrank.methods import resolve
 
-    mine = OURS if patterns == ["default"] else methods.names()
+    mine = OURS if patterns == ["default"] else resolve.names()
     chosen = ["*"] if patterns == ["default"] else patterns
     everyone = [*map(ours, mine), *peers.PEERS]
     return [*FLOORS, *(one for one in everyone if any(fnmatch(one.name, pattern) for pattern in chosen))]

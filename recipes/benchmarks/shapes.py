@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.models import LLAMA, VOCABULARY
+from hf_lowrank.hf.models import LLAMA, VOCABULARY
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import target_parameters
-from hf_lowrank.models import llama_config
+from hf_lowrank.hf.models import llama_config
 
 
 GAP = 200

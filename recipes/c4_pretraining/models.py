@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from hf_lowrank.models import LLAMA, llama_config
+from hf_lowrank.hf.models import LLAMA, llama_config
 from recipes.c4_pretraining.data import model_vocab_size
 from recipes.common import require_at_least, stop
 

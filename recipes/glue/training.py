@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_lowrank import local_metrics
+from hf_lowrank.hf import local_metrics
 from recipes.baselines import BaselineArguments, prepare_, to_plain_
 from recipes.common import checkpoint_to_resume, require_at_least, state_bytes, stop
 from recipes.glue import data

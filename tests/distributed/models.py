@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_lowrank import METHODS, LowRankOptimizer, methods, param_groups
+from hf_lowrank import METHODS, LowRankOptimizer, param_groups
+from hf_lowrank.methods import resolve
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -71,7 +72,7 @@ def optimizer(net, name, rank=3, **options):
     shared = options.pop("share_refreshes", False)
     fitted = fitting(name, {"rank": rank, "update_proj_gap": 3, **options})
     groups = param_groups(net, weight_decay=0.1, **fitted)
-    row = METHODS[methods.split(name)[0]]
+    row = METHODS[resolve.split(name)[0]]
     # two rules divide by what may be next to nothing; at the common rate such a run is chaos, and equals no other
     lr = 2e-4 if row.moments == "came" or row.subspace == "haar" else 2e-2
     return LowRankOptimizer(groups, name, lr=lr, seed=5, share_refreshes=shared)

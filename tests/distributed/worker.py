@@ -25,7 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
 
-from hf_lowrank import METHODS, engine, methods  # noqa: E402
+from hf_lowrank import METHODS  # noqa: E402
+from hf_lowrank.engine import step as engine  # noqa: E402
+from hf_lowrank.methods import resolve  # noqa: E402
 
 
 STEPS = 8  # refreshes before steps 1, 4 and 7
@@ -119,7 +121,7 @@ def fsdp(name):
 def mixed(name):
     """One block sharded unevenly, the rest whole on every process; buckets so small that they end anywhere."""
     engine.SYNC_ELEMENTS = 40
-    clip = {} if methods.parts(name, {}).needs_gradient else {"max_grad_norm": 0.1}
+    clip = {} if resolve.parts(name, {}).needs_gradient else {"max_grad_norm": 0.1}
     alone, reference = single(name, **clip)
     net = models.model(experts=2)
     fully_shard(net.blocks[0])

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_lowrank
-import hf_lowrank.methods
+import hf_lowrank.methods.resolve
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the workers of other tests import this file too
@@ -44,7 +44,7 @@ def tiny_data(rows=32):
 
 def options_for(optim, **options):
     """Rank 4 and an interval of 3, as far as the method has such options."""
-    if optim not in hf_lowrank.methods.names():
+    if optim not in hf_lowrank.methods.resolve.names():
         return None
     fitted = fitting(optim, {"rank": 4, "update_proj_gap": 3, **options})
     fitted.pop("total_steps", None)  # Trainer knows it

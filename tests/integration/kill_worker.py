@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import arguments, train  # noqa: E402
 
-from hf_lowrank.methods import split  # noqa: E402
+from hf_lowrank.methods.resolve import split  # noqa: E402
 
 
 def main():

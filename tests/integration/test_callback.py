@@ -10,7 +10,9 @@ import torch
 from conftest import arguments, engine, tiny_llama, train
 from processes import torchrun
 
-from hf_lowrank import LowRankCallback, LowRankOptimizer, metrics, state
+from hf_lowrank import LowRankCallback, LowRankOptimizer
+from hf_lowrank.observe import metrics
+from hf_lowrank.state import view
 
 
 TYPES = {"q", "k", "v", "o", "gate", "up", "down"}
@@ -40,7 +42,7 @@ def test_every_training_log_has_the_metrics(tmp_path):
 
 def test_state_mib_is_the_bytes_in_memory(tmp_path):
     t = train(arguments(tmp_path, "fira_i3s_adamw"))
-    measured = sum(state.nbytes(s) for s in engine(t).state.values())
+    measured = sum(view.nbytes(s) for s in engine(t).state.values())
     declared = engine(t).declared_bytes()
     assert measured == declared
     assert t.state.log_history[0]["lowrank/state_mib"] == pytest.approx(measured / 2**20, abs=5e-4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hf_lowrank import __main__ as launcher
-from hf_lowrank import local_metrics
+from hf_lowrank.hf import local_metrics
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 
 import hf_lowrank
-from hf_lowrank import METHODS, LowRankTrainer, add_to_model_card, methods
-from hf_lowrank.model_card import TITLES, section
+from hf_lowrank import METHODS, LowRankTrainer, add_to_model_card
+from hf_lowrank.hf.model_card import TITLES, section
+from hf_lowrank.methods import resolve
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, LowRankTrainer])
@@ -73,7 +74,7 @@ def test_groups_that_differ_show_all_their_values():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_cited_by_the_title_of_its_papers(name):
     chosen = {"subspace": "grassmann", "reconstruction": "fira", "moments": "came"} if METHODS[name].free else {}
-    groups = [{"method": name, "param_names": ["w"], **methods.complete(name, chosen)}]
+    groups = [{"method": name, "param_names": ["w"], **resolve.complete(name, chosen)}]
     text = section(json.loads(json.dumps({"optimizer": name, "groups": groups})))
     assert text.count("@misc{") == text.count("arxiv.org/abs") / 2 >= 1
     assert "title = {arXiv" not in text

@@ -13,14 +13,14 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, trainer
 from transformers.training_args import OptimizerNames
 
 import hf_lowrank
-from hf_lowrank import methods
+from hf_lowrank.methods import resolve
 
 
 def fresh_process(code, *argv):
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", resolve.names())
 def test_every_name_is_an_optimizer_name(name, tmp_path):
     member = OptimizerNames(name)
     assert member == name and member.value == name and member in OptimizerNames and member in list(OptimizerNames)
@@ -65,11 +65,11 @@ def test_registering_twice_is_once_and_unregister_undoes_it():
     before = (list(OptimizerNames), vars(Trainer)["get_optimizer_cls_and_kwargs"], list(trainer.DEFAULT_CALLBACKS))
     lookup = trainer.get_last_checkpoint
     handlers = dict(getattr(trainer, "_OPTIMIZER_HANDLERS", {}))
-    assert not set(methods.names()) & {member.value for member in OptimizerNames}
+    assert not set(resolve.names()) & {member.value for member in OptimizerNames}
     hf_lowrank.register()
     hf_lowrank.register()
     names = [member.value for member in OptimizerNames]
-    assert len(names) == len(set(names)) == len(before[0]) + len(methods.names())
+    assert len(names) == len(set(names)) == len(before[0]) + len(resolve.names())
     assert len(trainer.DEFAULT_CALLBACKS) == len(before[2]) + 1
     hf_lowrank.unregister()
     hf_lowrank.unregister()
@@ -83,7 +83,7 @@ def test_registering_twice_is_once_and_unregister_undoes_it():
 def test_names_of_transformers_are_never_shadowed():
     hf_lowrank.unregister()
     theirs = {member.value for member in OptimizerNames}
-    assert not theirs & set(methods.names())
+    assert not theirs & set(resolve.names())
 
 
 def test_a_run_with_another_optimizer_is_exactly_as_without_us(tmp_path):
@@ -121,7 +121,7 @@ print("method:", kwargs["method"])
 def test_importing_the_package_imports_neither_torch_nor_transformers():
     code = """
 import sys, hf_lowrank
-from hf_lowrank.methods import METHODS
+from hf_lowrank.methods.table import METHODS
 assert METHODS["galore_i3s_adamw"].paper and dir(hf_lowrank)
 print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
 """

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import hf_lowrank
-from hf_lowrank import local_metrics, methods
+from hf_lowrank.hf import local_metrics
+from hf_lowrank.methods import resolve
 
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -29,7 +30,7 @@ OVERRIDES = (
     "vocab_size=64,hidden_size=16,intermediate_size=24,num_hidden_layers=1,num_attention_heads=2,"
     "num_key_value_heads=2,max_position_embeddings=32"
 )
-OTHERS = [name for name in methods.names() if name not in hf_lowrank.METHODS]
+OTHERS = [name for name in resolve.names() if name not in hf_lowrank.METHODS]
 
 
 def sentences(rows, seed):
@@ -92,7 +93,7 @@ def line(script, local, out, optim, *more, data=None, kind=None):
 def options(optim):
     """A rank and an interval that suit a tiny model, where the method has them."""
     small = {"rank": 0.25, "update_proj_gap": 2}  # GWT takes powers of two only
-    known = methods.complete(optim, {})
+    known = resolve.complete(optim, {})
     return ",".join(f"{key}={value}" for key, value in small.items() if key in known)
 
 

@@ -1,0 +1,62 @@
+"""What a checkpoint must be, and what is said when it is not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_lowrank.state.view import FORMAT_VERSION
+
+
+_RUN_OPTIONS = ("layerwise", "max_grad_norm", "total_steps")
+"""How a run is run, not what it computes: the caller's value holds, not the checkpoint's."""
+
+_STRUCTURE = (
+    *("method", "rank", "proj_type", "subspace", "moments", "reconstruction"),
+    *("state_format", "basis_format", "dense_state_format"),
+)
+
+
+def check_checkpoint(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a checkpoint of another optimizer, method or structure."""
+    if "state" not in state_dict or "param_groups" not in state_dict:
+        raise ValueError(f"this is no optimizer checkpoint: it holds {', '.join(map(str, state_dict)) or 'nothing'}")
+    saved_groups = state_dict["param_groups"]
+    if any("format" not in group or "method" not in group for group in saved_groups):
+        keys = sorted({k for s in state_dict.get("state", {}).values() for k in s})
+        raise ValueError(
+            "this checkpoint was written by another optimizer, not by hf_lowrank (its state holds: "
+            f"{', '.join(map(str, keys)) or 'nothing'}). Resume with the optimizer that wrote it, or start from "
+            "its weights alone."
+        )
+    if any(group["format"] > FORMAT_VERSION for group in saved_groups):
+        raise ValueError("this checkpoint was written by a newer hf_lowrank; upgrade to read it")
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
+        raise ValueError(
+            "the checkpoint's parameter groups hold "
+            f"{[len(g['params']) for g in saved_groups]} parameters, this optimizer's "
+            f"{[len(g['params']) for g in groups]}: another model, rank or set of target modules"
+        )
+    for saved, now in zip(saved_groups, groups, strict=True):
+        names = saved.get("param_names"), now.get("param_names")
+        if all(names) and names[0] != names[1]:
+            raise ValueError("the checkpoint's parameters have other names, or another order, than this optimizer's")
+        for key in _STRUCTURE:
+            if saved.get(key) != now.get(key):
+                raise ValueError(f"the checkpoint has {key}={saved.get(key)}, this optimizer {key}={now.get(key)}")
+
+
+def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved group as it is to be loaded: its own options, those that it lacks, and how this run is run."""
+    return {**now, **saved, **{key: now[key] for key in _RUN_OPTIONS if key in now}}
+
+
+def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Warn about options that differ from the checkpoint's; the schedule's lr and how the run is run aside."""
+    for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params", *_RUN_OPTIONS}):
+        if loaded[key] != given[key]:
+            warnings.warn(
+                f"{key}={given[key]} was given, the checkpoint has {loaded[key]}: the checkpoint's value is used",
+                stacklevel=3,
+            )

@@ -1,0 +1,68 @@
+"""Who refreshes what, and flags and sums over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_lowrank.tensors.sums import alone
+
+
+T = TypeVar("T")
+
+
+def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:
+    """Send the owner's tensors to every process of the group, in place; those of one type travel together."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        some = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in some])
+        dist.broadcast(flat, group=group, group_src=owner)
+        for tensor, piece in zip(some, _pieces(flat, some), strict=True):
+            tensor.copy_(piece)
+
+
+def all_true(flags: list[bool], group: Any, device: torch.device) -> list[bool]:
+    """Return for every flag whether it holds on all processes, in one collective."""
+    together = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(together, op=dist.ReduceOp.MIN, group=group)
+    return [bool(flag) for flag in together.tolist()]
+
+
+def together(work: Sequence[Generator[Tensor, Tensor, T]], group: Any) -> list[T]:
+    """Run computations that yield partial sums and are sent whole ones; the sums of a round travel in one collective.
+
+    Args:
+        work: the computations, in the same order on every process.
+        group: the processes, or None if this one holds everything.
+    """
+    if group is None:
+        return [alone(one) for one in work]
+    results: dict[int, T] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(work)))
+    while answers:
+        asked = {}
+        for i, answer in answers.items():
+            try:
+                asked[i] = work[i].send(answer)
+            except StopIteration as stop:
+                results[i] = stop.value
+        totals = sum_together(list(asked.values()), group) if asked else []
+        answers = dict(zip(asked, totals, strict=True))
+    return [results[i] for i in range(len(work))]
+
+
+def sum_together(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """Sum every tensor over the processes, in one collective."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    return _pieces(flat, tensors)
+
+
+def _pieces(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Return views of the numbers of each tensor, in its shape, of all that were laid end to end."""
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -1,0 +1,164 @@
+"""From training arguments to an optimizer: every argument honoured or refused."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames as OptimizerNames
+
+from hf_lowrank.groups import param_groups
+from hf_lowrank.hf.callback import summary
+from hf_lowrank.methods import resolve
+from hf_lowrank.methods.options import split_assignments
+from hf_lowrank.optimizer import LowRankOptimizer
+
+
+logger = logging.getLogger("hf_lowrank")
+
+
+def optimizer_cls_and_kwargs(
+    model: nn.Module,
+    method: str,
+    *,
+    args: TrainingArguments | None = None,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    rank: float | None = None,
+    target_modules: Any = None,
+    seed: int | None = None,
+    **options: Any,
+) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
+    """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes; nothing needs to be registered for it.
+
+    Args:
+        model: the model to train.
+        method: a name from METHODS.
+        args: where lr, betas, eps, weight_decay and seed come from if they are not given. Trainer does not pass its
+            arguments on along this route, so give them here or there.
+        lr, betas, eps, weight_decay, seed: defaults without `args`: 1e-3, (0.9, 0.999), 1e-8, 0, 0.
+        rank: by default the method's own, 128 for most.
+        target_modules, options: see `param_groups`.
+
+    Raises:
+        ValueError: for an unknown method or option, or where nothing can be projected.
+    """
+    resolve.complete(method, options if rank is None else {"rank": rank, **options})  # before looking at the model
+    given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+    values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
+    decay = values.pop("weight_decay")
+    groups = param_groups(
+        model, method=method, rank=rank, target_modules=target_modules, weight_decay=decay, **options
+    )
+    return LowRankOptimizer, {"params": groups, "method": method, **values}
+
+
+def _hyperparameters(args: TrainingArguments | None) -> dict[str, Any]:
+    if args is None:
+        return {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "seed": 0}
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "seed": args.seed,
+    }
+
+
+def _from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
+    """Build the class and its arguments as Trainer wants them, every training argument honoured or refused."""
+    _refuse_unsupported(args)
+    if model is None:  # LLaMA-Factory asks without a model to read lr, betas and eps
+        return LowRankOptimizer, {k: v for k, v in _hyperparameters(args).items() if k in ("lr", "betas", "eps")}
+    options: dict[str, Any] = split_assignments(args.optim_args)
+    for option, argument in _TRAINING_ARGUMENTS.items():
+        if option in options:
+            raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")
+    options |= _layerwise_options(args, options)
+    cls, kwargs = optimizer_cls_and_kwargs(
+        model, name_of(args), args=args, target_modules=args.optim_target_modules, **options
+    )
+    kwargs["share_refreshes"] = _replicated(args)
+    logger.info(summary(cls(**kwargs)))
+    return cls, kwargs
+
+
+def _fsdp_version(args: TrainingArguments) -> int | None:
+    """Return 1 or 2 under FSDP, else None (Trainer ignores --fsdp where there is no accelerator)."""
+    shared = AcceleratorState._shared_state
+    if shared:
+        fsdp = shared.get("distributed_type") == DistributedType.FSDP
+        return int(shared["fsdp_plugin"].fsdp_version) if fsdp else None
+    if not getattr(args, "fsdp", None):
+        return None
+    config = getattr(args, "fsdp_config", None) or {}
+    return int(config.get("version", config.get("fsdp_version", 2)))
+
+
+def _replicated(args: TrainingArguments) -> bool:
+    """Tell whether this is DistributedDataParallel."""
+    return bool(args.world_size > 1 and _fsdp_version(args) is None)
+
+
+def _layerwise_options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the layerwise mode adds, having refused what it cannot honour."""
+    filled = resolve.complete(name_of(args), options)
+    if not filled["layerwise"]:
+        return {}
+    name = name_of(args)
+    in_hook = resolve.parts(resolve.split(name)[0], filled).needs_gradient
+    if args.fp16:
+        raise ValueError(f"{name} frees gradients before --fp16's scaler has unscaled them: use --bf16, or fp32")
+    if _replicated(args):
+        raise ValueError(f"{name} does not run under DistributedDataParallel: use FSDP2, or leave out layerwise")
+    if in_hook and args.gradient_accumulation_steps > 1:
+        raise ValueError(f"{name} updates as soon as a gradient is there: set --gradient_accumulation_steps 1")
+    if not args.max_grad_norm:
+        return {}
+    if in_hook:
+        raise ValueError(f"{name} updates before the norm of all gradients is known: set --max_grad_norm 0")
+    norm = args.max_grad_norm
+    logger.info("max_grad_norm=%g clips by the norm of the projected gradients, logged as projected_grad_norm", norm)
+    return {"max_grad_norm": norm}
+
+
+_TRAINING_ARGUMENTS = {
+    "lr": "learning_rate",
+    "learning_rate": "learning_rate",
+    "betas": "adam_beta1, adam_beta2",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+    "target_modules": "optim_target_modules",
+    "max_grad_norm": "max_grad_norm",
+    "total_steps": "max_steps or num_train_epochs",
+    "args": "optim",
+    "model": "optim",
+    "method": "optim",
+}
+
+
+def _refuse_unsupported(args: TrainingArguments) -> None:
+    """Refuse what would train wrongly, naming the way out."""
+    if getattr(args, "deepspeed", None):
+        raise ValueError(
+            f"{name_of(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. "
+            "Use FSDP2 (--fsdp) or DDP (torchrun) instead of --deepspeed."
+        )
+    if _fsdp_version(args) == 1:
+        raise ValueError(
+            f"{name_of(args)} does not run under FSDP1, which flattens the matrices that are projected. "
+            'Use FSDP2: --fsdp with {"version": 2} in --fsdp_config.'
+        )
+
+
+def name_of(args: Any) -> str:
+    """Return the name of the optimizer that training arguments choose, a member of OptimizerNames or a string."""
+    return str(getattr(args.optim, "value", args.optim))

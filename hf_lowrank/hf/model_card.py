@@ -1,0 +1,151 @@
+"""What a model card says of the optimizer: a tag, the method, its resolved options, and what to cite."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.training_args import OptimizerNames as OptimizerNames
+
+from hf_lowrank import __version__
+from hf_lowrank.hf.arguments import logger, name_of
+from hf_lowrank.methods import resolve, table
+from hf_lowrank.observe.records import RUN_FILE
+from hf_lowrank.optimizer import LowRankOptimizer
+
+
+def _describe_optimizer(self: Trainer) -> None:
+    """Add the optimizer to the model card that Trainer has just written, if it is one of ours."""
+    optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+    unbuilt = optimizer is None and name_of(self.args) in resolve.names()
+    if not (unbuilt or isinstance(optimizer, LowRankOptimizer)) or not self.is_world_process_zero():
+        return
+    if (Path(self.args.output_dir) / RUN_FILE).exists():
+        try:
+            add_to_model_card(self.args.output_dir)
+        except ValueError as error:  # it must not cost the upload of a trained model
+            logger.warning("the model card says nothing of the optimizer: %s", error)
+
+
+TAG = "hf-lowrank"
+BEGIN, END = "<!-- hf_lowrank: begin -->", "<!-- hf_lowrank: end -->"
+
+TITLES = {
+    "1804.04235": "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost",
+    "2307.02047": "CAME: Confidence-guided Adaptive Memory Efficient Optimization",
+    "2402.03293": "Flora: Low-Rank Adapters Are Secretly Gradient Compressors",
+    "2403.03507": "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+    "2406.16793": "Adam-mini: Use Fewer Learning Rates To Gain More",
+    "2406.17660": "Grass: Compute Efficient Low-Memory LLM Training with Structured Sparse Gradients",
+    "2407.08296": "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank Gradients",
+    "2408.12857": "Memory-Efficient LLM Training with Online Subspace Descent",
+    "2410.01623": "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
+    "2410.11289": "Subspace Optimization for Large Language Models with Convergence Guarantees",
+    "2410.16029": "Natural GaLore: Accelerating GaLore for memory-efficient LLM Training and Fine-tuning",
+    "2410.16103": "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics",
+    "2412.05270": "APOLLO: SGD-like Memory, AdamW-level Performance",
+    "2501.07237": "Breaking Memory Limits: Gradient Wavelet Transform Enhances LLMs Training",
+    "2502.01586": "SubTrack++: Gradient Subspace Tracking for Scalable LLM Training",
+    "2502.05790": "I3S: Importance Sampling Subspace Selection for Low-Rank Optimization in LLM Pretraining",
+    "2512.07112": "FOAM: Folded Optimizer with Approximate Moment",
+}
+"""Titles of the papers, by arXiv number."""
+
+_MOMENTS = {"adafactor": "1804.04235", "adam_mini": "2406.16793", "came": "2307.02047"}
+_SHARED = ("method", "format", "param_names", "weight_decay", "lr", "initial_lr", "betas", "eps")
+
+
+def add_to_model_card(folder: str | Path) -> Path:
+    """Add the optimizer to the README.md of a run's output folder.
+
+    `Trainer.create_model_card`, and so `push_to_hub`, calls it by itself; a trainer that writes a card of its own
+    does not. It may be called again: it replaces what it wrote before. A folder without a README.md gets one.
+
+    Args:
+        folder: the output folder of a run of ours.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: if the folder holds no run of ours.
+
+    Example:
+        >>> add_to_model_card("runs/mine")  # doctest: +SKIP
+    """
+    from huggingface_hub import ModelCard
+
+    folder = Path(folder)
+    try:
+        run = json.loads((folder / RUN_FILE).read_text())
+        text = section(run)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} has no readable {RUN_FILE}: it is not a run of ours ({error})") from None
+    file = folder / "README.md"
+    card = ModelCard(file.read_text() if file.exists() else "---\ntags: []\n---\n", ignore_metadata_errors=True)
+    tags = list(card.data.get("tags") or [])
+    card.data["tags"] = [*tags, *({TAG} - set(tags))]
+    kept = re.sub(f"\\s*{re.escape(BEGIN)}.*?{re.escape(END)}\\s*", "\n\n", card.text, flags=re.DOTALL)
+    card.text = f"{kept.strip()}\n\n{BEGIN}\n{text}\n{END}\n"
+    card.save(file)
+    return file
+
+
+def section(run: dict[str, Any]) -> str:
+    """Return the card's section as Markdown.
+
+    Args:
+        run: the contents of RUN_FILE.
+    """
+    name = run["optimizer"]
+    row = table.METHODS[resolve.split(name)[0]]
+    lines = [
+        "## Optimizer",
+        "",
+        f"Trained with `{name}` of [hf_lowrank](https://pypi.org/project/hf_lowrank/) {__version__}: {row.summary}.",
+    ]
+    groups = [group for group in run["groups"] if "rank" in group]
+    if groups:
+        projected = sum(len(group.get("param_names") or ()) for group in groups)
+        counted = f"{projected} matrices" if projected else "matrices"
+        lines += ["", f"Options of the {counted} that were trained in a subspace:", ""]
+        lines += ["| option | value |", "|---|---|"]
+        lines += [f"| `{key}` | {_values(key, groups)} |" for key in sorted(groups[0]) if key not in _SHARED]
+    if cited := _papers(row, groups):
+        lines += ["", "If you use this model, please cite:", ""]
+        lines += [f"* {TITLES.get(number, 'arXiv')} ([{number}](https://arxiv.org/abs/{number}))" for number in cited]
+        lines += ["", "```bibtex", *(bibtex(number) for number in cited), "```"]
+    return "\n".join(lines)
+
+
+def _values(key: str, groups: list[dict[str, Any]]) -> str:
+    """Return an option's value, or all of them where the groups differ."""
+    return ", ".join(dict.fromkeys(str(group.get(key)) for group in groups))
+
+
+def _papers(row: table.Method, groups: list[dict[str, Any]]) -> list[str]:
+    """Return the arXiv numbers of a method and of its moments; of the parts, where they are chosen freely."""
+    sources = [row.paper]
+    if row.free and groups:
+        made = resolve.parts(groups[0]["method"], groups[0])
+        sources += [type(part).__doc__ or "" for part in (made.subspace, made.reconstruction)]
+    moments = groups[0].get("moments", row.moments) if groups else row.moments
+    numbers = re.findall(r"arXiv\s+(\d{4}\.\d{5})", "\n".join(sources))
+    return list(dict.fromkeys([*numbers, *filter(None, [_MOMENTS.get(str(moments))])]))
+
+
+def bibtex(number: str) -> str:
+    """Return a BibTeX entry for an arXiv number."""
+    title = TITLES.get(number, f"arXiv:{number}")
+    lines = [
+        f"@misc{{arxiv_{number},",
+        f"  title = {{{title}}},",
+        f"  eprint = {{{number}}},",
+        "  archivePrefix = {arXiv},",
+        f"  url = {{https://arxiv.org/abs/{number}}}",
+        "}",
+    ]
+    return "\n".join(lines)

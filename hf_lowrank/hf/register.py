@@ -1,0 +1,99 @@
+"""The optimizers as names of transformers' Trainer: what is replaced there, and put back."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainingArguments, trainer, trainer_utils
+from transformers.training_args import OptimizerNames as OptimizerNames
+
+from hf_lowrank.hf import checkpoints, names
+from hf_lowrank.hf.arguments import _from_arguments, logger, name_of
+from hf_lowrank.hf.callback import LowRankCallback
+from hf_lowrank.hf.model_card import _describe_optimizer
+from hf_lowrank.methods import resolve
+from hf_lowrank.optimizer import LowRankOptimizer
+
+
+_undo: list[Callable[[], None]] = []
+
+
+def register() -> None:
+    """Make every method a choice of `TrainingArguments(optim=...)` and `--optim`. Twice is the same as once."""
+    names.add_to(OptimizerNames)
+    handlers = getattr(trainer, "_OPTIMIZER_HANDLERS", None)  # transformers 5.2 and later
+    if handlers is not None:
+        handlers.update({OptimizerNames(name): _handler for name in resolve.names()})
+    if _undo:
+        return
+    _replace(
+        Trainer, "get_optimizer_cls_and_kwargs", staticmethod(_with_our_names(Trainer.get_optimizer_cls_and_kwargs))
+    )
+    wrapped = checkpoints.skipping_incomplete(trainer_utils.get_last_checkpoint)
+    _replace(trainer_utils, "get_last_checkpoint", wrapped)
+    _replace(trainer, "get_last_checkpoint", wrapped)
+    _replace(
+        Trainer,
+        "_load_optimizer_and_scheduler",
+        checkpoints.naming_what_is_wrong(Trainer._load_optimizer_and_scheduler),
+    )
+    _replace(Trainer, "create_model_card", _with_our_section(Trainer.create_model_card))
+    trainer.DEFAULT_CALLBACKS.append(LowRankCallback)
+    _undo.append(lambda: trainer.DEFAULT_CALLBACKS.remove(LowRankCallback))
+
+
+def unregister() -> None:
+    """Undo `register`."""
+    while _undo:
+        _undo.pop()()
+    handlers = getattr(trainer, "_OPTIMIZER_HANDLERS", {})
+    for name in resolve.names():
+        handlers.pop(name, None)
+    names.remove_from(OptimizerNames)
+
+
+def _handler(context: Any) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
+    """Entry of transformers' handler table."""
+    return _from_arguments(context.args, context.model)
+
+
+def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Any:
+        return _from_arguments(args, model) if name_of(args) in resolve.names() else original(args, model)
+
+    return get_optimizer_cls_and_kwargs
+
+
+def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def create_model_card(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _describe_optimizer(self)
+
+    return create_model_card
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    _undo.append(lambda: setattr(owner, name, before))
+
+
+def _show_our_messages() -> None:
+    """Let the one summary line and the warnings be seen on the main process, as transformers does with its own."""
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[hf_lowrank] %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+_show_our_messages()
+register()

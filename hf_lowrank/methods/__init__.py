@@ -1,0 +1,1 @@
+"""What is computed: the table of methods and their parts."""

@@ -1,0 +1,83 @@
+"""What a part may know of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hf_lowrank.tensors import random
+from hf_lowrank.tensors.random import _ROUNDING, _SUBSPACE
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of R (its last axis) are.
+
+    Attributes:
+        n: how many there are on all processes.
+        block: how many adjacent ones belong together because they are the outputs of one neuron (1) or of one head
+            (the
+            head's size); 0 where they are inputs.
+        start: the first one that this process holds.
+    """
+
+    n: int
+    block: int = 0
+    start: int = 0
+
+
+class Context(NamedTuple):
+    """What a part may know of the current step of one parameter.
+
+    Attributes:
+        step: updates that this parameter has had before this one.
+        moment_step: t of the bias correction: updates of the moments, this one included.
+        number: which basis is in use or being chosen: 0 is the first.
+        lr, beta1, beta2, eps, weight_decay: the group's values at this step.
+        initial_lr: the learning rate that the schedule multiplies.
+        scale: the factor alpha on the low-rank update.
+        correct_bias: whether Adam's bias correction is applied.
+        stochastic_rounding: how weights of low precision are written.
+        m, r: rows of the matrix seen wide, and of R; both 0 for a dense parameter.
+        rank: the option.
+        columns: what the columns of R are.
+        split: the axis of the matrix seen wide that is split over processes: rows, columns, batch or nothing.
+        key: (seed, index of the parameter in group order).
+        offset: where this process's piece of the weight starts.
+        device: where the weight is.
+    """
+
+    step: int
+    moment_step: int
+    number: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    initial_lr: float
+    scale: float
+    correct_bias: bool
+    stochastic_rounding: bool
+    m: int
+    r: int
+    rank: float
+    columns: Columns
+    split: str
+    key: tuple[int, int]
+    offset: int
+    device: torch.device
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return the generator of this basis, keyed by (seed, parameter, number of the basis)."""
+        return random.generator(_SUBSPACE, *self.key, self.number, device=device)
+
+    def rounding(self, device: torch.device) -> torch.Generator | None:
+        """Return the generator of this step's stochastic rounding, keyed by (seed, parameter, step), or None."""
+        return (
+            random.generator(_ROUNDING, *self.key, self.step, self.offset, device=device)
+            if self.stochastic_rounding
+            else None
+        )

@@ -1,0 +1,164 @@
+"""Adam's two moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf, sqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.methods.context import Columns, Context
+from hf_lowrank.methods.moments.transport import largest_direction, rotated_variance
+from hf_lowrank.methods.parts import Moments
+from hf_lowrank.methods.registry import TRANSPORTS
+from hf_lowrank.state.slots import Slot, Slots, State
+from hf_lowrank.tensors.sums import Summing
+
+
+RUNAWAY = 100.0
+
+NO_CORRECTION = 1e9  # a step count at which 1 - beta^t is 1 in floating point
+
+
+@dataclass(frozen=True)
+class Adam(Moments, key="adam"):
+    """M <- b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R∘R;  N = M / (sqrt(V) + eps sqrt(1 - b2^t)).
+
+    With the bias correction c_t = sqrt(1 - b2^t) / (1 - b1^t) outside, c_t N is exactly torch.optim.AdamW's direction.
+
+    Where a refresh rotates M into a slot whose V is next to nothing, M is kept within RUNAWAY times the largest
+    direction that Adam's own moments can reach; it would be divided by that nothing otherwise.
+
+    References:
+        Adam, arXiv 1412.6980, Algorithm 1; GaLore, arXiv 2403.03507, Algorithm 2.
+
+    Differs from the authors' code: GaLore and Fira add eps to the uncorrected sqrt(V); here it sits where torch puts
+    it. Moments are fp32 whatever the weights are.
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
+        """See `Moments.slots`."""
+        return {"exp_avg": Slot(shape, "moment"), "exp_avg_sq": Slot(shape, "variance")}
+
+    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
+        """See `Moments.update`."""
+        yield from ()
+        N = torch.zeros_like(R)
+        _adamw_([N], [R], [s], [ctx], lr=-1 / self.step_scale(ctx), weight_decay=0.0)
+        return N
+
+    def step_scale(self, ctx: Context) -> float:
+        """See `Moments.step_scale`."""
+        return bias_correction(ctx)
+
+    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        """See `Moments.transport_`."""
+        if how == "keep":
+            return
+        M, V = s["exp_avg"], s["exp_avg_sq"]
+        if how == "reset":
+            M.zero_()
+            V.zero_()
+            s["moment_step"].zero_()
+            return
+        rotated = C @ M
+        if how in ("rotate_variance", "rotate_variance_complete"):
+            V.copy_(rotated_variance(C, M, rotated, V, complete=how == "rotate_variance_complete", ctx=ctx))
+        elif how != "rotate":
+            raise ValueError(f"on_refresh must be one of {', '.join(TRANSPORTS)}, got {how!r}")
+        bound = largest_direction(ctx.beta1, ctx.beta2)
+        if bound < inf:
+            limit = RUNAWAY * bound * V.sqrt()
+            rotated = rotated.clamp_(min=-limit, max=limit)
+        M.copy_(rotated)
+
+    def dense_step_(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], contexts: Sequence[Context]
+    ) -> None:
+        """Step all tensors in one fused call."""
+        _adamw_(weights, grads, states, contexts, lr=contexts[0].lr, weight_decay=contexts[0].weight_decay)
+
+
+def _adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    contexts: Sequence[Context],
+    *,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step of fp32 tensors, by torch's fused kernel where the device has one."""
+    fused: dict[torch.device, list[tuple[Tensor, ...]]] = {}
+    for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
+        M, V, t = s["exp_avg"], s["exp_avg_sq"], _bias_step(ctx)
+        if has_fused_kernel(W.device) and W.is_contiguous():
+            fused.setdefault(W.device, []).append((W, G.contiguous(), M, V, _step_tensor(t, W.device)))
+            continue
+        M.lerp_(G, 1 - ctx.beta1)
+        V.mul_(ctx.beta2).addcmul_(G, G, value=1 - ctx.beta2)
+        denominator = V.sqrt().div_(sqrt(1 - ctx.beta2**t)).add_(ctx.eps)
+        W.mul_(1 - lr * weight_decay).addcdiv_(M, denominator, value=-lr / (1 - ctx.beta1**t))
+    for here in fused.values():
+        params, gradients, first, second, steps = map(list, zip(*here, strict=True))
+        torch._fused_adamw_(
+            params,
+            gradients,
+            first,
+            second,
+            [],
+            steps,
+            lr=lr,
+            beta1=contexts[0].beta1,
+            beta2=contexts[0].beta2,
+            weight_decay=weight_decay,
+            eps=contexts[0].eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def bias_correction(ctx: Context) -> float:
+    """Return c_t = sqrt(1 - b2^t) / (1 - b1^t), or 1 without the correction."""
+    if not ctx.correct_bias:
+        return 1.0
+    return sqrt(1 - ctx.beta2**ctx.moment_step) / (1 - ctx.beta1**ctx.moment_step)
+
+
+def _bias_step(ctx: Context) -> float:
+    return float(ctx.moment_step) if ctx.correct_bias else NO_CORRECTION
+
+
+@lru_cache(maxsize=64)
+def _step_tensor(t: float, device: torch.device) -> Tensor:
+    """Return t as the kernel wants it: on the device, so that nothing waits for it; it is only read."""
+    return torch.full((), t, dtype=torch.float32, device=device)
+
+
+@lru_cache
+def has_fused_kernel(device: torch.device) -> bool:
+    """Tell whether torch's fused AdamW kernel runs on `device`: tried once on one element."""
+    one = [torch.zeros(1, device=device) for _ in range(4)]
+    step = torch.ones((), device=device)
+    try:
+        torch._fused_adamw_(  # type: ignore[call-overload]
+            *([x] for x in one),
+            [],
+            [step],
+            lr=0.0,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1.0,
+            amsgrad=False,
+            maximize=False,
+        )
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True

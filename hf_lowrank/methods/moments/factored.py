@@ -1,0 +1,189 @@
+"""A second moment kept as one number per row and one per column: Adafactor, CAME.
+
+Legend: R projected gradient (..., r, n) · row (..., r) and col (..., n) running means of R∘R · M first moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_lowrank.methods.context import Columns, Context
+from hf_lowrank.methods.moments.momentum import Momentum
+from hf_lowrank.methods.options import number
+from hf_lowrank.methods.parts import Moments
+from hf_lowrank.state.slots import Slot, Slots, State
+from hf_lowrank.tensors.sums import Summing
+
+
+TINY = 1e-30
+"""Added to squared gradients, so that a row of zeros can be divided by."""
+
+
+def factors(shape: tuple[int, ...], prefix: str) -> Slots:
+    """Declare the statistics of a matrix, or of a vector (which are not factored)."""
+    if len(shape) < 2:
+        return {prefix: Slot(shape, "exact")}
+    return {f"{prefix}_row": Slot(shape[:-1], "exact"), f"{prefix}_col": Slot((*shape[:-2], shape[-1]), "exact")}
+
+
+def observe(s: State, square: Tensor, prefix: str, beta: float, columns: Columns) -> Summing[Tensor]:
+    """Take squares into the statistics, in place, and return 1 / sqrt(V^) of the mean square V^ they stand for.
+
+    That of a matrix is V^_ij = row_i col_j / mean(row) (Adafactor, section 3).
+    """
+    if square.dim() < 2:
+        return s[prefix].lerp_(square, 1 - beta).rsqrt()
+    row, col = s[f"{prefix}_row"], s[f"{prefix}_col"]
+    total = yield square.sum(-1)
+    row.lerp_(total / columns.n, 1 - beta)
+    col.lerp_(square.mean(-2), 1 - beta)
+    return inverse_root(row, row.mean(-1, keepdim=True), col)
+
+
+def inverse_root(row: Tensor, mean: Tensor, col: Tensor) -> Tensor:
+    """Return 1 / sqrt(row_i col_j / mean), as a product of roots, since the product of statistics may underflow."""
+    left = (row / mean).clamp_min_(TINY).rsqrt_()
+    return left.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+
+
+def clipped(u: Tensor, threshold: float, columns: Columns) -> Summing[Tensor]:
+    """Return u / max(1, RMS(u) / threshold), in place."""
+    axes = (-2, -1) if u.dim() > 1 else (-1,)
+    rows = u.shape[-2] if u.dim() > 1 else 1
+    total = yield u.square().sum(axes)
+    rms = (total / (rows * columns.n)).sqrt()
+    return u.div_((rms / threshold).clamp_min_(1.0).view(rms.shape + (1,) * len(axes)))
+
+
+def transport_factors_(s: State, C: Tensor, how: str, *prefixes: str) -> None:
+    """Carry M and the row statistics: M <- C M, row_i <- sum_j C_ij^2 row_j; columns stay."""
+    if how == "rotate":
+        s["exp_avg"].copy_(C @ s["exp_avg"])
+        for prefix in prefixes:
+            row = s[f"{prefix}_row"]
+            row.copy_((C.square() @ row.unsqueeze(-1)).squeeze(-1))
+    elif how == "reset":
+        names = [f"{prefix}_{axis}" for prefix in prefixes for axis in ("row", "col")]
+        for name in ("exp_avg", *names, "moment_step"):
+            s[name].zero_()
+
+
+@dataclass(frozen=True)
+class Adafactor(Moments, key="adafactor"):
+    """U = R / sqrt(V^) with V^ = row col^T / mean(row) and b2_t = 1 - t^-decay_rate; U <- U / max(1, RMS(U) / clip);
+    M <- b1 M + (1 - b1) U;  N = M.
+
+    State on R: rn + r + n. The update has the size of a sign, so the learning rate is of Adam's order.
+
+    References:
+        Adafactor, arXiv 1804.04235, Algorithms 4 and 5, with first moment; on a projected gradient: GaLore, arXiv
+        2403.03507, section 5, and I3S, arXiv 2502.05790, Table 1.
+
+    Differs from the authors' code: GaLore's multiplies by the learning rate before the momentum, so that a schedule
+    lags by 1 / (1 - b1) steps; here it comes last. There is no relative step and no parameter scaling.
+    """
+
+    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+
+    decay_rate: float = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
+    clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
+
+    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
+        """See `Moments.slots`."""
+        return {"exp_avg": Slot(shape, "moment"), **factors(shape, "square")}
+
+    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
+        """See `Moments.update`."""
+        beta2 = 1 - ctx.moment_step**-self.decay_rate
+        root = yield from observe(s, R.square() + TINY, "square", beta2, ctx.columns)
+        u = yield from clipped(R * root, self.clip_threshold, ctx.columns)
+        return s["exp_avg"].lerp_(u, 1 - ctx.beta1).clone()
+
+    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        """See `Moments.transport_`."""
+        transport_factors_(s, C, how, "square")
+
+
+@dataclass(frozen=True)
+class CAME(Moments, key="came"):
+    """Adafactor's U with b2 from the group; M <- b1 M + (1 - b1) U; the running mean of (U - M)^2 + eps2, factored as
+    well, says how much M is to be trusted: N = M / sqrt(S^).
+
+    State on R: rn + 2 (r + n). Vectors have no confidence: N = M.
+
+    References:
+        CAME, arXiv 2307.02047, Algorithm 2.
+
+    Differs from the authors' code: the factors are those of the projected gradient. beta1 = 0, which leaves nothing to
+    measure, is refused.
+    """
+
+    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+
+    clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
+    beta3: float = number(0.9999, below=1.0, help="CAME: decay of the confidence")
+    eps2: float = number(1e-16, above=0.0, help="CAME: added to the squared instability")
+
+    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
+        """See `Moments.slots`."""
+        confidence = factors(shape, "instability") if len(shape) > 1 else {}
+        return {"exp_avg": Slot(shape, "moment"), **factors(shape, "square"), **confidence}
+
+    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
+        """See `Moments.update`.
+
+        Raises:
+            ValueError: without momentum, from which the instability is measured.
+        """
+        if ctx.beta1 == 0:
+            raise ValueError("CAME measures an update against its momentum: set beta1 (adam_beta1) above 0")
+        root = yield from observe(s, R.square() + TINY, "square", ctx.beta2, ctx.columns)
+        u = yield from clipped(R * root, self.clip_threshold, ctx.columns)
+        M = s["exp_avg"].lerp_(u, 1 - ctx.beta1)
+        if R.dim() < 2:
+            return M.clone()
+        instability = (u - M).square_().add_(self.eps2)
+        root = yield from observe(s, instability, "instability", self.beta3, ctx.columns)
+        return M * root
+
+    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        """See `Moments.transport_`."""
+        transport_factors_(s, C, how, "square", "instability")
+
+
+@dataclass(frozen=True)
+class SketchedMomentum(Moments, key="sketched_momentum"):
+    """M <- b1 M + (1 - b1) R, the momentum of what FLora sketches; what is not sketched is stepped by Adafactor.
+
+    References:
+        FLora, arXiv 2402.03293, Algorithm 2.
+
+    Differs from the authors' code: there is momentum by default, Trainer's adam_beta1. Gradients are not compressed
+    while they accumulate: Trainer owns them.
+    """
+
+    composable: ClassVar[bool] = False
+    transports: ClassVar[tuple[str, ...]] = Momentum.transports
+
+    decay_rate: float = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
+    clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
+
+    @property
+    def dense(self) -> Moments:
+        """See `Moments.dense`."""
+        return Adafactor(self.decay_rate, self.clip_threshold)
+
+    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
+        """See `Moments.slots`."""
+        return Momentum().slots(shape, columns)
+
+    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
+        """See `Moments.update`."""
+        return (yield from Momentum().update(s, R, ctx))
+
+    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        """See `Moments.transport_`."""
+        Momentum().transport_(s, C, how, ctx)

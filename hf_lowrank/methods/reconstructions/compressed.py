@@ -1,0 +1,101 @@
+"""What compression by blocks leaves out, put back without a state: GWT's details, FOAM's residual.
+
+Legend: G_b the gradient on one block of adjacent entries (rows of the wide view) · N, M, V one number per block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.options import number
+from hf_lowrank.methods.parts import Facts, Reconstruction, Update
+from hf_lowrank.methods.reconstructions.fira import limit_
+from hf_lowrank.methods.subspaces.blocks import block_size
+from hf_lowrank.state.slots import Slot, Slots, State
+from hf_lowrank.tensors.bases import Blocks
+from hf_lowrank.tensors.sums import Summing
+
+
+@dataclass(frozen=True)
+class Details(Reconstruction, key="details"):
+    """U = alpha (P N + (G - P R) / D) / L: the details take the denominator D of their block and no momentum.
+
+    The inverse transform of detail coefficients that share one factor per block is that factor on G - P R, so no
+    transform is ever computed. L limits the growth of ||N||.
+
+    State: one norm.
+
+    References:
+        GWT, arXiv 2501.07237, Algorithm 1.
+
+    Differs from the authors' code: the inverse transform is not computed, and eps is added to the corrected sqrt(V).
+
+    As printed nothing bounds the details: where a block's mean is next to nothing so is D, above all in the first
+    steps. Warm up.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+    composable: ClassVar[bool] = False
+
+    limiter: float = number(1.01, above=1.0, help="largest growth of the norm from one step to the next")
+
+    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
+        """See `Reconstruction.slots`: the limited norm of the last direction, 0 while unset."""
+        return {"norm": Slot(batch, "exact")}
+
+    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
+        """See `Reconstruction.combine`."""
+        D = s["exp_avg_sq"].sqrt().add_(ctx.eps * _correction(ctx))  # (..., r, n)
+        squared = yield N.square().sum((-2, -1))
+        factor = (ctx.scale / limit_(s["norm"], squared.sqrt(), self.limiter, 1e-8))[..., None, None]
+        size = block_size(ctx.rank)
+        blocks = Blocks(ctx.m, size, size**-0.5)
+        Z = (N - R / D) * factor
+
+        def details(G: Tensor, start: int, length: int) -> Tensor:
+            columns = slice(start, start + length)
+            return G / blocks.repeat(D[..., columns] / factor)
+
+        return Update(Z, rest=details)
+
+
+@dataclass(frozen=True)
+class Unfold(Reconstruction, key="unfold"):
+    """U = alpha m / (sqrt(v) + eps), m = unfold(M) + c E, v = unfold(V) + c^2 E∘E, E = G - unfold(fold(G)).
+
+    References:
+        FOAM, arXiv 2512.07112, Algorithm 1.
+
+    Differs from the authors' code: eps is added to the corrected sqrt(v), and nothing of the weight's size is kept
+    between operations: the step is formed for some columns at a time.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+    composable: ClassVar[bool] = False
+
+    residual_scale: float = number(1.0, help="FOAM: c, weight of what folding leaves out")
+
+    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
+        """See `Reconstruction.combine`."""
+        yield from ()
+        M, V = N.chunk(2, -2)
+        folded = R.narrow(-2, 0, M.shape[-2])
+        blocks = Blocks(ctx.m, block_size(ctx.rank), 1.0)
+        eps = ctx.eps * _correction(ctx)
+
+        def step(G: Tensor, start: int, length: int) -> Tensor:
+            m, v, g = (blocks.repeat(X.narrow(-1, start, length)) for X in (M, V, folded))
+            E = (G - g).mul_(self.residual_scale)
+            return m.add_(E).div_(v.addcmul_(E, E).sqrt_().add_(eps)).mul_(ctx.scale)
+
+        return Update(rest=step)
+
+
+def _correction(ctx: Context) -> float:
+    """Return what eps is multiplied by, so that it is added to the corrected root."""
+    return sqrt(1 - ctx.beta2**ctx.moment_step) if ctx.correct_bias else 1.0

@@ -1,0 +1,99 @@
+"""The residual of the gradient, scaled like the subspace and limited in growth: Fira."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.options import choice, number
+from hf_lowrank.methods.parts import Facts, Reconstruction, Update
+from hf_lowrank.state.slots import Slot, Slots, State
+from hf_lowrank.tensors import kernels
+from hf_lowrank.tensors.sums import Summing
+
+
+NO_RESIDUAL = 1e-5
+"""Share of the gradient's squared norm under which the residual is rounding noise and counts as none."""
+
+NO_PROJECTION = 1e-12
+"""Share of a column's squared norm under which its projection is rounding noise: no factor can be had from it."""
+
+
+@dataclass(frozen=True)
+class Fira(Reconstruction, key="fira"):
+    """U = alpha P N + phi(S), S the residual of the gradient, phi_j = ||N_j|| / ||R_j|| per column, growth limited.
+
+    Three forms, written with L = max(||S_t|| / ||S_{t-1}||, limiter) / limiter and c_t the bias correction:
+
+    * `released` (default, the authors' code): U = alpha P N + phi (G - alpha P R) / L
+    * `i3s` (as the I3S paper prints it): U = alpha P N + phi (G - P R) / L
+    * `paper` (as the Fira paper prints it): U = alpha (P N + phi (G - P R) / L), phi and L from the corrected N
+
+    All are U = P Z + G diag(d): two matrix products, no residual is ever formed. Its column norms follow from
+    ||G_j - a P R_j||^2 = ||G_j||^2 - 2a ||R_j||^2 + a^2 R_j^T (P^T P) R_j.
+
+    At r = m nothing is left over in `i3s` and `paper`; `released` keeps (1 - alpha) G, as the authors' code does.
+
+    References:
+        Fira, arXiv 2410.01623, Algorithm 1; I3S, arXiv 2502.05790, section 2.2.
+
+    Differs from the authors' code: a residual that is rounding noise leaves the limiter unset instead of locking it
+    (growth of 1 % a step from zero takes some 1850 steps to recover), and nothing waits for the device.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+
+    fira_form: str = choice("released", "i3s", "paper", help="which of the three published forms")
+    limiter: float = number(1.01, above=1.0, help="largest growth of the residual's norm from one step to the next")
+
+    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
+        """See `Reconstruction.slots`: the limited norm of the last residual, 0 while unset, and its share of G."""
+        return {"residual_norm": Slot(batch, "exact"), "residual_share": Slot(batch, "exact")}
+
+    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
+        """See `Reconstruction.combine`."""
+        within = ctx.scale if self.fira_form == "released" else 1.0  # share of P R that the residual leaves out
+        if ctx.r == ctx.m and within == 1.0:  # no residual
+            return Update(N, ctx.scale)
+        corrected = c_t if self.fira_form == "paper" else 1.0
+        eps = ctx.eps if self.fira_form == "paper" else 1e-8
+        r_squared = kernels.column_squared_norms(R)  # (..., n)
+        g_squared = facts.norms()
+        residual = torch.add(g_squared, facts.inside(R, r_squared), alpha=within**2)
+        residual.add_(r_squared, alpha=-2 * within).clamp_min_(0)
+        phi = kernels.column_norms(N).mul_(corrected).div_(r_squared.sqrt().add_(eps))
+        phi.masked_fill_(r_squared <= NO_PROJECTION * g_squared, 0.0)
+        totals = yield torch.stack([phi.square().mul_(residual), residual, g_squared]).sum(-1)
+        phi.div_(self._limit_(s, totals, eps).unsqueeze(-1) * corrected)
+        if self.fira_form == "i3s":
+            return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, phi)
+        Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1)
+        return Update(Z, ctx.scale, phi if self.fira_form == "released" else phi * ctx.scale)
+
+    def _limit_(self, s: State, totals: Tensor, eps: float) -> Tensor:
+        """Return L (...,), infinite where there is no residual; store the limited norm and the residual's share."""
+        scaled, residual, gradient = totals.unbind(0)
+        share = torch.div(residual, gradient.clamp_min(torch.finfo(torch.float32).tiny), out=s["residual_share"])
+        none = (share > NO_RESIDUAL).logical_not_()  # also where it is not a number:
+        share.nan_to_num_(nan=1.0)  # squares may overflow where R does not
+        L = limit_(s["residual_norm"], scaled.sqrt(), self.limiter, eps, none)
+        return L.masked_fill_(none, torch.inf)
+
+
+def limit_(last: Tensor, norm: Tensor, limiter: float, eps: float, keep: Tensor | None = None) -> Tensor:
+    """Return L = max(norm / (last + eps), limiter) / limiter, 1 while `last` is 0, and store norm / L in `last`.
+
+    Divided by L the norm grows by the factor `limiter` at most. Where `keep` is true, `last` stays as it is.
+
+    References:
+        Fira, arXiv 2410.01623, eq. 13.
+    """
+    growth = (norm / (last + eps)).clamp_min_(limiter).div_(limiter)
+    L = torch.where(last > 0, growth, 1.0)  # also after a norm that was not a number
+    limited = norm / L
+    last.copy_(limited if keep is None else torch.where(keep, last, limited))
+    return L

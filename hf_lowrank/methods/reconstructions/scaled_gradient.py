@@ -1,0 +1,61 @@
+"""The gradient itself, scaled by what Adam does to it in the subspace: APOLLO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.options import choice, number
+from hf_lowrank.methods.parts import Facts, Reconstruction, Update
+from hf_lowrank.methods.reconstructions.fira import limit_
+from hf_lowrank.state.slots import Slot, Slots, State
+from hf_lowrank.tensors import kernels
+from hf_lowrank.tensors.sums import Summing
+
+
+@dataclass(frozen=True)
+class ScaledGradient(Reconstruction, key="scaled_gradient"):
+    """U = sqrt(scale) G diag(d), d_j = ||N_j|| / (||R_j|| + 1e-8) per column, or one d for the whole matrix.
+
+    The growth of ||U|| is limited; with `limit=front` before the factor sqrt(scale), which is then not limited.
+    The basis is used for d alone: nothing is projected back.
+
+    State: one norm.
+
+    References:
+        APOLLO, arXiv 2412.05270, Algorithm 1; APOLLO-Mini is rank 1 with one d per matrix and scale 128.
+
+    Differs from the authors' code: no host sync in the limiter; its state is a tensor in fp32.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+
+    scaling: str = choice("channel", "tensor", help="APOLLO: one factor per column of the long side, or per matrix")
+    limit: str = choice("back", "front", help="APOLLO: limit the growth after or before the factor sqrt(scale)")
+    limiter: float = number(1.01, above=1.0, help="largest growth of the norm from one step to the next")
+
+    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
+        """See `Reconstruction.slots`: the limited norm of the last step, 0 while unset."""
+        return {"norm": Slot(batch, "exact")}
+
+    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
+        """See `Reconstruction.combine`."""
+        factor = sqrt(ctx.scale)
+        before = factor if self.limit == "back" else 1.0
+        g_squared = facts.norms()  # (..., n)
+        if self.scaling == "channel":
+            d = kernels.column_norms(N).div_(kernels.column_norms(R).add_(1e-8))
+            total = yield d.square().mul_(g_squared).sum(-1)
+            norm = total.sqrt()
+        else:
+            sums = yield torch.stack([N.square().sum((-2, -1)), R.square().sum((-2, -1)), g_squared.sum(-1)])
+            n, r, g = sums.sqrt().unbind(0)
+            share = n / (r + 1e-8)
+            d, norm = share.unsqueeze(-1).expand(g_squared.shape), share * g
+        L = limit_(s["norm"], norm * before, self.limiter, 0.0)
+        return Update(d=d * (factor / L).unsqueeze(-1))

@@ -1,0 +1,55 @@
+"""The leading singular vectors of the gradient: GaLore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.options import choice
+from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.tensors import kernels
+
+
+@dataclass(frozen=True)
+class Dominant(Subspace, key="dominant"):
+    """P = U[:, :r], the r leading left singular vectors of the gradient at the refresh.
+
+    References:
+        GaLore, arXiv 2403.03507, Algorithm 2.
+
+    Differs from the authors' code: the vectors come from the Gram matrix G G^T instead of a full SVD (the same
+    vectors, a fraction of the time), and their signs are aligned with the basis before.
+    """
+
+    refresh: str = choice(
+        "gram",
+        "svd",
+        "randomized",
+        "power",
+        help="gram: exact, eigenvectors of G G^T; svd: exact, full SVD; randomized: range finder with two power "
+        "iterations; power: one step warm-started at the old basis (the first basis is exact)",
+    )
+
+    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """See `Subspace.choose`."""
+        return dominant(G, P, self.refresh, ctx)
+
+
+def dominant(G: Tensor, P: Tensor, refresh: str, ctx: Context) -> tuple[Tensor, Tensor]:
+    """Return the r leading left singular vectors of G (..., m, n) and singular values, by the way `refresh` says.
+
+    Args:
+        G: gradient.
+        P: the basis so far (..., m, r).
+        refresh: gram, svd, randomized or power.
+        ctx: the step.
+    """
+    r = P.shape[-1]
+    if refresh == "randomized":
+        return kernels.range_finder(G, r, ctx.generator())
+    if refresh == "power" and ctx.number:
+        return kernels.power_step(G, P)
+    U, sigma = kernels.svd_basis(G) if refresh == "svd" else kernels.gram_basis(G)
+    return U[..., :r], sigma

@@ -1,0 +1,120 @@
+"""A subspace that is tracked by rank-1 steps on the Grassmann manifold: SubTrack.
+
+Legend: S basis (..., m, r) · A = S^T G (..., r, n) · T = (G - S A) A^T tangent (..., m, r), its leading triple u (...,
+m), sigma, v (..., r) · theta rotation angle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.options import choice, flag, number
+from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.state.slots import Slot, Slots, State, counter
+from hf_lowrank.tensors import kernels
+
+
+NOTHING_OUTSIDE = 1e-7
+"""Tangent, in units of ||G||^2, under which it is rounding noise and the basis stays."""
+
+
+@dataclass(frozen=True)
+class Grassmann(Subspace, key="grassmann"):
+    """S <- S + [(cos theta - 1) S v + sin theta u] v^T: a geodesic towards less error ||G - S A||^2.
+
+    The first basis is the dominant one. The gradient of the error is -2T, of which the leading triple alone is
+    followed. Three step sizes:
+
+    * `auto` (default): theta = atan2(2 sigma, a - b) / 2 with a = ||A^T v||^2, b = ||G^T u||^2, the exact minimum
+    along
+      the geodesic; no parameter, and the size of the gradient does not matter
+    * `normalized`: theta = eta 2 sigma / ||G||_F^2
+    * `raw`: theta = eta 2 sigma, as both papers have it; sigma grows with the square of the gradient
+
+    With `accumulate` G is the mean of the gradients since the last refresh, kept in an m x n buffer.
+
+    References:
+        SubTrack (workshop), eqs. 2-6 and Algorithm 1; SubTrack++, arXiv 2502.01586, section 3. The line search is
+        ours.
+
+    Differs from the authors' code: tall and square matrices are tracked too (there the tangent is multiplied by zero);
+    fp32, kept orthonormal. The workshop's eq. 6 as printed moves uphill: `direction=printed` does that.
+    """
+
+    step: str = choice("auto", "normalized", "raw", help="SubTrack: how far a step goes")
+    eta: float = number(10.0, above=0.0, help="SubTrack: step size of normalized and raw; auto has none")
+    accumulate: bool = flag(False, help="SubTrack: track the mean gradient of the interval, with an m x n buffer")
+    direction: str = choice("descending", "printed", help="SubTrack: sign of the step; printed is eq. 6, uphill")
+
+    def __post_init__(self) -> None:
+        if self.direction == "printed" and self.step == "auto":
+            raise ValueError("direction=printed needs step=raw or step=normalized: step=auto only ever descends")
+
+    @property
+    def needs_gradient(self) -> bool:
+        """See `Subspace.needs_gradient`."""
+        return self.accumulate
+
+    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
+        """See `Subspace.slots`."""
+        slots = super().slots(batch, m, n, r, piece)
+        return {**slots, "gradients": Slot((*batch, *piece), "exact"), "seen": counter()} if self.accumulate else slots
+
+    def evidence(self, s: State, G: Tensor, ctx: Context) -> Tensor:
+        """See `Subspace.evidence`."""
+        return (s["gradients"] + G).div_(int(s["seen"]) + 1) if self.accumulate else G
+
+    def observe_(self, s: State, G: Tensor) -> None:
+        """See `Subspace.observe_`."""
+        if self.accumulate:
+            s["gradients"].add_(G)
+            s["seen"].add_(1)
+
+    def adopted_(self, s: State, gap: int, overlap: float) -> int:
+        """See `Subspace.adopted_`."""
+        if self.accumulate:
+            s["gradients"].zero_()
+            s["seen"].zero_()
+        return gap
+
+    def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
+        """See `Subspace.refresh_`."""
+        G, S = G.float(), s["basis"]
+        if ctx.number == 0:
+            U, sigma = kernels.gram_basis(G)
+            kernels.replace_(S, U[..., : S.shape[-1]], first=True)
+            return sigma
+        total = kernels.squared_norm(G)[..., None, None]
+        G = G * torch.where(total > 0, total.rsqrt(), 0.0)  # of norm 1, so that no square overflows
+        A = S.mT @ G
+        T = G @ A.mT - S @ (A @ A.mT)
+        u, sigma, v = _leading_triple(T, S)
+        theta = self._angle(G, A, u, sigma, v, total)
+        moved = (theta.cos() - 1) * (S @ v) + theta.sin() * u  # (..., m, 1)
+        S.add_(moved @ v.mT)
+        S.copy_(1.5 * S - 0.5 * S @ (S.mT @ S))  # one Newton step towards the nearest orthonormal matrix
+        return None
+
+    def _angle(self, G: Tensor, A: Tensor, u: Tensor, sigma: Tensor, v: Tensor, total: Tensor) -> Tensor:
+        """Return theta (..., 1, 1) for a gradient of norm 1 whose squared norm was `total`."""
+        if self.step == "auto":
+            a, b = ((X.mT @ x).square().sum((-2, -1), keepdim=True) for X, x in ((A, v), (G, u)))
+            theta = 0.5 * torch.atan2(2 * sigma, a - b)
+        else:
+            theta = 2 * self.eta * sigma * (total if self.step == "raw" else 1.0)
+        theta = torch.where((sigma > NOTHING_OUTSIDE) & theta.isfinite(), theta, 0.0)
+        return theta if self.direction == "descending" else -theta
+
+
+def _leading_triple(T: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return u (..., m, 1) orthogonal to S, sigma (..., 1, 1) and v (..., r, 1); zero u and sigma where T is zero."""
+    values, vectors = torch.linalg.eigh(T.mT @ T)
+    v = vectors[..., -1:]
+    u = T @ v
+    u = u - S @ (S.mT @ u)
+    sigma = u.norm(dim=-2, keepdim=True)
+    return u / sigma.clamp_min(torch.finfo(u.dtype).tiny), sigma, v

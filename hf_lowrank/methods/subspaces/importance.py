@@ -1,0 +1,96 @@
+"""Singular vectors sampled by importance: I3S, and the uniform and hybrid rules of its analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.options import choice, integer
+from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.tensors import kernels, random
+
+
+def _spectrum_option() -> Any:
+    return choice(
+        "gram",
+        "svd",
+        help="gram: eigenvectors of G G^T; svd: full SVD. Both give the whole spectrum, which sampling needs; "
+        "'randomized' and 'power' do not",
+    )
+
+
+def _spectrum(G: Tensor, refresh: str) -> tuple[Tensor, Tensor]:
+    return kernels.svd_basis(G) if refresh == "svd" else kernels.gram_basis(G)
+
+
+@dataclass(frozen=True)
+class I3S(Subspace, key="i3s"):
+    """P = U[:, I], I = r indices drawn without replacement with weight sigma_i, sorted ascending.
+
+    References:
+        I3S, arXiv 2502.05790 (later titled SARA), Algorithm 2.
+
+    Differs from the authors' code: none was released. The sequential draw is done as Gumbel top-r, which has the same
+    law, from a generator keyed by (seed, parameter, refresh number).
+    """
+
+    refresh: str = _spectrum_option()
+
+    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """See `Subspace.choose`."""
+        U, sigma = _spectrum(G, self.refresh)
+        return kernels.take_columns(U, random.gumbel_top_r(sigma, P.shape[-1], ctx.generator())), sigma
+
+
+@dataclass(frozen=True)
+class Hybrid(Subspace, key="hybrid"):
+    """P = [U[:, :r0], U[:, J]], J = r - r0 indices drawn uniformly without replacement from the others, sorted.
+
+    r0 = 0 is the uniform rule, r0 = r the dominant one.
+
+    References:
+        I3S, arXiv 2502.05790, Algorithm 3.
+
+    Differs from the authors' code: none was released. The paper analyses it with momentum SGD (Algorithm 4) and says
+    nothing of a second moment: with Adam's, `on_refresh=rotate` projects M as printed and keeps V.
+    """
+
+    on_refresh: ClassVar[str] = "rotate"
+
+    refresh: str = _spectrum_option()
+    r0: int | None = integer(None, minimum=0, help="leading vectors that are always taken; default rank/2")
+
+    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """See `Subspace.choose`."""
+        U, sigma = _spectrum(G, self.refresh)
+        r = P.shape[-1]
+        r0 = r // 2 if self.r0 is None else min(self.r0, r)
+        drawn = _uniform_indices(sigma[..., r0:], r - r0, ctx) + r0
+        first = torch.arange(r0, device=drawn.device).expand(*drawn.shape[:-1], r0)
+        return kernels.take_columns(U, torch.cat([first, drawn], -1)), sigma
+
+
+@dataclass(frozen=True)
+class Uniform(Subspace, key="uniform"):
+    """P = U[:, J], J = r indices drawn uniformly without replacement, sorted.
+
+    References:
+        I3S, arXiv 2502.05790, sections 3.3 (r0 = 0) and 4.5.
+
+    Differs from the authors' code: none was released. The draw is Gumbel top-r with equal weights, keyed as in I3S.
+    """
+
+    refresh: str = _spectrum_option()
+
+    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """See `Subspace.choose`."""
+        U, sigma = _spectrum(G, self.refresh)
+        return kernels.take_columns(U, _uniform_indices(sigma, P.shape[-1], ctx)), sigma
+
+
+def _uniform_indices(sigma: Tensor, r: int, ctx: Context) -> Tensor:
+    return random.gumbel_top_r(torch.ones_like(sigma), r, ctx.generator())

@@ -1,0 +1,63 @@
+"""The dominant subspace, refreshed the less often the less it changes: Q-GaLore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.options import choice, integer, number
+from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.methods.subspaces.dominant import dominant
+from hf_lowrank.state.slots import Slot, Slots, State
+
+
+@dataclass(frozen=True)
+class Lazy(Subspace, key="lazy"):
+    """P = U[:, :r], at intervals of its own for every matrix.
+
+    When the last `queue_size` overlaps ||P_old^T P_new||^2 / r have a mean of at least `threshold` the interval
+    doubles, up to `longest` times the group's; one overlap below the threshold halves it again, down to the group's. A
+    change of the interval starts a new count.
+
+    References:
+        Q-GaLore, arXiv 2407.08296, sections 3.2 and 3.4 (4-bit basis, 8-bit moments, lazy subspaces).
+
+    Differs from the authors' code: the overlap of the subspaces decides, not the signed cosine of the first vectors;
+    the interval has a cap and a way back; the 4-bit codes are packed, symmetric, and come from fp32. INT8 weights are
+    not
+    offered: a weight that autograd, clipping, DDP and save_pretrained all see as a parameter must be floating point,
+    and one that is not would have to be replaced in every one of them.
+    """
+
+    queue_size: int = integer(5, minimum=1, help="Q-GaLore: overlaps that are looked at")
+    threshold: float = number(0.4, help="Q-GaLore: mean overlap from which the interval doubles")
+    longest: int = integer(16, minimum=1, help="Q-GaLore: longest interval, in units of update_proj_gap")
+    refresh: str = choice("gram", "svd", "randomized", "power", help="see `dominant`")
+
+    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
+        """See `Subspace.slots`."""
+        count = Slot((), "counter", dtype=torch.int64)
+        own = {"overlaps": Slot((self.queue_size,), "exact"), "known": count, "doublings": count}
+        return {**super().slots(batch, m, n, r, piece), **own}
+
+    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """See `Subspace.choose`."""
+        return dominant(G, P, self.refresh, ctx)
+
+    def adopted_(self, s: State, gap: int, overlap: float) -> int:
+        """See `Subspace.adopted_`."""
+        doublings, known = int(s["doublings"]), int(s["known"])
+        if overlap >= 0:
+            s["overlaps"].copy_(torch.cat([s["overlaps"][1:], s["overlaps"].new_tensor([overlap])]))
+            known = min(known + 1, self.queue_size)
+            full = known == self.queue_size
+            if overlap < self.threshold and doublings:
+                doublings, known = doublings - 1, 0
+            elif full and float(s["overlaps"].mean()) >= self.threshold and 2**doublings < self.longest:
+                doublings, known = doublings + 1, 0
+        s["doublings"].fill_(doublings)
+        s["known"].fill_(known)
+        return int(gap * min(2**doublings, self.longest))

@@ -1,0 +1,57 @@
+"""A Gaussian sketch that is drawn from its key and is no state: APOLLO, FLora."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.state.slots import Slots, State
+from hf_lowrank.tensors import random
+from hf_lowrank.tensors.bases import Basis, Dense
+from hf_lowrank.tensors.random import SHARED
+
+
+KEPT = 4
+"""Sketches that stay in memory beside the state, so that an ordinary step draws none; a model has one per width."""
+
+
+@dataclass(frozen=True)
+class Sketch(Subspace, key="sketch"):
+    """P (m, r) with entries N(0, 1/r), so that E[P P^T] = I; a new one at every refresh.
+
+    It is a function of (seed, number of the refresh, m, r), drawn on the weight's device: state, none. The stream is
+    the same on all processes, and after a resume, but not on another type of device. Matrices of one shape of P share
+    theirs, which has the right distribution for each of them; the last few are kept from step to step.
+
+    References:
+        APOLLO, arXiv 2412.05270, Algorithm 1; FLora, arXiv 2402.03293, section 2.4.
+
+    Differs from the authors' code: there every weight has a seed and a sketch of its own.
+    """
+
+    orthonormal: ClassVar[bool] = False
+    without: ClassVar[tuple[str, ...]] = ("basis_format",)
+
+    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
+        """See `Subspace.slots`."""
+        return {}
+
+    def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
+        """See `Subspace.refresh_`."""
+        return None
+
+    def basis(self, s: State, ctx: Context) -> Basis:
+        """See `Subspace.basis`."""
+        return Dense(_drawn(ctx.key[0], ctx.number, ctx.m, ctx.r, ctx.device))
+
+
+@lru_cache(maxsize=KEPT)
+def _drawn(seed: int, number: int, m: int, r: int, device: torch.device) -> Tensor:
+    generator = random.generator(SHARED, seed, number, m, r, device=device)
+    return torch.randn(m, r, generator=generator, device=device).mul_(r**-0.5)

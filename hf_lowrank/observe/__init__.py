@@ -1,0 +1,1 @@
+"""During and after a run: what is seen of it."""

@@ -1,0 +1,94 @@
+"""The HTML page: no script, nothing loaded from anywhere; light or dark as the reader's system is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from statistics import median
+from typing import Any
+
+from hf_lowrank import __version__
+from hf_lowrank.observe.report.figures import Figure
+from hf_lowrank.observe.report.runs import Run
+
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1b1f; --soft: #5b5f66; --line: #d9dce1; --note: #fff6e5; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #15171b; --ink: #e8e9ec; --soft: #a5abb5; --line: #363a42; --note: #33291a; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 78rem; background: var(--page); color: var(--ink);
+       font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.05rem; margin: 0 0 .25rem; }
+p, figcaption, footer { color: var(--soft); } figcaption, footer, td, th { font-size: .875rem; }
+.table { overflow-x: auto; } table { border-collapse: collapse; min-width: 100%; }
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } td:first-child { font-weight: 600; }
+.problems { background: var(--note); border-radius: .5rem; padding: .6rem 1rem .6rem 2rem; overflow-wrap: anywhere; }
+.figures { columns: 23rem; column-gap: 1.5rem; margin: 1.5rem 0; }
+figure { margin: 0 0 1.5rem; padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; break-inside: avoid; }
+@media (max-width: 40rem) { body { padding: .5rem; } figure { padding: .5rem; } }
+figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
+figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif !important; }
+"""
+
+
+def render(runs: Sequence[Run], figures: Sequence[Figure], problems: Sequence[str]) -> str:
+    """Return the page."""
+    title = f"Runs: {', '.join(run.name for run in runs)}"
+    parts = [f"<h1>{escape(title)}</h1>", _table(runs)]
+    if problems:
+        parts.append(f'<ul class="problems">{"".join(f"<li>{escape(text)}</li>" for text in problems)}</ul>')
+    if not figures:
+        parts.append("<p>There is nothing to draw yet.</p>")
+    parts.append(f'<main class="figures">{"".join(map(_figure, figures))}</main>')
+    parts.append(f"<footer>hf_lowrank {__version__}. Every figure is also a PNG file beside this page.</footer>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _table(runs: Sequence[Run]) -> str:
+    rows = summary_rows(runs)
+    head = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figure(figure: Figure) -> str:
+    svg = figure.svg.replace("<svg ", f'<svg role="img" aria-label="{escape(figure.title, quote=True)}" ', 1)
+    return (
+        f'<figure id="{figure.name}"><h2>{escape(figure.title)}</h2>{svg}'
+        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+    )
+
+
+def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the numbers of the page's table, one row per run."""
+    rows = []
+    for run in runs:
+        training, validation = run.curve("loss"), run.curve("eval_loss")
+        state = run.curve("lowrank/state_mib")
+        times = [float(s["ms"]) for s in run.steps]
+        seconds = [y for _, y in run.curve("train_runtime")] or [y for _, y in run.measured()]
+        rows.append(
+            {
+                "run": run.name,
+                "optimizer": run.optimizer,
+                "rank": "–" if run.rank is None else f"{run.rank:g}",
+                "steps": f"{max((step for step, _ in [*training, *validation]), default=0):.0f}",
+                "training loss": f"{training[-1][1]:.4g}" if training else "–",
+                "best validation loss": f"{min(y for _, y in validation):.4g}" if validation else "–",
+                "perplexity": f"{math.exp(min(min(y for _, y in validation), 700.0)):.4g}" if validation else "–",
+                "state, MiB": f"{state[-1][1]:,.4g}" if state else "–",
+                "ms per step": f"{median(times):.3g}" if times else "–",
+                "seconds": f"{seconds[-1]:,.4g}" if seconds else "–",
+            }
+        )
+    return rows

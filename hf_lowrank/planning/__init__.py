@@ -1,0 +1,1 @@
+"""Before a run: what it would do to a model, and cost."""

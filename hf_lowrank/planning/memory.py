@@ -1,0 +1,293 @@
+"""How much memory a training run takes, before it starts: bytes from shapes alone, nothing is allocated.
+
+Weights, gradients and optimizer state are exact: the state is what the method's parts declare, which is what the
+first step allocates. Activations follow a simple rule, see `models.activation_bytes`. What a step allocates for a
+moment, the context of an accelerator (about 0.5 GB under CUDA) and fragmentation are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowrank import groups
+from hf_lowrank.engine.plan import declared_state, rank_of
+from hf_lowrank.hf.models import load_model
+from hf_lowrank.methods import resolve
+from hf_lowrank.methods.resolve import Parts
+from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.planning.activations import activation_bytes
+from hf_lowrank.state import view
+from hf_lowrank.state.slots import Slot
+from hf_lowrank.tensors.layout import Layout
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""Trainer's names of torch's AdamW, estimated for comparison."""
+
+UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+MODES: tuple[dict[str, Any], ...] = (
+    {},
+    {"checkpointing": True},
+    {"eight_bit": True},
+    {"layerwise": True},
+    {"eight_bit": True, "checkpointing": True},
+    {"layerwise": True, "checkpointing": True},
+    {"eight_bit": True, "layerwise": True},
+    {"eight_bit": True, "layerwise": True, "checkpointing": True},
+)
+"""Ways to save memory that `fit_budget` tries, the fewest first."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one training run on one device.
+
+    Attributes:
+        model, optim, rank, batch, seq, dtype, checkpointing, layerwise, options: what was asked for.
+        parameters: number of parameters.
+        weights: all parameters.
+        gradients: all gradients or, layerwise, those of the dense parameters, the projected ones and the largest.
+        low_rank_state: optimizer state of the matrices that have a subspace.
+        dense_state: optimizer state of everything else.
+        activations: what is kept for the backward pass; 0 for a model without a config.
+    """
+
+    model: str
+    optim: str
+    rank: float | None
+    batch: int
+    seq: int
+    dtype: str
+    checkpointing: bool
+    layerwise: bool
+    parameters: int
+    weights: int
+    gradients: int
+    low_rank_state: int
+    dense_state: int
+    activations: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def state(self) -> int:
+        """Bytes of the whole optimizer state."""
+        return self.low_rank_state + self.dense_state
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts: an upper bound, since activations have been freed when the last gradient is there."""
+        return self.weights + self.gradients + self.state + self.activations
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all fields and sums, ready for JSON."""
+        return {**asdict(self), "options": dict(self.options), "state": self.state, "total": self.total}
+
+    def json(self) -> str:
+        """Return `as_dict` as JSON."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    def describe(self) -> str:
+        """Return what was asked for, in one line."""
+        asked = [self.model, self.optim, *([] if self.rank is None else [f"rank {self.rank}"]), self.dtype]
+        asked += [f"batch {self.batch} x {self.seq} tokens"]
+        asked += ["checkpointing"] * self.checkpointing + ["layerwise"] * self.layerwise
+        return ", ".join([*asked, *(f"{k}={v}" for k, v in self.options.items())])
+
+    def table(self) -> str:
+        """Return the parts as a Markdown table, in GB (10^9) and GiB (2^30)."""
+        rows = [
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            ("optimizer state, matrices", self.low_rank_state),
+            ("optimizer state, all else", self.dense_state),
+            ("activations", self.activations),
+            ("total", self.total),
+        ]
+        lines = ["| part | GB | GiB |", "|---|---:|---:|"]
+        lines += [f"| {name} | {count / 1e9:.2f} | {count / 2**30:.2f} |" for name, count in rows]
+        return f"{self.describe()} ({self.parameters / 1e6:.1f} M parameters)\n\n" + "\n".join(lines)
+
+
+def estimate_memory(
+    model: str | Path | nn.Module,
+    optim: str,
+    *,
+    rank: float | None = None,
+    batch: int = 1,
+    seq: int = 256,
+    dtype: str = "bf16",
+    checkpointing: bool = False,
+    layerwise: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+    counting: str = "stored",
+) -> MemoryEstimate:
+    """Count the bytes of a training run from shapes alone.
+
+    Args:
+        model: a size of models.LLAMA ("60m" .. "7b"), a config file or folder, a model's id on the hub, or a model.
+        optim: a method's name, with or without `_8bit` and `_layerwise`, or "adamw_torch".
+        rank: dimension of the subspace; None for the method's default.
+        batch, seq: sequences of one step (of one micro-batch) and their tokens.
+        dtype: "bf16", "fp16" or "fp32": how weights, gradients and activations are kept.
+        checkpointing: whether activations are recomputed in the backward pass, layer by layer.
+        layerwise: whether gradients are freed during backward; None as the name says.
+        options: further options of the method, and `target_modules`.
+        counting: "stored": what is really stored, moments in fp32 unless 8-bit; "bf16": as the papers' tables count,
+            two bytes for every number of the state and one for an 8-bit code.
+
+    Raises:
+        ValueError: for an unknown model, method, option or dtype; the message lists what is valid.
+    """
+    _check(dtype, counting, batch, seq)
+    net, width = load_model(model), DTYPES[dtype].itemsize
+    given = {**(options or {}), **({} if layerwise is None else {"layerwise": layerwise})}
+    blank = MemoryEstimate(
+        model=str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+        optim=optim,
+        rank=rank,
+        batch=batch,
+        seq=seq,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        layerwise=bool(layerwise),
+        options=dict(options or {}),
+        parameters=sum(p.numel() for p in net.parameters()),
+        weights=width * sum(p.numel() for p in net.parameters()),
+        gradients=0,
+        low_rank_state=0,
+        dense_state=0,
+        activations=activation_bytes(net, batch=batch, seq=seq, itemsize=width, checkpointing=checkpointing),
+    )
+    trained = [p for _, p in groups.trainable(net)]
+    if optim in ADAMW:
+        counts = (2 * width * p.numel() + 4 for p in trained)  # two moments in the weight's type; a step in fp32
+        return replace(blank, gradients=width * sum(p.numel() for p in trained), dense_state=sum(counts))
+    return _with_method(blank, build_optimizer(net, optim, rank, given), width, paper=counting == "bf16")
+
+
+def _check(dtype: str, counting: str, batch: int, seq: int) -> None:
+    for what, value, valid in (("dtype", dtype, tuple(DTYPES)), ("counting", counting, ("stored", "bf16"))):
+        if value not in valid:
+            raise ValueError(f"{what} must be one of {', '.join(valid)}, got {value!r}")
+    if batch < 1 or seq < 1:
+        raise ValueError(f"batch and seq must be at least 1, got {batch} and {seq}")
+
+
+def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mapping[str, Any]) -> LowRankOptimizer:
+    """Return the optimizer of a model that may lie on the meta device; its state is declared, not allocated."""
+    chosen = {k: v for k, v in given.items() if k != "target_modules"}
+    if rank is not None:
+        chosen["rank"] = rank
+    split = groups.param_groups(net, method=optim, target_modules=given.get("target_modules"), **chosen)
+    return LowRankOptimizer(split, optim)
+
+
+def _with_method(blank: MemoryEstimate, optimizer: LowRankOptimizer, width: int, *, paper: bool) -> MemoryEstimate:
+    """Fill in what depends on the method."""
+    counts = {True: 0, False: 0}
+    dense, matrices, projected = 0, [0], 0
+    hook = layerwise = False
+    rank = blank.rank
+    for name, p, parts, group in optimizer.declared():
+        low_rank = "rank" in group
+        stored = view.stored(*declared_state(p, parts, group, name)).values()
+        counts[low_rank] += paper_bytes(stored) if paper else sum(slot.nbytes for slot in stored)
+        if low_rank:
+            matrices.append(width * p.numel())
+            projected += projected_bytes(p, parts, group)
+            rank, layerwise, hook = group["rank"], group["layerwise"], parts.needs_gradient
+        else:
+            dense += width * p.numel()
+    freed = dense + max(matrices) + (0 if hook else projected)
+    return replace(
+        blank,
+        rank=rank,
+        layerwise=layerwise,
+        gradients=freed if layerwise else dense + sum(matrices),
+        low_rank_state=counts[True],
+        dense_state=counts[False],
+    )
+
+
+def projected_bytes(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> int:
+    """Return the bytes of a matrix's projected gradient in fp32, which the layerwise mode keeps until `step`."""
+    layout = Layout.of(weight, group["proj_type"])
+    return 4 * prod(layout.batch) * prod(parts.subspace.shape(layout.m, layout.n, rank_of(parts, layout, group)))
+
+
+def paper_bytes(slots: Iterable[Slot]) -> int:
+    """Count stored state as the papers do: two bytes a number, one for an 8-bit code, scales and counters free."""
+    return sum(
+        slot.numel * min(2, slot.dtype.itemsize) for slot in slots if slot.kind in ("basis", "moment", "variance")
+    )
+
+
+def fit_budget(
+    model: str | Path | nn.Module,
+    budget_bytes: int,
+    optim: str = "galore_i3s_adamw",
+    *,
+    ranks: Sequence[int] | None = None,
+    batch: int = 1,
+    seq: int = 256,
+    dtype: str = "bf16",
+    options: Mapping[str, Any] | None = None,
+) -> list[MemoryEstimate]:
+    """Return what fits into a budget: for every way to save memory the largest rank, the fewest savings first.
+
+    A way is left out where one with fewer savings allows the same rank.
+
+    Args:
+        model: see `estimate_memory`.
+        budget_bytes: bytes there are; leave room for the accelerator's context.
+        optim: a method's name without an ending; 8-bit, layerwise and checkpointing are tried.
+        ranks: ranks to try; None for the powers of two up to half of the model's width.
+        batch, seq, dtype, options: see `estimate_memory`.
+
+    Returns:
+        Estimates of at most `budget_bytes`; none where nothing fits.
+    """
+    net = load_model(model)
+    row = resolve.split(optim)[0]
+    if ranks is None:
+        width = max(min(p.shape[-2:]) for p in net.parameters() if p.dim() >= 2)
+        ranks = [2**i for i in range(2, max(3, width.bit_length() - 1))]
+    found: dict[frozenset[str], MemoryEstimate] = {}
+    for mode in MODES:
+        name = f"{row}_8bit" if mode.get("eight_bit") else row
+        shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options}
+        shared |= {key: mode.get(key, False) for key in ("checkpointing", "layerwise")}
+        for rank in sorted(ranks, reverse=True):
+            estimate = estimate_memory(net, name, rank=rank, **shared)
+            if any(fewer < mode.keys() and best.rank == estimate.rank for fewer, best in found.items()):
+                break
+            if estimate.total <= budget_bytes:
+                shown = str(model) if isinstance(model, (str, Path)) else estimate.model
+                found[frozenset(mode)] = replace(estimate, model=shown)
+                break
+    return list(found.values())
+
+
+def parse_bytes(text: str) -> int:
+    """Read "24GB" (10^9), "24GiB" (2^30) or a plain number of bytes.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = (match[2].upper() or "B") if match else ""
+    if match is None or unit not in UNITS:
+        raise ValueError(f"{text!r} is not an amount of memory; write for instance 24GB or 24GiB")
+    return int(float(match[1]) * UNITS[unit])

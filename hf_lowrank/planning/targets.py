@@ -1,0 +1,68 @@
+"""What an optimizer would do to a model, before anything is trained: which matrices, at which rank, at what cost."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank import groups
+from hf_lowrank.engine.plan import declared_state, rank_of
+from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.state import view
+from hf_lowrank.tensors.layout import Layout
+
+
+ADAMW_BYTES = 8
+"""Bytes of state per element of torch.optim.AdamW over fp32 weights: two fp32 moments."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters with the same name (numbers of layers aside), shape and treatment.
+
+    Attributes:
+        name: the name, `*` for what differs.
+        count: how many there are.
+        shape: of one.
+        rank: of the subspace, None where the parameter stays dense.
+        state_bytes: of the method, over all of them.
+        adamw_bytes: what AdamW would keep for them.
+    """
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    rank: int | None
+    state_bytes: int
+    adamw_bytes: int
+
+
+def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **options: Any) -> list[Row]:
+    """Return one row per kind of parameter of a model, as an optimizer would treat it.
+
+    Args:
+        model: the model; on the meta device it costs nothing.
+        method: a name from METHODS, with any ending.
+        target_modules: see `param_groups`.
+        options: options of the method.
+
+    Raises:
+        ValueError: for an unknown method or option, or where nothing can be projected.
+    """
+    split = groups.param_groups(model, method=method, target_modules=target_modules, **options)
+    optimizer = LowRankOptimizer(split, method)
+    found: dict[tuple[str, tuple[int, ...], int | None], list[int]] = defaultdict(list)
+    for name, p, parts, group in optimizer.declared():
+        rank = rank_of(parts, Layout.of(p, group["proj_type"]), group) if "rank" in group else None
+        stored = view.stored(*declared_state(p, parts, group, name)).values()
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank
+        found[key].append(sum(slot.nbytes for slot in stored))
+    return [
+        Row(name, len(sizes), shape, rank, sum(sizes), ADAMW_BYTES * prod(shape) * len(sizes))
+        for (name, shape, rank), sizes in found.items()
+    ]

@@ -1,0 +1,1 @@
+"""What is kept of a parameter, and how it is encoded."""

@@ -1,0 +1,199 @@
+"""What a basis can do, whatever form it has: a stored matrix, an index of rows, blocks of rows, a pair of matrices.
+
+Legend: G gradient (..., m, n) · R = P^T G (..., r, n) · W weight (..., m, n) · Z coefficients (..., r, n) · C =
+P_new^T P_old (..., r, r).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.tensors import kernels
+
+
+class Basis(ABC):
+    """A linear map P from coefficients to matrices."""
+
+    @abstractmethod
+    def project(self, G: Tensor) -> Tensor:
+        """Return R = P^T G in fp32; G may be of lower precision. Any entry of G that is not finite makes R so."""
+
+    @abstractmethod
+    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        """W <- beta W + alpha P Z for any columns of an fp32 matrix."""
+
+    @abstractmethod
+    def rows(self, start: int, length: int) -> Basis:
+        """Return the same map onto some rows only."""
+
+    def gram(self) -> Tensor:
+        """Return P^T P (..., r, r)."""
+        raise NotImplementedError
+
+    def changes(self, old: Basis) -> list[Tensor]:
+        """Return the change of basis from `old` for every side that is projected: [C], or [C, C of the right side]."""
+        raise NotImplementedError
+
+    def spread(self, Z: Tensor) -> Tensor:
+        """Return coefficients (..., r, n) for all columns of the weight, from those in the shape of R."""
+        return Z
+
+
+@dataclass(frozen=True)
+class Dense(Basis):
+    """A matrix P (..., m, r)."""
+
+    P: Tensor
+
+    def project(self, G: Tensor) -> Tensor:
+        """See `Basis.project`."""
+        return kernels.project(self.P, G)
+
+    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        """See `Basis.add_`."""
+        P = self.P if W.dim() == 2 else self.P.expand(*W.shape[:-2], *self.P.shape[-2:])  # a stack may share one
+        kernels.add_product_(W, P, Z, beta=beta, alpha=alpha)
+
+    def rows(self, start: int, length: int) -> Dense:
+        """See `Basis.rows`."""
+        return Dense(self.P.narrow(-2, start, length))
+
+    def gram(self) -> Tensor:
+        """See `Basis.gram`."""
+        return self.P.mT @ self.P
+
+    def changes(self, old: Basis) -> list[Tensor]:
+        """See `Basis.changes`."""
+        assert isinstance(old, Dense)
+        return [self.P.mT @ old.P]
+
+
+@dataclass(frozen=True)
+class TwoSided(Basis):
+    """U = P Z Q^T with a second basis Q (..., n, k) for the columns, so that R = P^T G Q is (..., r, k)."""
+
+    left: Basis
+    right: Tensor
+
+    def project(self, G: Tensor) -> Tensor:
+        """See `Basis.project`."""
+        return self.left.project(G) @ self.right
+
+    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        """See `Basis.add_`; Z has been spread over the columns."""
+        self.left.add_(W, Z, beta=beta, alpha=alpha)
+
+    def rows(self, start: int, length: int) -> TwoSided:
+        """See `Basis.rows`."""
+        return TwoSided(self.left.rows(start, length), self.right)
+
+    def gram(self) -> Tensor:
+        """See `Basis.gram`."""
+        return self.left.gram()
+
+    def changes(self, old: Basis) -> list[Tensor]:
+        """See `Basis.changes`."""
+        assert isinstance(old, TwoSided)
+        return [*self.left.changes(old.left), self.right.mT @ old.right]
+
+    def spread(self, Z: Tensor) -> Tensor:
+        """See `Basis.spread`."""
+        return Z @ self.right.mT
+
+
+@dataclass(frozen=True)
+class SelectedRows(Basis):
+    """Column k of P is `scale[k]` at row `index[k]` and zero elsewhere: projecting is indexing.
+
+    Attributes:
+        index: (..., r) int64; an index may come twice.
+        scale: (..., r), zero where the row is not among those that are held.
+    """
+
+    index: Tensor
+    scale: Tensor
+
+    def project(self, G: Tensor) -> Tensor:
+        """See `Basis.project`."""
+        index = self.index.unsqueeze(-1).expand(*self.index.shape, G.shape[-1])
+        unseen = kernels.sum_of_squares(G).mul_(0)  # NaN if a row that is not taken is bad
+        return G.gather(-2, index).to(self.scale.dtype).mul_(self.scale.unsqueeze(-1)).add_(unseen)
+
+    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        """See `Basis.add_`."""
+        index = self.index.unsqueeze(-1).expand(*self.index.shape, W.shape[-1])
+        W.mul_(beta).scatter_add_(-2, index, Z * (alpha * self.scale).unsqueeze(-1))
+
+    def rows(self, start: int, length: int) -> SelectedRows:
+        """See `Basis.rows`."""
+        inside = (self.index >= start) & (self.index < start + length)
+        return SelectedRows((self.index - start).clamp(0, max(0, length - 1)), self.scale * inside)
+
+    def gram(self) -> Tensor:
+        """See `Basis.gram`."""
+        return self._same(self) * self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
+
+    def changes(self, old: Basis) -> list[Tensor]:
+        """See `Basis.changes`: a slot takes over the mean of the old slots that held its row, scales aside."""
+        assert isinstance(old, SelectedRows)
+        same = self._same(old)
+        return [same / same.sum(-1, keepdim=True).clamp_min(1)]
+
+    def _same(self, other: SelectedRows) -> Tensor:
+        return (self.index.unsqueeze(-1) == other.index.unsqueeze(-2)).to(self.scale.dtype)
+
+
+@dataclass(frozen=True)
+class Blocks(Basis):
+    """Column k of P is `factor` on the rows k b .. (k+1) b - 1 and zero elsewhere; the last block may be short.
+
+    Attributes:
+        m: rows.
+        size: b, rows of a block.
+        factor: the value of every entry.
+        squares: whether R also holds the blocks of G∘G below those of G, (..., 2r, n).
+    """
+
+    m: int
+    size: int
+    factor: float
+    squares: bool = False
+
+    def fold(self, X: Tensor) -> Tensor:
+        """Return the sum over every block times the factor, (..., r, n), in fp32."""
+        whole = self.m // self.size * self.size
+        blocks = X.narrow(-2, 0, whole).reshape(*X.shape[:-2], -1, self.size, X.shape[-1])
+        folded = blocks.sum(-2, dtype=torch.float32)
+        if whole < self.m:  # a short last block
+            rest = X.narrow(-2, whole, self.m - whole).sum(-2, keepdim=True, dtype=torch.float32)
+            folded = torch.cat([folded, rest], -2)
+        return folded.mul_(self.factor)
+
+    def repeat(self, X: Tensor) -> Tensor:
+        """Return every row of X (..., r, n) on all rows of its block, (..., m, n)."""
+        if self.size >= self.m:
+            return X.expand(*X.shape[:-2], self.m, X.shape[-1]).contiguous()
+        return X.repeat_interleave(self.size, -2).narrow(-2, 0, self.m)
+
+    def project(self, G: Tensor) -> Tensor:
+        """See `Basis.project`."""
+        if not self.squares:
+            return self.fold(G)
+        G = G.float()
+        return torch.cat([self.fold(G), self.fold(G.square())], -2)
+
+    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        """See `Basis.add_`."""
+        W.mul_(beta).add_(self.repeat(Z), alpha=alpha * self.factor)
+
+    def rows(self, start: int, length: int) -> Blocks:
+        """See `Basis.rows`.
+
+        Raises:
+            ValueError: always: a block could be cut.
+        """
+        raise ValueError("blocks of rows cannot be split over processes: leave out proj_type (the default is right)")

@@ -1,0 +1,210 @@
+"""fp32 kernels on matrices seen wide, (..., m, n): bases, signs, sampling, norms.
+
+Legend: G gradient (..., m, n) · P basis (..., m, r) · C change of basis (..., r, r) · U left singular vectors (..., m,
+k) · sigma singular values (..., k), descending. Every function accepts leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+
+BLOCK = 2**18
+"""Elements of the largest fp32 copy made of a low-precision weight or gradient."""
+
+
+CACHED = 2**17
+"""Elements of a block that stays in a processor's cache."""
+
+
+def blocks(shape: torch.Size, limit: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) along the last axis: blocks of at most `limit` (BLOCK) elements, at least one column."""
+    size = shape[-1]
+    length = max(1, (BLOCK if limit is None else limit) * size // max(1, shape.numel()))
+    for start in range(0, size, length):
+        yield start, min(length, size - start)
+
+
+def piece(X: Tensor, start: int, length: int) -> Tensor:
+    """Return columns of X (..., n): X itself if those are all."""
+    return X if length == X.shape[-1] else X.narrow(-1, start, length)
+
+
+def project(P: Tensor, G: Tensor) -> Tensor:
+    """Return P^T G in fp32, (..., r, n). A gradient of lower precision is cast one block of columns at a time."""
+    if G.dtype == P.dtype:
+        return P.mT @ G
+    R = torch.empty(*G.shape[:-2], P.shape[-1], G.shape[-1], dtype=P.dtype, device=G.device)
+    for block in blocks(G.shape):
+        R.narrow(-1, *block).copy_(P.mT @ G.narrow(-1, *block).to(P.dtype))
+    return R
+
+
+def add_product_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+    """W <- beta W + alpha P Z, written in place with no temporary of W's size."""
+    if W.dim() == 2:
+        W.addmm_(P, Z, beta=beta, alpha=alpha)
+    else:
+        W.flatten(0, -3).baddbmm_(P.flatten(0, -3), Z.flatten(0, -3), beta=beta, alpha=alpha)
+
+
+def column_squared_norms(G: Tensor) -> Tensor:
+    """Return ||G_j||^2 of every column, (..., n), in fp32, with at most a small block as temporary."""
+    if G.dtype == torch.float32 and G.stride(-2) == 1:  # columns lie in one piece: one pass, no temporary
+        norms: Tensor = torch.linalg.vector_norm(G, dim=-2)
+        return norms.square_()
+    if G.numel() <= CACHED:
+        return G.float().square().sum(-2)
+    if G.stride(-2) == 1:
+        return torch.cat([G.narrow(-1, *block).float().square().sum(-2) for block in blocks(G.shape, CACHED)], -1)
+    squares = torch.zeros(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
+    for block in blocks(G.mT.shape, CACHED):  # of rows, which lie in one piece
+        squares.add_(G.narrow(-2, *block).float().square().sum(-2))
+    return squares
+
+
+def squared_norm(G: Tensor) -> Tensor:
+    """Return ||G||_F^2 of every matrix in the batch, (...,), in fp32."""
+    if G.dim() == 2 and G.dtype == torch.float32:  # of bf16 the other sum keeps 8 bits only
+        return sum_of_squares(G)
+    return column_squared_norms(G).sum(-1)
+
+
+def all_finite(tensors: list[Tensor]) -> list[bool]:
+    """Tell which tensors have a finite sum of squares, with one transfer to the host for all of them.
+
+    A sum of squares that overflows counts as not finite: it would overflow the second moment too.
+    """
+    if not tensors:
+        return []
+    if len(tensors) == 1:
+        return [isfinite(float(sum_of_squares(tensors[0])))]
+    sums = [sum_of_squares(x) for x in tensors]
+    return torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Return the sum of squares of all elements in fp32, without a copy of x; of a bf16 x with 8 bits of precision."""
+    if x.dtype == torch.float32 and x.numel() < 2**31:
+        flat = (x if x.is_contiguous() or x.dim() < 2 else x.mT).reshape(-1)
+        return torch.dot(flat, flat)
+    # the norm is accumulated in fp32; fp16 could not hold it, bf16 can
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=None if x.dtype == torch.bfloat16 else torch.float32)
+    return norm.float().square()
+
+
+def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all left singular vectors U (..., m, k) and values sigma (..., k), k = min(m, n), from the smaller Gram
+    matrix.
+
+    The eigenvectors of G G^T are U and its eigenvalues sigma^2. Should the fp32 decomposition fail, it is repeated in
+    float64, then replaced by an SVD, then by an SVD on the CPU. A tall G goes through G^T G and U = G V / sigma.
+
+    Raises:
+        ValueError: if every one of them fails, which a finite gradient does not cause.
+    """
+    G = G.float()
+    attempts: tuple[Callable[[], tuple[Tensor, Tensor]], ...] = (
+        lambda: _gram_eigh(G),
+        lambda: _gram_eigh(G.double()),
+        lambda: svd_basis(G),
+        lambda: svd_basis(G.cpu()),
+    )
+    for attempt in attempts:
+        try:
+            U, sigma = (x.to(G) for x in attempt())
+        except (RuntimeError, NotImplementedError, TypeError):  # not converged; no float64 on the device
+            continue
+        if all_finite([U])[0] and bool(torch.isfinite(sigma).all()):  # squares of sigma may overflow
+            return U, sigma
+    raise ValueError(f"no decomposition of a gradient of shape {tuple(G.shape)} succeeded; is it finite?")
+
+
+def _gram_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigendecomposition of the Gram matrix on the short side of G."""
+    wide = G.shape[-2] <= G.shape[-1]
+    values, vectors = torch.linalg.eigh(G @ G.mT if wide else G.mT @ G)
+    sigma, vectors = values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+    return (vectors if wide else orthonormalize(G @ vectors)), sigma
+
+
+def svd_basis(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all left singular vectors and values of G by a full singular value decomposition."""
+    U, sigma, _ = torch.linalg.svd(G.float(), full_matrices=False)
+    return U, sigma
+
+
+def range_finder(
+    G: Tensor, r: int, gen: torch.Generator, *, oversample: int = 8, iterations: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Randomized SVD: leading r left singular vectors and values of G.
+
+    References:
+        Halko, Martinsson, Tropp: Finding structure with randomness (2011), algorithms 4.4 and 5.1.
+    """
+    G = G.float()
+    k = min(r + oversample, *G.shape[-2:])
+    sketch = torch.randn(*G.shape[:-2], G.shape[-1], k, generator=gen).to(G)
+    Q = orthonormalize(G @ sketch)
+    for _ in range(iterations):
+        Q = orthonormalize(G @ orthonormalize(G.mT @ Q))
+    U, sigma = gram_basis(Q.mT @ G)
+    return Q @ U[..., :r], sigma[..., :r]
+
+
+def power_step(G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration on G G^T, warm-started at P: G G^T P = Q R.
+
+    Repeated, it brings the columns of Q to the leading singular vectors, in their order; one step moves each of them
+    little from the slot it has.
+
+    Returns:
+        Q (..., m, r), and estimates of the r largest singular values of G, (..., r), which are the roots of the
+        diagonal of R if the columns of P are the leading vectors; the largest is an estimate from below.
+    """
+    G = G.float()
+    Q, R = torch.linalg.qr(G @ (G.mT @ P))
+    return Q, R.diagonal(dim1=-2, dim2=-1).abs().sqrt().sort(descending=True).values
+
+
+def orthonormalize(X: Tensor) -> Tensor:
+    """Return an orthonormal basis of X's columns by Householder QR.
+
+    Not by Cholesky QR: on real gradients the columns are too close to dependent for it in fp32.
+    """
+    Q: Tensor = torch.linalg.qr(X)[0]
+    return Q
+
+
+def replace_(P: Tensor, new: Tensor, *, first: bool) -> None:
+    """P <- new, columns flipped so that diag(new^T P) >= 0; those of the first basis so that each largest entry is
+    positive.
+
+    Singular vectors are defined up to sign. Moments that are kept across a refresh belong to a slot, so a sign that
+    flips at random would turn them around.
+    """
+    pivot = new.gather(-2, new.abs().argmax(-2, keepdim=True)) if first else (new * P).sum(-2, keepdim=True)
+    torch.mul(new, torch.where(pivot < 0, -1.0, 1.0), out=P)
+
+
+def take_columns(U: Tensor, index: Tensor) -> Tensor:
+    """Return the columns `index` (..., r) of U (..., m, k) as (..., m, r)."""
+    return U.gather(-1, index.unsqueeze(-2).expand(*U.shape[:-1], index.shape[-1]))
+
+
+def overlap(C: Tensor) -> Tensor:
+    """Return ||U^T V||_F^2 / r for the change of basis C = U^T V, averaged over the batch.
+
+    References:
+        I3S, arXiv 2502.05790, section 4.4, eq. 3.
+    """
+    return C.square().sum((-2, -1)).mean() / C.shape[-1]
+
+
+def column_norms(R: Tensor) -> Tensor:
+    """Return the Euclidean norm of every column of R (..., r, n), (..., n)."""
+    return column_squared_norms(R).sqrt_()
