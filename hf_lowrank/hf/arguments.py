@@ -12,9 +12,9 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank.groups import param_groups
-from hf_lowrank.hf.callback import summary
 from hf_lowrank.methods import resolve
 from hf_lowrank.methods.options import split_assignments
+from hf_lowrank.observe.describe import summary
 from hf_lowrank.optimizer import LowRankOptimizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import __version__
-from hf_lowrank.hf.arguments import logger, name_of
+from hf_lowrank.hf.arguments import name_of
 from hf_lowrank.methods import resolve, table
 from hf_lowrank.observe.records import RUN_FILE
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -29,6 +30,8 @@ def _describe_optimizer(self: Trainer) -> None:
         except ValueError as error:  # it must not cost the upload of a trained model
             logger.warning("the model card says nothing of the optimizer: %s", error)
 
+
+logger = logging.getLogger("hf_lowrank")
 
 TAG = "hf-lowrank"
 BEGIN, END = "<!-- hf_lowrank: begin -->", "<!-- hf_lowrank: end -->"
