@@ -1,6 +1,6 @@
 """The loop that most references share: a basis, moments in it, the step. float64; imports nothing of the package.
 
-Notation of reference.py: W weight, G gradient, P basis (m, r), R = P^T G, M and V moments, C = P_new^T P_old, N
+Notation of plain.py: W weight, G gradient, P basis (m, r), R = P^T G, M and V moments, C = P_new^T P_old, N
 direction before an outside bias correction c. Matrices are seen short side first (square ones transposed), decay comes
 first, then W <- W - lr U.
 """
@@ -14,7 +14,7 @@ from math import sqrt
 from typing import Any
 
 import torch
-from reference import TRANSPORTS, Choose, dominant
+from references.plain import TRANSPORTS, Choose, dominant
 from torch import Tensor
 
 

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
-from reference import dominant
+from references.plain import dominant
 from references.base import LowRank, Matrix, aligned, direction
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from reference import Choose
+from references.plain import Choose
 from torch import Tensor
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from reference import Choose, dominant
+from references.plain import Choose, dominant
 from references.base import LowRank
 from torch import Tensor
 

@@ -1,10 +1,10 @@
-"""Every method against its papers' equations in float64 (reference.py)."""
+"""Every method against its papers' equations in float64 (references)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from reference import TRANSPORTS, LowRankAdam, adamw, dominant
+from references.plain import TRANSPORTS, LowRankAdam, adamw, dominant
 from streams import (
     NAMES,
     PLAIN,

@@ -1,4 +1,4 @@
-"""Every method that test_reference.py leaves out against its paper's equations in float64 (references/).
+"""Every method that test_equations_of_adam.py leaves out against its paper's equations in float64 (references/).
 
 What a method draws (sampled vectors, random bases, rows) is handed to the reference as it was drawn; whether it was
 drawn by the law is tested below. Sketches are drawn anew from their key.
@@ -38,7 +38,7 @@ from hf_lowrank.tensors import random
 
 
 STEPS, GAP = 16, 5  # four bases
-# as in test_reference.py: eps and decay would move a run by much more than the tolerance if misplaced
+# as in test_equations_of_adam.py: eps and decay would move a run by much more than the tolerance if misplaced
 SETTING = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "scale": 0.5, "betas": (0.8, 0.95)}
 # fp32 moments, products and weights against float64: measured at most 1.4e-6 of the displacement, 4e-6 on both sides
 TOLERANCE = 1e-5

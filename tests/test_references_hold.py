@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import LowRankAdam, dominant
+from references.plain import LowRankAdam, dominant
 from references.base import Adam, LowRank, Matrix, sampled
 from references.compressed import FOAM, GWT, fold, haar, inverse_haar, unfold
 from references.factored import CAME, Adafactor, AdamMini
