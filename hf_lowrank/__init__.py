@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from hf_lowrank.hf.register import register, unregister
     from hf_lowrank.hf.trainer import LowRankTrainer
     from hf_lowrank.methods.context import Columns, Context
-    from hf_lowrank.methods.parts import Facts, Moments, Reconstruction, Subspace, Update
+    from hf_lowrank.methods.parts import ColumnNorms, Moments, Reconstruction, Subspace, Update
+    from hf_lowrank.methods.parts import ColumnNorms as Facts
+    from hf_lowrank.methods.registry import Gauge
     from hf_lowrank.methods.table import METHODS, Method
     from hf_lowrank.optimizer import LowRankOptimizer
     from hf_lowrank.planning.memory import MemoryEstimate, estimate_memory, fit_budget
     from hf_lowrank.state.slots import Slot
     from hf_lowrank.tensors.bases import Basis
+    from hf_lowrank.tensors.sums import Sum
 
 __version__ = "0.1.0"
 _moved.install()
@@ -54,17 +57,24 @@ _LAZY = {
     "Basis": "tensors.bases",
     "Columns": "methods.context",
     "Context": "methods.context",
+    "ColumnNorms": "methods.parts",
     "Facts": "methods.parts",
+    "Gauge": "methods.registry",
+    "Sum": "tensors.sums",
     "Slot": "state.slots",
 }
+
+_RENAMED = {"Facts": "ColumnNorms"}
 
 __all__ = [
     "LLAMA",
     "METHODS",
     "Basis",
+    "ColumnNorms",
     "Columns",
     "Context",
     "Facts",
+    "Gauge",
     "LowRankCallback",
     "LowRankOptimizer",
     "LowRankTrainer",
@@ -74,6 +84,7 @@ __all__ = [
     "Reconstruction",
     "Slot",
     "Subspace",
+    "Sum",
     "Update",
     "__version__",
     "add_to_model_card",
@@ -93,7 +104,7 @@ def __getattr__(name: str) -> Any:
         import_module(f"hf_lowrank.{name}")  # says where it is now
     if name not in _LAZY:
         raise AttributeError(f"module 'hf_lowrank' has no attribute {name!r}")
-    return getattr(import_module(f"hf_lowrank.{_LAZY[name]}"), name)
+    return getattr(import_module(f"hf_lowrank.{_LAZY[name]}"), _RENAMED.get(name, name))
 
 
 def __dir__() -> list[str]:

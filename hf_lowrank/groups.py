@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_lowrank.methods import options, resolve
+from hf_lowrank.methods.resolve import Config
 from hf_lowrank.tensors.layout import clamp_rank
 
 
@@ -52,18 +53,41 @@ def param_groups(
     Raises:
         ValueError: if nothing matches; the message says what there is.
     """
+    given = method_options if rank is None else {"rank": rank, **method_options}
     if method is not None:
-        given = method_options if rank is None else {"rank": rank, **method_options}
-        method_options = {"method": method, **filled_for(model, method, given)}
-        rank = method_options.pop("rank")
-    rank = options.parse("rank", 128 if rank is None else rank, options.schema(resolve.LowRankOptions), what="rank")
-    targets = set(target_parameters(model, rank=rank, target_modules=target_modules))
+        return groups_for(
+            model,
+            Config.of(method, given, facts=model_facts(model)),
+            target_modules=target_modules,
+            weight_decay=weight_decay,
+        )
+    rank = options.parse("rank", given.pop("rank", 128), options.schema(resolve.LowRankOptions), what="rank")
+    dense = {key: value for key, value in given.items() if key in resolve.dense_options()}
+    return _split_up(model, {"rank": rank, **given}, dense, target_modules, weight_decay)
+
+
+def groups_for(
+    model: nn.Module, config: Config, *, target_modules: str | Sequence[str] | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Split a model's parameters as `param_groups` does, for a method whose options are resolved."""
+    dense = config.dense()
+    own, others = ({"method": c.method, **c.options, "config": c} for c in (config, dense))
+    return _split_up(model, own, others, target_modules, weight_decay)
+
+
+def _split_up(
+    model: nn.Module,
+    own: Mapping[str, Any],
+    dense: Mapping[str, Any],
+    target_modules: str | Sequence[str] | None,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Return groups of matrices with the options `own`, and of all else with the options `dense`."""
+    targets = set(target_parameters(model, rank=own["rank"], target_modules=target_modules))
     decaying = set(decay_names(model))
-    dense = {"method", *resolve.dense_options(method)}
-    dense_options = {k: v for k, v in method_options.items() if k in dense}
     groups: list[dict[str, Any]] = []
     for low_rank in (True, False):
-        extra = {"rank": rank, **method_options} if low_rank else dense_options
+        extra = own if low_rank else dense
         for decays in (True, False):
             members = [
                 (name, p)
@@ -75,19 +99,12 @@ def param_groups(
     return groups
 
 
-def filled_for(model: nn.Module, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options for `param_groups` with what depends on the method (its rank) and on the model (its heads).
-
-    Raises:
-        ValueError: for an unknown method or option.
-    """
-    complete = resolve.complete(method, options)
-    filled = {**options, "rank": complete["rank"]}
-    if complete.get("head_dim") == 0:  # Adam-mini has one block per head of the queries and keys
-        config = getattr(model, "config", None)
-        heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-        filled["head_dim"] = int(getattr(config, "head_dim", None) or (width // heads if heads and width else 0))
-    return filled
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Return what is known of a model, for the options that are such a fact: the size of an attention head."""
+    config = getattr(model, "config", None)
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    size = int(getattr(config, "head_dim", None) or (width // heads if heads and width else 0))
+    return {"head_dim": size} if size else {}
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,38 +1,46 @@
-"""LowRankOptimizer: groups, the step, state, checkpoints."""
+"""LowRankOptimizer: parameter groups, the step, checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import inf
 from time import perf_counter
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lowrank.engine import layerwise, step
-from hf_lowrank.engine.checkpoint import check_checkpoint, merge_options, warn_changed
-from hf_lowrank.engine.checks import TORCH_KEYS, check_edits, check_group
+from hf_lowrank.engine import refresh, step
+from hf_lowrank.engine.checkpoint import FORMAT_VERSION, check_checkpoint, merge_options, warn_changed
+from hf_lowrank.engine.checks import TORCH_KEYS, check_numbers, check_parameters, check_together, edited
 from hf_lowrank.engine.dense import DenseStep
+from hf_lowrank.engine.layerwise import Layerwise
 from hf_lowrank.engine.matrix import MatrixStep
-from hf_lowrank.engine.plan import Plan, declared_state
+from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
 from hf_lowrank.engine.sharding import adopt, allocate, check_weight, whole_if_needed
-from hf_lowrank.methods import resolve
-from hf_lowrank.methods.resolve import Parts
+from hf_lowrank.methods.registry import KINDS, Gauge
+from hf_lowrank.methods.resolve import Config, split
 from hf_lowrank.state import view
-from hf_lowrank.state.view import FORMAT_VERSION
-from hf_lowrank.tensors.sums import alone
+
+
+class Declared(NamedTuple):
+    """What is known of a parameter before its first step; the name is "" if unknown."""
+
+    name: str
+    weight: Tensor
+    config: Config
+    plan: Plan
 
 
 class LowRankOptimizer(Optimizer):
     """Trains every parameter, with the moments of the matrices kept in a subspace of their gradient.
 
     A group with the key `rank` holds matrices and is low-rank; one without is dense and takes the same rule with no
-    subspace. Other options of the method (resolve.LowRankOptions and the fields of its parts) are keys of the group.
-    The values of a group may be edited while training.
+    subspace. Other options of the method (methods.LowRankOptions and the fields of its parts) are keys of the group.
+    The values of a group may be edited while training; keys that are no option, which a schedule puts there, are left
+    alone.
 
     Args:
         params: parameters or groups, as for any torch optimizer; `param_groups` makes them from a model.
@@ -64,10 +72,11 @@ class LowRankOptimizer(Optimizer):
         seed: int = 0,
         share_refreshes: bool = False,
     ) -> None:
-        resolve.split(method)
+        split(method)
         if share_refreshes and not (dist.is_available() and dist.is_initialized()):
             raise ValueError("share_refreshes needs torch.distributed to be initialized")
         self.share_refreshes = share_refreshes
+        self.configs: list[Config] = []  # of every group, as it was when last looked at
         self._begin()
         defaults = {"method": method, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults)
@@ -77,11 +86,12 @@ class LowRankOptimizer(Optimizer):
         self.refresh_seconds = 0.0
         self.refreshes_here = 0
         self.projected_grad_norm: float | None = None
-        self._held: dict[int, MatrixStep] = {}  # layerwise: projected, waiting for step()
-        self._stepped: set[int] = set()  # layerwise: updated in the hook
+        self.layerwise = Layerwise()
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
-        self._checked: list[dict[str, Any]] = []  # options of every group as they were when last checked
-        self._plans: dict[Tensor, Plan] = {}  # of the matrices, for these options
+        self._plans: dict[Tensor, Plan] = {}
+        self._matrices: dict[Tensor, MatrixStep] = {}
+        self._units: list[MatrixStep | DenseStep] = []
+        self._state_of_units: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "share_refreshes": self.share_refreshes}
@@ -89,20 +99,56 @@ class LowRankOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._begin()
+        self.configs = [_config_of(group) for group in self.param_groups]
+
+    # ---- groups -----------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its options checked and completed with the method's defaults."""
-        given = {k: v for k, v in param_group.items() if k not in TORCH_KEYS}
-        low_rank = "rank" in given
-        name = param_group.get("method", self.defaults["method"])
-        filled = resolve.complete(name, {"seed": self.defaults["seed"], **given}, low_rank=low_rank)
-        method = resolve.split(name)[0]
-        super().add_param_group({**param_group, **filled, "method": method, "format": FORMAT_VERSION})
+        config = param_group.get("config")  # from `param_groups`, which has resolved it
+        given = {k: v for k, v in param_group.items() if k not in TORCH_KEYS and k != "config"}
+        if config is None or given != dict(config.options):
+            name = param_group.get("method", self.defaults["method"])
+            config = Config.of(name, {"seed": self.defaults["seed"], **given}, low_rank="rank" in given)
+        group = {k: v for k, v in param_group.items() if k != "config"}
+        super().add_param_group({**group, **config.options, "method": config.method, "format": FORMAT_VERSION})
         try:
-            check_group(self.param_groups[-1], low_rank)
+            check_numbers(self.param_groups[-1])
+            check_parameters(self.param_groups[-1], config.low_rank)
         except ValueError:
             self.param_groups.pop()
             raise
+        self.configs.append(config)
+        self._state_of_units = None
+
+    def tell(self, **facts: Any) -> None:
+        """Set the options that are a fact of the run, such as total_steps, where a method has them."""
+        for group, config in zip(self.param_groups, self.configs, strict=True):
+            group.update({key: facts[fact] for key, fact in config.facts.items() if fact in facts})
+
+    def gauges(self) -> dict[str, Gauge]:
+        """Return what the methods of all groups leave for the log: in the state of every matrix, by these names."""
+        return {name: gauge for config in self.configs if config.low_rank for name, gauge in config.gauges.items()}
+
+    def declared(self) -> Iterator[Declared]:
+        """Yield what is known of every parameter, in group order."""
+        for group, config in zip(self.param_groups, self.configs, strict=True):
+            yield from self._declared(group, config)
+
+    def plan(self, p: Tensor) -> Plan:
+        """Return what is known of a parameter that has been stepped."""
+        return self._plans[p]
+
+    def declared_bytes(self) -> int:
+        """Return the bytes that this process's state takes, known before the first step."""
+        return sum(plan.nbytes for *_, plan in self.declared())
+
+    def _declared(self, group: Mapping[str, Any], config: Config) -> Iterator[Declared]:
+        names = group.get("param_names") or [""] * len(group["params"])
+        for name, p in zip(names, group["params"], strict=True):
+            yield Declared(name, p, config, Plan.of(p, config, name))
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -121,53 +167,75 @@ class LowRankOptimizer(Optimizer):
             raise ValueError(
                 "layerwise projects gradients before GradScaler has unscaled them: use bf16, or no layerwise"
             )
-        with self._without_autocast():
-            self._allocate_missing()
-            self._check_edits()
-            matrices, dense = self._work()
-            self._refresh([unit for unit in matrices if unit.R is None and unit.due])
-            work: list[step.Unit] = [*matrices, *dense]
+        self._prepare()
+        units = [unit for unit in self._units if unit.ready]
+        with torch.autocast(units[0].device.type if units else "cpu", enabled=False):
+            matrices = [unit for unit in units if isinstance(unit, MatrixStep)]
+            self._refresh([u for u in matrices if u.started is None and refresh.is_due(u, after=False)])
             if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
-                self.projected_grad_norm = step.clip_(work, max_norm)
-            step.update_(work)
-            self._refresh([unit for unit in matrices if unit.due_after])
-        self._forget_gradients()
+                self.projected_grad_norm = step.clip_(units, max_norm)
+            step.update_(units)
+            self._refresh([u for u in matrices if refresh.is_due(u, after=True)])
+        self.layerwise.forget()
         return loss
+
+    def _refresh(self, due: Sequence[MatrixStep]) -> None:
+        if due:
+            start = perf_counter()
+            intervals = {unit: first for unit in due if (first := self._first_interval(unit)) is not None}
+            self.refreshes_here += refresh.refresh_(due, intervals, share=self.share_refreshes)
+            self.refresh_seconds += perf_counter() - start
+
+    def _first_interval(self, unit: MatrixStep) -> int | None:
+        """Return the steps from the first refresh to the second, where refreshes are spread over the interval."""
+        options = unit.config.options
+        if not options.get("stagger") or unit.stored["refreshes"] > 0:
+            return None
+        weights = unit.group["params"]
+        world = refresh.team(unit.mesh, share=self.share_refreshes)[1]
+        intervals = staggered_intervals([refresh_cost(p) for p in weights], options["update_proj_gap"], world)
+        return next(first for p, first in zip(weights, intervals, strict=True) if p is unit.weight)
+
+    def _prepare(self) -> None:
+        """Look at the groups again, and see that every parameter has its state and its step."""
+        for i, (group, config) in enumerate(zip(self.param_groups, self.configs, strict=True)):
+            check_numbers(group)
+            now = edited(group, config, self._plans)
+            if now is not config:
+                self.configs[i] = now
+                self._state_of_units = None
+        if self._state_of_units is not self.state or len(self.state) < len(self._plans):
+            check_together(self.param_groups, self.configs)
+            self._build()
+
+    def _build(self) -> None:
+        """Create the state of every parameter that has none, with or without a gradient, and the steps of all."""
+        self._units, self._matrices, index = [], {}, 0
+        for group, config in zip(self.param_groups, self.configs, strict=True):
+            dense: dict[Any, list[tuple[int, Tensor]]] = {}
+            for _, p, _, plan in self._declared(group, config):
+                self._plans[p] = plan
+                if not self.state[p]:
+                    check_weight(p, config)
+                    self.state[p] = allocate(p, plan)
+                if config.low_rank:
+                    self._matrices[p] = MatrixStep(p, self.state[p], config, plan, group, index)
+                    self._units.append(self._matrices[p])
+                else:
+                    dense.setdefault(getattr(p, "device_mesh", None), []).append((index, p))
+                index += 1
+            for members in dense.values():
+                indices, weights = zip(*members, strict=True)
+                stored, plans = [self.state[p] for p in weights], [self._plans[p] for p in weights]
+                self._units.append(DenseStep(weights, stored, config, plans, group, indices))
+        self._state_of_units = self.state
+
+    # ---- the layerwise mode -----------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard all gradients, also those that the layerwise mode has projected; what it has stepped stays so."""
         super().zero_grad(set_to_none)
-        self._forget_gradients()
-
-    def _forget_gradients(self) -> None:
-        self._held.clear()
-        self._stepped.clear()
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Have GradScaler announce itself in the layerwise mode, which must refuse it."""
-        return any(group["layerwise"] for group in self.param_groups)
-
-    def _without_autocast(self) -> Any:
-        devices = (p.device.type for group in self.param_groups for p in group["params"])
-        return torch.autocast(next(devices, "cpu"), enabled=False)
-
-    def _check_edits(self) -> None:
-        """Check the options of groups that were edited since the last step; a schedule edits lr at every step."""
-        rates = [float(group["lr"]) for group in self.param_groups]
-        if not all(0 <= rate < inf for rate in rates):
-            raise ValueError(f"lr must be in [0, inf), got {rates}")
-        plain = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.param_groups]
-        if plain != self._checked:
-            check_edits(self.param_groups, self._checked)
-            self._checked = plain
-            self._plans.clear()
-
-    def _refresh(self, due: list[MatrixStep]) -> None:
-        if due:
-            start = perf_counter()
-            self.refreshes_here += step.refresh_(due, share=self.share_refreshes)
-            self.refresh_seconds += perf_counter() - start
+        self.layerwise.forget()
 
     def train(self) -> None:
         """Register the hooks of the layerwise mode; Trainer calls it before every step, in your own loop call it once.
@@ -180,63 +248,29 @@ class LowRankOptimizer(Optimizer):
         Raises:
             ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
         """
-        layerwise.register_hooks(self)
+        self.layerwise.attach(self.param_groups, self.take_gradient)
 
     def eval(self) -> None:
         """Do nothing; Trainer calls it before evaluation."""
 
+    def remove_hooks(self) -> None:
+        """Take the hooks of the layerwise mode off the parameters."""
+        self.layerwise.detach(self.param_groups)
+
     @torch.no_grad()
-    def take_gradient(self, g: int, i: int, p: Tensor) -> None:
+    def take_gradient(self, p: Tensor) -> None:
         """Project (or apply) one matrix's gradient and free it; one whose refresh is due is left for `step`."""
-        self._allocate_missing()
-        self._check_edits()
-        index = self._index(g, i)
-        group = self.param_groups[g]
-        unit = self._held.get(index) or self._matrix(g, i, p, resolve.parts(group["method"], group))
-        in_hook = unit.parts.needs_gradient
-        first = unit.s["refreshes"] == 0  # no basis yet: it comes from the first gradient there is
-        if unit.due and not first and not in_hook:
-            return
-        if index in self._stepped:
-            raise RuntimeError(
-                f"{self.defaults['method']} updates a weight as soon as its gradient is there, and a second one came "
-                "before step(): set gradient_accumulation_steps=1, or leave out layerwise"
-            )
-        with self._without_autocast():
-            if unit.due and unit.R is None:
-                self._refresh([unit])
-            if in_hook:
-                step.update_([unit])
-                if unit.due_after:
-                    self._refresh([unit])
-                self._stepped.add(index)
-            else:
-                alone(unit.project_())
-                self._held[index] = unit
-        p.grad = None
+        self._prepare()
+        if p in self._matrices:
+            with torch.autocast(p.device.type, enabled=False):
+                self.layerwise.take_(self._matrices[p], self._refresh)
 
-    def _index(self, g: int, i: int) -> int:
-        """Return the place in group order of parameter i of group g."""
-        return sum(len(group["params"]) for group in self.param_groups[:g]) + i
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Have GradScaler announce itself in the layerwise mode, which must refuse it."""
+        return any(group["layerwise"] for group in self.param_groups)
 
-    def declared(
-        self, options: Sequence[Mapping[str, Any]] | None = None
-    ) -> Iterator[tuple[str, Tensor, Parts, Mapping[str, Any]]]:
-        """Yield (name, parameter, parts, options) of every parameter in group order; the name is '' if unknown.
-
-        Args:
-            options: groups whose options count instead of the present ones.
-        """
-        for group, chosen in zip(self.param_groups, options or self.param_groups, strict=True):
-            parts = resolve.parts(chosen["method"], chosen)
-            names = group.get("param_names") or [""] * len(group["params"])
-            for name, p in zip(names, group["params"], strict=True):
-                yield name, p, parts, chosen
-
-    def declared_bytes(self) -> int:
-        """Return the bytes that this process's state takes, known before the first step."""
-        declared = (view.stored(*declared_state(p, parts, group, n)) for n, p, parts, group in self.declared())
-        return sum(slot.nbytes for stored in declared for slot in stored.values())
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, keeping every tensor's stored type.
@@ -249,70 +283,45 @@ class LowRankOptimizer(Optimizer):
         """
         check_checkpoint(state_dict, self.param_groups)
         given = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        groups = [merge_options(saved, now) for saved, now in zip(state_dict["param_groups"], given, strict=True)]
-        loaded = dict(self._load_states(state_dict["state"], groups))
+        groups = [
+            merge_options(saved, now, config)
+            for saved, now, config in zip(state_dict["param_groups"], given, self.configs, strict=True)
+        ]
+        configs = [_config_of(group) for group in groups]
+        loaded = dict(self._load_states(state_dict["state"], groups, configs))
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(loaded)
-        self._forget_gradients()
-        for now, old in zip(self.param_groups, given, strict=True):
-            warn_changed(now, old)
+        self.configs, self._state_of_units = configs, None
+        self.layerwise.forget()
+        for now, old, config in zip(self.param_groups, given, configs, strict=True):
+            warn_changed(now, old, config)
 
     def _load_states(
-        self, saved_states: Mapping[Any, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+        self,
+        saved_states: Mapping[Any, Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
+        configs: Sequence[Config],
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield every parameter with its saved state, checked against the declared one."""
         if not saved_states:  # before the first step
             return
         saved_ids = [i for group in groups for i in group["params"]]
-        for saved_id, (name, p, parts, group) in zip(saved_ids, self.declared(groups), strict=True):
+        declared = [one for g, c in zip(self.param_groups, configs, strict=True) for one in self._declared(g, c)]
+        for saved_id, (name, p, _, plan) in zip(saved_ids, declared, strict=True):
             saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
-            fresh = allocate(p, parts, group, name)
+            fresh = allocate(p, plan)
+            for key, buffer in plan.buffers.items():  # an older checkpoint may lack what is kept for the log alone
+                if buffer.slot.lifetime == "gauge" and saved:
+                    saved.setdefault(key, fresh[key])
             if difference := view.mismatch(fresh, saved):
                 what = name or f"parameter {saved_id}"
                 raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
             yield p, {key: adopt(saved[key], fresh[key]) for key in fresh}
 
-    def _allocate_missing(self) -> None:
-        """Create the state of every parameter that has none, whether or not it has a gradient."""
-        if all(self.state.get(p) for group in self.param_groups for p in group["params"]):
-            return
-        for name, p, parts, group in self.declared():
-            if not self.state[p]:
-                check_weight(p, parts, group)
-                self.state[p] = allocate(p, parts, group, name)
 
-    def _work(self) -> tuple[list[MatrixStep], list[DenseStep]]:
-        """Return the units of work of this step."""
-        matrices, dense = [], []
-        for g, group in enumerate(self.param_groups):
-            first = self._index(g, 0)
-            with_grad = [(i, p) for i, p in enumerate(group["params"]) if _has_gradient(p) or first + i in self._held]
-            parts = resolve.parts(group["method"], group)
-            if "rank" in group:
-                matrices += [self._held.get(first + i) or self._matrix(g, i, p, parts) for i, p in with_grad]
-                continue
-            for mesh in dict.fromkeys(getattr(p, "device_mesh", None) for _, p in with_grad):
-                some = [(first + i, p) for i, p in with_grad if getattr(p, "device_mesh", None) == mesh]
-                weights = [p for _, p in some]
-                dense.append(DenseStep(weights, [self.state[p] for p in weights], parts, group, [i for i, _ in some]))
-        return matrices, dense
-
-    def _matrix(self, g: int, i: int, p: Tensor, parts: Parts) -> MatrixStep:
-        group = self.param_groups[g]
-        interval = None
-        if group.get("stagger") and self.state[p]["refreshes"] == 0:
-            world = step.team(getattr(p, "device_mesh", None), share=self.share_refreshes)[1]
-            costs = [refresh_cost(q) for q in group["params"]]
-            interval = staggered_intervals(costs, group["update_proj_gap"], world)[i]
-        if p not in self._plans:
-            name = group["param_names"][i] if group.get("param_names") else ""
-            self._plans[p] = Plan.of(p, parts, group, name)
-        return MatrixStep(p, self.state[p], parts, group, self._index(g, i), self._plans[p], interval)
-
-
-def _has_gradient(p: Tensor) -> bool:
-    if p.grad is None:
-        return False
-    if p.grad.layout != torch.strided:
-        raise ValueError("sparse gradients are not supported; build the embedding with sparse=False")
-    return True
+def _config_of(group: Mapping[str, Any]) -> Config:
+    """Return the options of a group that was completed before; other keys are a schedule's own."""
+    named = {kind: group[kind] for kind in KINDS if kind in group}
+    config = Config.of(group["method"], named, low_rank="rank" in group)
+    given = {key: group[key] for key in config.options if key in group}
+    return Config.of(group["method"], given, low_rank="rank" in group)

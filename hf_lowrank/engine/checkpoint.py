@@ -6,13 +6,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_lowrank.state.view import FORMAT_VERSION
+from hf_lowrank.methods.resolve import Config
 
 
-_RUN_OPTIONS = ("layerwise", "max_grad_norm", "total_steps")
-"""How a run is run, not what it computes: the caller's value holds, not the checkpoint's."""
+FORMAT_VERSION = 1
+"""Version of the layout of `optimizer.state_dict()`; stored in every group."""
 
-_STRUCTURE = (
+RUN_OPTIONS = ("layerwise", "max_grad_norm")
+"""How a run is run, not what it computes: the caller's value holds, not the checkpoint's. So do the options that are a
+fact of the model or the run."""
+
+STRUCTURE = (
     *("method", "rank", "proj_type", "subspace", "moments", "reconstruction"),
     *("state_format", "basis_format", "dense_state_format"),
 )
@@ -42,19 +46,19 @@ def check_checkpoint(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str
         names = saved.get("param_names"), now.get("param_names")
         if all(names) and names[0] != names[1]:
             raise ValueError("the checkpoint's parameters have other names, or another order, than this optimizer's")
-        for key in _STRUCTURE:
+        for key in STRUCTURE:
             if saved.get(key) != now.get(key):
                 raise ValueError(f"the checkpoint has {key}={saved.get(key)}, this optimizer {key}={now.get(key)}")
 
 
-def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Return a saved group as it is to be loaded: its own options, those that it lacks, and how this run is run."""
-    return {**now, **saved, **{key: now[key] for key in _RUN_OPTIONS if key in now}}
+    return {**now, **saved, **{key: now[key] for key in (*RUN_OPTIONS, *config.facts) if key in now}}
 
 
-def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Config) -> None:
     """Warn about options that differ from the checkpoint's; the schedule's lr and how the run is run aside."""
-    for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params", *_RUN_OPTIONS}):
+    for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params", *RUN_OPTIONS, *config.facts}):
         if loaded[key] != given[key]:
             warnings.warn(
                 f"{key}={given[key]} was given, the checkpoint has {loaded[key]}: the checkpoint's value is used",

@@ -1,4 +1,4 @@
-"""What groups and checkpoints must be, and what is said when they are not."""
+"""What groups must be, and what is said when they are not."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from math import inf, nan
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hf_lowrank.engine.checkpoint import _STRUCTURE
-from hf_lowrank.methods import resolve
+from hf_lowrank.engine.checkpoint import STRUCTURE
+from hf_lowrank.engine.plan import Plan
+from hf_lowrank.methods.resolve import Config
 
 
 TORCH_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "name", "initial_lr", "method", "format"}
 """Keys of a group that are no options of a method."""
 
 
-def check_group(group: Mapping[str, Any], low_rank: bool) -> None:
-    """Refuse values and parameters that cannot be trained."""
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Refuse a learning rate, betas, eps or weight decay that cannot be."""
     betas = group["betas"]
     beta1, beta2 = betas if isinstance(betas, (tuple, list)) and len(betas) == 2 else (nan, nan)
     for name, value, below in (
@@ -33,6 +35,10 @@ def check_group(group: Mapping[str, Any], low_rank: bool) -> None:
             number = nan
         if not 0 <= number < below:
             raise ValueError(f"{name} must be in [0, {below:g}), got {group[name]!r}")
+
+
+def check_parameters(group: Mapping[str, Any], low_rank: bool) -> None:
+    """Refuse parameters that cannot be trained."""
     for i, p in enumerate(group["params"]):
         name = group["param_names"][i] if "param_names" in group else f"of shape {tuple(p.shape)}"
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -44,27 +50,46 @@ def check_group(group: Mapping[str, Any], low_rank: bool) -> None:
             )
 
 
-_SHAPES_STATE = ("error_feedback", "accumulate", "history", "queue_size", "head_dim")
-"""Options of parts that say which tensors there are: a checkpoint's hold, an edit would have none."""
+def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> None:
+    """Refuse groups that do not go together.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    norms = {float(group["max_grad_norm"]) for group in groups} - {0.0}
+    if len(norms) > 1:
+        raise ValueError(f"all groups are clipped together: give them one max_grad_norm, not {sorted(norms)}")
+    along = [config.method for config in configs if config.low_rank and config.parts.needs_gradient]
+    if norms and along:
+        raise ValueError(f"{along[0]} steps along the gradient itself, which is not clipped: set max_grad_norm=0")
 
 
-def check_edits(groups: Sequence[Mapping[str, Any]], checked: Sequence[Mapping[str, Any]]) -> None:
-    """Check groups whose values were edited.
+def edited(group: Mapping[str, Any], config: Config, plans: Mapping[Tensor, Plan]) -> Config:
+    """Return the options of a group as they are now.
+
+    Keys that are no option are left alone: a schedule keeps its own there.
+
+    Args:
+        group: the group.
+        config: what it had when it was last looked at.
+        plans: the parameters' plans under that.
 
     Raises:
         ValueError: for a value that is not valid, and for an edit of what the state is built on.
     """
-    for group, before in zip(groups, checked, strict=False):
-        for key in (*_STRUCTURE, *_SHAPES_STATE):
-            if group.get(key) != before.get(key):
-                raise ValueError(f"{key} cannot be changed while training; it was {before.get(key)}")
-    for group in groups:
-        options = {k: v for k, v in group.items() if k not in TORCH_KEYS}
-        resolve.complete(group["method"], options, low_rank="rank" in group)
-        check_group(group, "rank" in group)
-    norms = {float(group["max_grad_norm"]) for group in groups} - {0.0}
-    if len(norms) > 1:
-        raise ValueError(f"all groups are clipped together: give them one max_grad_norm, not {sorted(norms)}")
-    along = [g["method"] for g in groups if "rank" in g and resolve.parts(g["method"], g).needs_gradient]
-    if max(norms, default=0.0) and along:
-        raise ValueError(f"{along[0]} steps along the gradient itself, which is not clipped: set max_grad_norm=0")
+    changed = [key for key, value in config.options.items() if group.get(key, value) != value]
+    if group["method"] != config.method:
+        raise ValueError(f"method cannot be changed while training; it was {config.method}")
+    if not changed:
+        return config
+    for key in changed:
+        if key in STRUCTURE:
+            raise ValueError(f"{key} cannot be changed while training; it was {config.options[key]}")
+    given = {key: group.get(key, value) for key, value in config.options.items()}
+    now = Config.of(config.method, given, low_rank=config.low_rank)
+    names = group.get("param_names") or [""] * len(group["params"])
+    for name, p in zip(names, group["params"], strict=True):
+        if p in plans and Plan.of(p, now, name).kept != plans[p].kept:
+            was = ", ".join(f"{key} ({config.options[key]})" for key in changed)
+            raise ValueError(f"{was} says which state there is and cannot be changed while training")
+    return now

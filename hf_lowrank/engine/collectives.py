@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from hf_lowrank.tensors.sums import alone
 
 
 T = TypeVar("T")
@@ -30,29 +27,6 @@ def all_true(flags: list[bool], group: Any, device: torch.device) -> list[bool]:
     together = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(together, op=dist.ReduceOp.MIN, group=group)
     return [bool(flag) for flag in together.tolist()]
-
-
-def together(work: Sequence[Generator[Tensor, Tensor, T]], group: Any) -> list[T]:
-    """Run computations that yield partial sums and are sent whole ones; the sums of a round travel in one collective.
-
-    Args:
-        work: the computations, in the same order on every process.
-        group: the processes, or None if this one holds everything.
-    """
-    if group is None:
-        return [alone(one) for one in work]
-    results: dict[int, T] = {}
-    answers: dict[int, Any] = dict.fromkeys(range(len(work)))
-    while answers:
-        asked = {}
-        for i, answer in answers.items():
-            try:
-                asked[i] = work[i].send(answer)
-            except StopIteration as stop:
-                results[i] = stop.value
-        totals = sum_together(list(asked.values()), group) if asked else []
-        answers = dict(zip(asked, totals, strict=True))
-    return [results[i] for i in range(len(work))]
 
 
 def sum_together(tensors: list[Tensor], group: Any) -> list[Tensor]:

@@ -8,85 +8,103 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
-from hf_lowrank.engine.matrix import advance_, context_of
-from hf_lowrank.engine.plan import declared_state, dense_columns
+from hf_lowrank.engine.matrix import context_of
+from hf_lowrank.engine.plan import Plan
+from hf_lowrank.engine.step import Reading, Unit, Work, asking, has_gradient
 from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.resolve import Parts
-from hf_lowrank.state.slots import Raw
+from hf_lowrank.methods.resolve import Config
+from hf_lowrank.state.slots import Stored
 from hf_lowrank.state.view import View
 from hf_lowrank.tensors import kernels, rounding
 from hf_lowrank.tensors.layout import local
-from hf_lowrank.tensors.sums import Summing
 
 
-class DenseStep:
-    """The step of all dense parameters of one group: the same moments with no subspace."""
+class DenseStep(Unit):
+    """The step of all dense parameters of one group on one mesh: the same moments with no subspace.
+
+    Args:
+        weights: the parameters.
+        stored: their stored state.
+        config: their method and options.
+        plans: their state.
+        group: the group, for what a schedule edits.
+        indices: their places in group order.
+    """
 
     transient = 0
 
     def __init__(
-        self, weights: list[Tensor], raws: list[Raw], parts: Parts, group: Mapping[str, Any], indices: list[int]
+        self,
+        weights: Sequence[Tensor],
+        stored: Sequence[Stored],
+        config: Config,
+        plans: Sequence[Plan],
+        group: Mapping[str, Any],
+        indices: Sequence[int],
     ) -> None:
-        self.weights, self.rule, self.group, self.indices = weights, parts.moments.dense, group, indices
-        self.mesh = next((w.device_mesh for w in weights if isinstance(w, DTensor)), None)
+        self.weights, self.stored, self.config, self.plans = weights, stored, config, plans
+        self.group, self.indices, self.rule = group, indices, config.parts.moments.dense
+        self.mesh = weights[0].device_mesh if isinstance(weights[0], DTensor) else None
         self.device = weights[0].device
-        self.views = []
-        for weight, raw in zip(weights, raws, strict=True):
-            held = {name: local(tensor) for name, tensor in raw.items()}
-            self.views.append(View(held, *declared_state(weight, parts, group)))
+        held = [{key: local(tensor) for key, tensor in one.items()} for one in stored]
+        self.views = [View(one, plan.buffers, plan.encodings) for one, plan in zip(held, plans, strict=True)]
 
-    def measure(self) -> Summing[list[Tensor]]:
-        """Return the gradients."""
-        yield from ()
-        return [local(w.grad) for w in self.weights if w.grad is not None]
+    @property
+    @override
+    def ready(self) -> bool:
+        return any([has_gradient(weight) for weight in self.weights])
 
-    def step_(self, finite: Sequence[bool]) -> Summing[None]:
-        """Step the parameters whose gradient is finite; count the others as skipped."""
-        together = []
-        for i, (weight, s) in enumerate(zip(self.weights, self.views, strict=True)):
-            if not finite[i]:
-                s["skipped"].add_(1)
-            elif not self.rule.elementwise:
+    @override
+    def step_(self) -> Work[None]:
+        todo = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
+        finite = yield Reading([self._grad(i) for i in todo])
+        together, good = [], [i for i, flag in zip(todo, finite, strict=True) if flag]
+        for i in (i for i in todo if i not in good):
+            self.stored[i]["skipped"].add_(1)
+        for i in good:
+            if not self.rule.elementwise:
                 yield from self._step_whole(i)
-            elif weight.dtype == torch.float32 and s.plain():
+            elif self.weights[i].dtype == torch.float32 and self.views[i].plain:
                 together.append(i)
             else:
                 self._step_in_blocks(i)
         if together:
             weights, grads = [local(self.weights[i]) for i in together], [self._grad(i).float() for i in together]
-            states, contexts = [self.views[i] for i in together], [self._context(i) for i in together]
+            states, contexts = [self.views[i].stored for i in together], [self._context(i) for i in together]
             self.rule.dense_step_(weights, grads, states, contexts)
-        for s, good in zip(self.views, finite, strict=True):
-            if good:
-                advance_(s)
+        for i in good:
+            self.stored[i]["step"].add_(1)
+            self.stored[i]["moment_step"].add_(1)
 
-    def _step_whole(self, i: int) -> Summing[None]:
+    def _step_whole(self, i: int) -> Work[None]:
         """Step a tensor by a rule that looks at all of it, its first axis as columns."""
-        W, G, s, ctx = local(self.weights[i]), self._grad(i).float(), self.views[i], self._context(i)
-        N = yield from self.rule.update(s, G.flatten(1).mT if G.dim() > 1 else G.reshape(-1), ctx)
-        step = (N.mT if G.dim() > 1 else N).reshape(W.shape)
-        image = W.float()
-        image.mul_(1 - ctx.lr * ctx.weight_decay).sub_(step, alpha=ctx.lr * self.rule.step_scale(ctx))
-        if image is not W:
-            rounding.round_(W, image, ctx.rounding(W.device))
-        s.commit("moment", "variance")
+        W, G, ctx = local(self.weights[i]), self._grad(i).float(), self._context(i)
+        with self.views[i].writing() as s:
+            rule = self.rule.update(s, G.flatten(1).mT if G.dim() > 1 else G.reshape(-1), ctx)
+            N = yield from asking(rule, "columns" if self.mesh is not None else "")
+            step = (N.mT if G.dim() > 1 else N).reshape(W.shape)
+            image = W.float()
+            image.mul_(1 - ctx.lr * ctx.weight_decay).sub_(step, alpha=ctx.lr * self.rule.step_scale(ctx))
+            if image is not W:
+                rounding.round_(W, image, ctx.rounding(W.device))
 
     def _step_in_blocks(self, i: int) -> None:
         """Step a tensor of low precision or with encoded state: cast, step, round, one block at a time if possible."""
-        rule, W, G, s, ctx = self.rule, local(self.weights[i]), self._grad(i), self.views[i], self._context(i)
+        rule, W, G, ctx = self.rule, local(self.weights[i]), self._grad(i), self._context(i)
         gen = ctx.rounding(W.device)
         if not W.is_contiguous():
             image = W.float()
-            rule.dense_step_([image], [G.float()], [s], [ctx])
+            with self.views[i].writing() as s:
+                rule.dense_step_([image], [G.float()], [s], [ctx])
             rounding.round_(W, image, gen)
-            s.commit("moment", "variance")
             return
         flat, grad = W.view(-1), G.reshape(-1)
         for start, length in kernels.blocks(flat.shape):
-            part, image = s.narrow(start, length), flat.narrow(0, start, length).float()
-            rule.dense_step_([image], [grad.narrow(0, start, length).float()], [part], [ctx])
-            part.commit("moment", "variance")
+            image = flat.narrow(0, start, length).float()
+            with self.views[i].narrow(start, length).writing() as s:
+                rule.dense_step_([image], [grad.narrow(0, start, length).float()], [s], [ctx])
             rounding.round_(flat.narrow(0, start, length), image, gen)
 
     def _grad(self, i: int) -> Tensor:
@@ -98,14 +116,14 @@ class DenseStep:
         weight = self.weights[i]
         place = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else 0
         return context_of(
-            self.views[i],
+            self.stored[i],
+            self.config,
             self.group,
             self.indices[i],
-            dense_columns(tuple(weight.shape)),
+            self.plans[i].columns,
             number=0,
             m=0,
             r=0,
-            split="columns" if isinstance(weight, DTensor) else "",
             offset=place,
             device=weight.device,
         )

@@ -1,65 +1,116 @@
-"""Hooks that take a matrix's gradient during backward, so that it can be freed before the next one comes."""
+"""The layerwise mode: gradients are taken and freed during backward, by hooks, before the next one comes."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-
-if TYPE_CHECKING:
-    from hf_lowrank.optimizer import LowRankOptimizer
-
-
-_hooks: MutableMapping[Tensor, tuple[weakref.ref[LowRankOptimizer], Any]] = WeakIdKeyDictionary()
-"""By parameter: (reference to the optimizer, handle) of the hook it has from us."""
+from hf_lowrank.engine import step
+from hf_lowrank.engine.matrix import MatrixStep
+from hf_lowrank.engine.refresh import is_due
 
 
-def register_hooks(optimizer: LowRankOptimizer) -> None:
-    """Give every matrix of a layerwise group a hook; remove those that another optimizer of ours left on its
-    parameters.
+Take = Callable[[Tensor], None]
+_hooks: MutableMapping[Tensor, tuple[weakref.ref[Layerwise], Any]] = WeakIdKeyDictionary()
+"""By parameter: (reference to the mode of an optimizer, handle) of the hook it has from us."""
 
-    A hook holds no reference that would keep the optimizer alive.
 
-    Raises:
-        ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
+class Layerwise:
+    """What the mode has taken since the last step: steps that wait for it, and those that are done.
+
+    Methods that need the gradient at the write (Fira) are stepped in the hook; any other waits with what it projected.
     """
-    for g, group in enumerate(optimizer.param_groups):
-        wanted = group["layerwise"] and "rank" in group
-        for i, p in enumerate(group["params"]):
-            owner, handle = _hooks.get(p, (None, None))
-            if owner is not None and owner() is optimizer:
-                continue
-            if handle is not None:
-                handle.remove()
-                del _hooks[p]
-            if wanted:
-                _refuse_replicas(p)
-                mine = weakref.ref(optimizer)
-                _hooks[p] = mine, p.register_post_accumulate_grad_hook(partial(_on_gradient, mine, g, i))
+
+    def __init__(self) -> None:
+        self.waiting: dict[Tensor, MatrixStep] = {}
+        self.stepped: set[Tensor] = set()
+
+    def forget(self) -> None:
+        """Drop what was taken."""
+        for unit in self.waiting.values():
+            unit.started = None
+        self.waiting.clear()
+        self.stepped.clear()
+
+    def take_(self, unit: MatrixStep, refresh_: Callable[[Sequence[MatrixStep]], None]) -> None:
+        """Take the gradient of one matrix and free it; one whose refresh is due is left for the optimizer's step.
+
+        Raises:
+            RuntimeError: for a second gradient of a matrix that has been stepped.
+        """
+        weight, in_hook = unit.weight, unit.config.parts.needs_gradient
+        due, first = is_due(unit, after=False), unit.stored["refreshes"] == 0
+        if due and not first and not in_hook:
+            return
+        if weight in self.stepped:
+            raise RuntimeError(
+                f"{unit.config.method} updates a weight as soon as its gradient is there, and a second one came "
+                "before step(): set gradient_accumulation_steps=1, or leave out layerwise"
+            )
+        if due and unit.started is None:  # the first basis comes from the first gradient there is
+            refresh_([unit])
+        if in_hook:
+            step.update_([unit])
+            if is_due(unit, after=True):
+                refresh_([unit])
+            self.stepped.add(weight)
+        else:
+            before, unit.started = unit.started, None
+            reading = step.start([unit])
+            if before is not None:  # a further micro-batch is added to what was read of those before
+                before[1].tensors[0].add_(reading[0])
+                unit.started = before
+            self.waiting[weight] = unit
+        weight.grad = None
+
+    def attach(self, groups: Sequence[Mapping[str, Any]], take: Take) -> None:
+        """Give every matrix of a layerwise group a hook; remove those that another optimizer of ours left.
+
+        A hook holds no reference that would keep the optimizer alive.
+
+        Args:
+            groups: all parameter groups.
+            take: the optimizer's method that is called with the parameter.
+
+        Raises:
+            ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
+        """
+        for group in groups:
+            wanted = group["layerwise"] and "rank" in group
+            for p in group["params"]:
+                owner, handle = _hooks.get(p, (None, None))
+                if owner is not None and owner() is self:
+                    continue
+                if handle is not None:
+                    handle.remove()
+                    del _hooks[p]
+                if wanted:
+                    _refuse_replicas(p)
+                    hook = partial(_on_gradient, weakref.WeakMethod(take))
+                    _hooks[p] = weakref.ref(self), p.register_post_accumulate_grad_hook(hook)
+
+    def detach(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take the hooks off again, so that another optimizer finds the gradients."""
+        for group in groups:
+            for p in group["params"]:
+                owner, handle = _hooks.get(p, (None, None))
+                if owner is not None and handle is not None and owner() is self:
+                    handle.remove()
+                    del _hooks[p]
 
 
-def remove_hooks(optimizer: LowRankOptimizer) -> None:
-    """Take the hooks off again, so that another optimizer finds the gradients."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            owner, handle = _hooks.get(p, (None, None))
-            if owner is not None and handle is not None and owner() is optimizer:
-                handle.remove()
-                del _hooks[p]
-
-
-def _on_gradient(owner: weakref.ref[LowRankOptimizer], g: int, i: int, p: Tensor) -> None:
-    """Hand the gradient over, unless the optimizer is gone or its group has been changed."""
-    optimizer = owner()
-    if optimizer is not None and p.grad is not None and optimizer.param_groups[g]["params"][i] is p:
-        optimizer.take_gradient(g, i, p)
+def _on_gradient(take: weakref.WeakMethod[Any], p: Tensor) -> None:
+    """Hand the gradient over, unless the optimizer is gone."""
+    method = take()
+    if method is not None and p.grad is not None:
+        method(p)
 
 
 def _refuse_replicas(p: Tensor) -> None:

@@ -1,20 +1,19 @@
-"""Which state a parameter has, in which formats, and how it is split over processes."""
+"""What stays the same about a parameter as long as its options do: how it lies, and which state it has."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass, replace
+from math import prod
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_lowrank.methods.context import Columns
-from hf_lowrank.methods.resolve import Parts
+from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state import view
-from hf_lowrank.state.slots import Slot, Slots, counter
-from hf_lowrank.state.view import Forms
+from hf_lowrank.state.slots import Buffer, Buffers, Slot, Slots, counter
+from hf_lowrank.state.view import Encodings
 from hf_lowrank.tensors.layout import Layout, local
 
 
@@ -22,102 +21,135 @@ COUNTERS: Slots = {"step": counter(), "moment_step": counter(), "skipped": count
 REFRESH: Slots = {
     "refreshes": counter(),
     "refresh_at": counter(),
-    "report": Slot((3,), "exact"),  # overlap with the basis before, captured energy, stable rank: of the last refresh
+    # of the last refresh: overlap with the basis before, captured energy, stable rank
+    "report": Slot("3", "gauge", "exact", shared=True),
 }
 
 _ATTENTION = re.compile(r"(^|\.)(q_proj|k_proj|query|key)\.weight$")
 
 
-def rank_of(parts: Parts, layout: Layout, group: Mapping[str, Any]) -> int:
-    """Return the number of rows of R."""
-    return parts.subspace.rank(layout.m, layout.n, group["rank"])
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a parameter before its first step.
+
+    Attributes:
+        layout: how a matrix lies; None for a dense parameter.
+        columns: what the columns of R are.
+        r: the rank of a matrix; 0 for a dense parameter.
+        buffers: the declared state of this process's piece.
+        encodings: the number formats of those.
+    """
+
+    layout: Layout | None
+    columns: Columns
+    r: int
+    buffers: Buffers
+    encodings: Encodings
+
+    @classmethod
+    def of(cls, weight: Tensor, config: Config, name: str = "") -> Plan:
+        """Plan for one parameter.
+
+        Args:
+            weight: the parameter.
+            config: its method and options.
+            name: its name in the model, "" if unknown.
+        """
+        return _of_matrix(weight, config, name) if config.low_rank else _of_dense(weight, config)
+
+    @property
+    def kept(self) -> Buffers:
+        """The stored tensors."""
+        return view.kept(self.buffers, self.encodings)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this process's state, counters included."""
+        return sum(buffer.nbytes for buffer in self.kept.values())
 
 
-def columns_of(layout: Layout, group: Mapping[str, Any], name: str) -> Columns:
+def _of_matrix(weight: Tensor, config: Config, name: str) -> Plan:
+    options, parts = config.options, config.parts
+    layout = Layout.of(weight, options["proj_type"])
+    r, columns = parts.subspace.rank(layout.m, layout.n, options["rank"]), _columns_of(layout, config, name)
+    across = parts.subspace.projected.split()[-1]
+    moments = {
+        key: replace(slot, axes=slot.axes.replace("n", across)) for key, slot in parts.moments.slots(columns).items()
+    }
+    slots: Slots = {
+        **parts.subspace.slots(),
+        **moments,
+        **parts.reconstruction.slots(),
+        **{key: Slot("", "gauge", "exact") for key in config.gauges},
+        **COUNTERS,
+        **REFRESH,
+    }
+    lengths = {"m": layout.m, "n": layout.columns, "r": r}
+    piece = dict(zip("mn", layout.piece, strict=True))
+    buffers = {key: slot.sized(piece if slot.held else lengths, layout.stack) for key, slot in slots.items()}
+    formats = {"basis": options.get("basis_format", "fp32"), "moments": options["state_format"]}
+    return Plan(layout, columns, r, buffers, view.encodings(buffers, **formats))
+
+
+def _columns_of(layout: Layout, config: Config, name: str) -> Columns:
     """Return what the columns of R are; a weight is taken as (outputs, inputs)."""
-    head = group.get("head_dim", 0)
+    head = config.options.get("head_dim", 0)
     per_head = head and layout.n % head == 0 and _ATTENTION.search(name)
     block = (head if per_head else 1) if layout.transposed else 0
     return Columns(layout.n, block, layout.offset if layout.along == "columns" else 0)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What stays the same about a low-rank weight as long as its options do.
-
-    Attributes:
-        layout: how it lies.
-        columns: what the columns of R are.
-        r: how many rows R has.
-        slots: the declared state of this process's piece.
-        forms: the formats of those.
-    """
-
-    layout: Layout
-    columns: Columns
-    r: int
-    slots: Slots
-    forms: Forms
-
-    @classmethod
-    def of(cls, weight: Tensor, parts: Parts, group: Mapping[str, Any], name: str) -> Plan:
-        """Plan for one weight."""
-        layout = Layout.of(weight, group["proj_type"])
-        columns, r = columns_of(layout, group, name), rank_of(parts, layout, group)
-        size = layout.stack, layout.m, layout.columns, r
-        formats = group.get("basis_format", "fp32"), group["state_format"]
-        return cls(layout, columns, r, *_matrix_state(parts, size, layout.piece, columns, *formats))
+def _of_dense(weight: Tensor, config: Config) -> Plan:
+    rule, shape, columns = config.parts.moments.dense, tuple(local(weight).shape), dense_columns(weight)
+    slots = {**rule.slots(columns), **COUNTERS}
+    lengths = {"r": prod(shape[1:]), "n": shape[0] if shape else 1}
+    buffers = {}
+    for key, slot in slots.items():
+        if rule.elementwise and not slot.shared:  # in the tensor's own shape, whose first axis are the columns
+            own = replace(slot, axes=" ".join(["n", *["r"] * (len(shape) - 1)]) if shape else "")
+            buffers[key] = Buffer(own, shape)
+        else:
+            buffers[key] = replace(slot, axes=slot.axes.replace("r n", "n") if columns.vector else slot.axes).sized(
+                lengths
+            )
+    encodings = view.encodings(buffers, moments=config.options["dense_state_format"])
+    return Plan(None, columns, 0, buffers, encodings)
 
 
-@lru_cache(maxsize=4096)
-def _matrix_state(
-    parts: Parts,
-    size: tuple[tuple[int, ...], int, int, int],
-    piece: tuple[int, int],
-    columns: Columns,
-    basis: str,
-    moments: str,
-) -> tuple[Slots, Forms]:
-    stack, m, n, r = size
-    slots = {
-        **parts.subspace.slots(stack, m, n, r, piece),
-        **parts.moments.slots((*stack, *parts.subspace.shape(m, n, r)), columns),
-        **parts.reconstruction.slots(stack, m, n, r, piece),
-        **COUNTERS,
-        **REFRESH,
-    }
-    return slots, view.forms(slots, basis=basis, moments=moments)
-
-
-def dense_shape(parts: Parts, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape in which the moments' rule sees a dense tensor."""
-    if parts.moments.dense.elementwise:
-        return shape
-    if len(shape) < 2:
-        return shape or (1,)
-    size = 1
-    for length in shape[1:]:
-        size *= length
-    return (size, shape[0])
-
-
-def dense_columns(shape: tuple[int, ...], offset: int = 0) -> Columns:
+def dense_columns(weight: Tensor) -> Columns:
     """Return what the columns of a dense tensor are, as a rule that is not elementwise sees it: its first axis."""
-    return Columns(shape[0] if shape else 1, 1, offset)
+    return Columns(weight.shape[0] if weight.dim() else 1, 1, vector=weight.dim() < 2)
 
 
-@lru_cache(maxsize=4096)
-def dense_state(parts: Parts, shape: tuple[int, ...], form: str, columns: Columns) -> tuple[Slots, Forms]:
-    """Return the declared state of a parameter that has no subspace, and its formats."""
-    slots = {**parts.moments.dense.slots(dense_shape(parts, shape), columns), **COUNTERS}
-    return slots, view.forms(slots, moments=form)
+def split_axis(weight: DTensor, plan: Plan, key: str) -> tuple[int, int] | None:
+    """Return (axis, whole length) along which a stored tensor is split over processes, or None if each holds all of
+    it.
+
+    Args:
+        weight: the parameter.
+        plan: its plan.
+        key: the name of one of `plan.kept`.
+    """
+    buffer, layout = plan.kept[key], plan.layout
+    if buffer.slot.shared:
+        return None
+    if layout is None:
+        axis = buffer.axis("n")
+        return None if axis is None else (axis, weight.shape[0])
+    if layout.along == "batch":
+        return 0, layout.batch[0]
+    if buffer.slot.lifetime == "basis":
+        return None
+    name = "m" if buffer.slot.held and layout.along == "rows" else "n"
+    axis = buffer.axis(name)
+    return None if axis is None else (axis, layout.m if name == "m" else layout.n)
 
 
-def declared_state(weight: Tensor, parts: Parts, group: Mapping[str, Any], name: str = "") -> tuple[Slots, Forms]:
-    """Return the declared state of this process's piece of any parameter, and its formats."""
-    if "rank" in group:
-        plan = Plan.of(weight, parts, group, name)
-        return plan.slots, plan.forms
-    return dense_state(
-        parts, tuple(local(weight).shape), group["dense_state_format"], dense_columns(tuple(weight.shape))
-    )
+def projected_bytes(plan: Plan, config: Config) -> int:
+    """Return the bytes of a matrix's projected gradient in fp32, which the layerwise mode keeps until `step`."""
+    layout = plan.layout
+    if layout is None:
+        return 0
+    lengths = {"r": plan.r, "n": layout.n}
+    axes = config.parts.subspace.projected.split()
+    return 4 * prod(layout.batch) * prod(int(axis) if axis.isdigit() else lengths[axis] for axis in axes)

@@ -1,29 +1,79 @@
-"""A new basis for one matrix: what the rule looks at is collected, one process chooses, and all adopt the basis."""
+"""New bases: what the rules look at is collected, one process chooses each, and all adopt them."""
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_lowrank.engine import collectives
 from hf_lowrank.engine.matrix import MatrixStep
+from hf_lowrank.engine.schedule import owners, refresh_cost, waves
+from hf_lowrank.engine.step import Work, advance, asking
+from hf_lowrank.methods.parts import Carried
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels
-from hf_lowrank.tensors.bases import Basis
 from hf_lowrank.tensors.layout import sharded
-from hf_lowrank.tensors.sums import Summing
 
 
 UNKNOWN = -1.0
 """Entry of a report that the rule does not know."""
 
 
+def is_due(unit: MatrixStep, *, after: bool) -> bool:
+    """Tell whether a subspace is to be refreshed before this step, or after it for the next."""
+    late = unit.config.parts.subspace.late and int(unit.stored["refreshes"]) > 0
+    return late is after and int(unit.stored["step"]) >= int(unit.stored["refresh_at"])
+
+
+def refresh_(due: Sequence[MatrixStep], intervals: Mapping[MatrixStep, int], *, share: bool) -> int:
+    """Choose new bases, each on one process where the work is shared, and carry the moments over.
+
+    Args:
+        due: the matrices.
+        intervals: steps from the first refresh to the second, where that is not the usual interval.
+        share: whether the processes of DistributedDataParallel share the work.
+
+    Returns:
+        How many this process chose.
+    """
+    here = 0
+    for mesh in dict.fromkeys(unit.mesh for unit in due):
+        # the costliest first, so that processes that work at the same time have as much to do
+        costs = {unit: refresh_cost(unit.weight) for unit in due if unit.mesh == mesh}
+        units = sorted(costs, key=lambda unit: -costs[unit])
+        rank, world = team(mesh, share=share)
+        group = None if world == 1 else _group_of(mesh)
+        for wave in waves(units, owners([costs[unit] for unit in units], world)):
+            refreshes = [Refresh(unit, chooser) for unit, chooser in wave]
+            advance([refresh.collect_() for refresh in refreshes], [None] * len(refreshes), [unit for unit, _ in wave])
+            for refresh in refreshes:
+                if refresh.owner == rank:
+                    refresh.choose_()
+                    here += 1
+            for refresh in refreshes:
+                refresh.adopt_(group, intervals.get(refresh.unit))
+    return here
+
+
+def team(mesh: Any, *, share: bool) -> tuple[int, int]:
+    """Return (rank, world size) of the processes that share the refreshes of a weight on this mesh."""
+    if mesh is None and not share:
+        return 0, 1
+    group = _group_of(mesh)
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _group_of(mesh: Any) -> Any:
+    """Return the processes of a mesh, or all of them."""
+    return dist.group.WORLD if mesh is None else mesh.get_group()
+
+
 class Refresh:
-    """A refresh of one matrix; the engine calls `collect_`, `choose_` (on one process) and `adopt_`.
+    """A refresh of one matrix: `collect_`, `choose_` (on one process) and `adopt_`.
 
     Args:
         unit: the matrix.
@@ -32,95 +82,88 @@ class Refresh:
 
     def __init__(self, unit: MatrixStep, owner: int) -> None:
         self.unit, self.owner = unit, owner
-        self.whole: Tensor | None = None  # what the rule looks at, on the process that chooses
+        self.ctx, self.subspace = unit.context(refreshing=True), unit.config.parts.subspace
+        self.before = unit.context(number=self.ctx.number - 1)
+        self.gradient: Tensor | None = None  # what the rule looks at, on the process that chooses
         self.new: dict[str, Tensor] = {}  # the basis on its way in
-        self.wanted: dict[str, Tensor] = {}  # moments that the rule looks at
         self.changes: list[Tensor] = []  # from the basis before to the new one, where this process knows them
-
-    def collect_(self) -> Summing[None]:
-        """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
-        unit, subspace, s = self.unit, self.unit.parts.subspace, self.unit.s
-        ctx, gradient = unit.context(refreshing=True), unit.gradient
-        G, _ = yield from unit.summed(unit.parts.reconstruction.absorb(s, gradient, ctx))
-        evidence = subspace.evidence(s, G, ctx)
-        # where the step projects just this, the energy in the new basis is had from that
-        self.later = evidence is gradient and not unit.layout.along and not unit.due_after and s.plain("basis")
-        self.whole = unit.layout.whole(evidence, self.owner)
-        self.new = {name: self._whole_stack(s[name]).clone() for name in s.names("basis")}
-        self.wanted = {name: self._whole_moment(s[name]) for name in subspace.wants}
-        # whether the basis changes, then the report, with ||G||^2 in the place of an energy that comes later
+        # whether the basis changes, then overlap with the one before, energy, stable rank
         self.choice = torch.tensor([0.0, UNKNOWN, UNKNOWN, UNKNOWN], device=unit.device)
+
+    def collect_(self) -> Work[None]:
+        """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
+        unit, s = self.unit, self.unit.view
+        absorb = unit.config.parts.reconstruction.absorb(s, unit.gradient, self.ctx)
+        G, _ = yield from asking(absorb, unit.layout.along)
+        self.gradient = unit.layout.whole(self.subspace.refresh_gradient(s, G, self.ctx), self.owner)
+        self.new = {name: self._whole_stack(s[name]).clone() for name in s.bases}
+        if self.subspace.needs_momentum:
+            self.momentum = self._whole_moment(unit.config.parts.moments.momentum(s))
+        s.forget()
 
     def choose_(self) -> None:
         """Choose a new basis from the whole gradient, unless that is zero or not finite."""
-        G, self.whole = self.whole, None
+        G, self.gradient = self.gradient, None
         assert G is not None
         total = kernels.squared_norm(G)  # (...)
         live = total > 0
         if not bool(torch.isfinite(total.sum()) & live.any()):
             return
-        subspace, ctx = self.unit.parts.subspace, self.unit.context(refreshing=True)
         dead, split = not bool(live.all()), self.unit.layout.along == "batch"
         old = {name: tensor.clone() for name, tensor in self.new.items()} if dead or split else {}
-        s = ChainMap(self.new, self.wanted, self.unit.s)  # type: ignore[arg-type]
-        sigma = subspace.refresh_(s, G, ctx)
+        known = {"momentum": self.momentum} if self.subspace.needs_momentum else {}
+        s = self.unit.view.with_({**known, **self.new})
+        sigma = self.subspace.refresh_(s, G, self.ctx)
         if dead:  # a slice of zeros (an expert that saw no token) keeps its basis
             for name, tensor in old.items():
                 keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
                 self.new[name].copy_(torch.where(keep, self.new[name], tensor))
-        basis = subspace.basis(s, ctx)
-        overlap = unknown = torch.tensor(UNKNOWN)
-        if ctx.number and subspace.orthonormal:
-            before = subspace.basis(ChainMap(old, self.unit.s), self.unit.context(number=ctx.number - 1))  # type: ignore[arg-type]
-            changes = basis.changes(before)
-            overlap = kernels.overlap(changes[0])
-            self.changes = [] if split else changes
-        energy = self._energy(basis, G, total.sum()) if subspace.orthonormal else unknown
-        stable_rank = unknown if sigma is None else _stable_rank(total, sigma, live)
+        basis = self.subspace.basis(s, self.ctx)
+        overlap = energy = torch.tensor(UNKNOWN)
+        if self.subspace.orthonormal:
+            if self.ctx.number:
+                changes = basis.changes(self.subspace.basis(self.unit.view.with_(old), self.before))
+                overlap, self.changes = kernels.overlap(changes[0]), [] if split else changes
+            energy = kernels.squared_norm(basis.project(G)).sum() / total.sum()
+        stable_rank = torch.tensor(UNKNOWN) if sigma is None else _stable_rank(total, sigma, live)
         report = [x.to(self.choice) for x in (torch.ones(()), overlap, energy, stable_rank)]
         self.choice.copy_(torch.stack(report))
 
-    def _energy(self, basis: Basis, G: Tensor, total: Tensor) -> Tensor:
-        """Return the share of ||G||^2 inside the basis, or ||G||^2 if the step is to report it."""
-        return total if self.later else kernels.squared_norm(basis.project(G)).sum() / total
-
-    def adopt_(self, group: Any) -> None:
+    def adopt_(self, group: Any, first_interval: int | None) -> None:
         """Take over the basis that the owner chose, if it did, and carry the moments into it."""
         if group is not None:
             collectives.broadcast_([self.choice, *self.new.values()], self.owner, group)
         changed, overlap, energy, stable_rank = self.choice.tolist()
         if not changed:
             return
-        unit, layout, subspace = self.unit, self.unit.layout, self.unit.parts.subspace
-        new, s, ctx = self.new, unit.s, unit.context(refreshing=True)
+        unit, layout, new = self.unit, self.unit.layout, self.new
         if layout.along == "batch":
             new = {name: x.narrow(0, layout.offset, layout.stack[0]) for name, x in new.items()}
-        if ctx.number:
-            self._carry_over_(new)
-        for name, tensor in new.items():
-            s[name].copy_(tensor)
-        s.commit("basis", "moment", "variance")
-        if self.later and subspace.orthonormal:
-            unit.total, energy = self.choice[2], UNKNOWN
-        s["report"].copy_(torch.tensor([overlap, energy, stable_rank]))
-        interval = subspace.adopted_(s, unit.group.get("update_proj_gap", 1), overlap)
-        s.commit("exact")
-        unit.basis, unit.observed = None, True
-        self.new, self.wanted = {}, {}
-        self._schedule_next(interval)
+        with unit.view.writing(bases=True) as s:
+            if self.ctx.number:
+                self._carry_over_(s, new)
+            for name, tensor in new.items():
+                s[name].copy_(tensor)
+            s["report"].copy_(torch.tensor([overlap, energy, stable_rank]))
+            interval = self.subspace.interval_(s, unit.config.options.get("update_proj_gap", 1), overlap)
+        unit.basis, unit.refreshed, self.new = None, True, {}
+        self._schedule_next(interval, first_interval)
 
-    def _carry_over_(self, new: Mapping[str, Tensor]) -> None:
+    def _carry_over_(self, s: State, new: Mapping[str, Tensor]) -> None:
         """Carry the moments from the basis in use into the new one."""
-        unit, s, rules = self.unit, self.unit.s, self.unit.parts
-        ctx, how = unit.context(refreshing=True), unit.group.get("on_refresh", "keep")
-        before = rules.subspace.basis(s, unit.context(number=ctx.number - 1))
-        after = rules.subspace.basis(ChainMap(new, s), ctx)  # type: ignore[arg-type]
-        unit.basis = before
-        rules.reconstruction.moved_(s, lambda: rules.moments.momentum(s), unit.add_product_, 1.0, ctx)
-        for C, side in zip(self.changes or after.changes(before), (s, _Turned(s)), strict=False):
-            rules.moments.transport_(side, C, how, ctx)
-        unit.basis = after
-        rules.reconstruction.moved_(s, lambda: rules.moments.momentum(s), unit.add_product_, -1.0, ctx)
+        unit, rules, how = self.unit, self.unit.config.parts, self.unit.config.options.get("on_refresh", "keep")
+        before, after = self.subspace.basis(s, self.before), self.subspace.basis(unit.view.with_(new), self.ctx)
+        follows = rules.reconstruction.needs_momentum
+        M = rules.moments.momentum(s).clone() if follows else None
+        left, *right = self.changes or after.changes(before)
+        rules.moments.transport_(s, left, how, self.ctx)
+        for C in right:  # both sides are projected: the same for the moments turned
+            names = (*rules.moments.slots(self.ctx.columns), "moment_step")
+            turned = {name: s[name].mT if s[name].dim() > 1 else s[name] for name in names}
+            rules.moments.transport_(turned, C, how, self.ctx)
+        if M is not None:
+            old, now = Carried(unit.placed(before), M), Carried(unit.placed(after), rules.moments.momentum(s))
+            rules.reconstruction.change_basis_(s, old, now, self.ctx)
 
     def _whole_stack(self, tensor: Tensor) -> Tensor:
         """Return a basis for all matrices of a stack that is split over processes."""
@@ -132,34 +175,17 @@ class Refresh:
     def _whole_moment(self, tensor: Tensor) -> Tensor:
         """Return a moment as a whole."""
         layout = self.unit.layout
-        if layout.summed:
+        if self.unit.summed:
             return sharded(tensor.contiguous(), layout.mesh, tensor.dim() - 1, layout.n).full_tensor()
         return self._whole_stack(tensor)
 
-    def _schedule_next(self, interval: int) -> None:
-        s = self.unit.s
-        first = None if s["refreshes"] else self.unit.first_interval
+    def _schedule_next(self, interval: int, first_interval: int | None) -> None:
+        s = self.unit.stored
+        first = None if s["refreshes"] else first_interval
         s["refresh_at"].add_(interval if first is None else first)
-        while s["refresh_at"] <= s["step"]:  # it came late
+        while s["refresh_at"] <= s["step"]:  # it was due before: a gradient of zeros, a layerwise step
             s["refresh_at"].add_(interval)
         s["refreshes"].add_(1)
-
-
-class _Turned(Mapping[str, Tensor]):
-    """The state of a matrix with its moments transposed, for the basis of the right side."""
-
-    def __init__(self, s: State) -> None:
-        self.s = s
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self.s[name]
-        return value.mT if value.dim() > 1 else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.s)
-
-    def __len__(self) -> int:
-        return len(self.s)
 
 
 def _stable_rank(total: Tensor, sigma: Tensor, live: Tensor) -> Tensor:

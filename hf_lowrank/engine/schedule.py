@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from hf_lowrank.engine.collectives import T
+
+T = TypeVar("T")
 
 
 def owners(costs: list[float], world: int) -> list[int]:

@@ -1,66 +1,146 @@
-"""The step over all units of work: refreshes shared out over processes, clipping, updates in buckets."""
+"""The steps of many parameters at once: what they ask is answered together.
+
+A step is a generator. It asks whether what it has read is finite (`Reading`), and for sums over processes
+(`tensors.sums.Sum`). One that has been started waits at its reading: the layerwise mode keeps it so until `step`, and
+clipping scales what it has read before it is answered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from hf_lowrank.engine import collectives, schedule
-from hf_lowrank.engine.dense import DenseStep
-from hf_lowrank.engine.matrix import MatrixStep
-from hf_lowrank.engine.refresh import Refresh
+from hf_lowrank.engine import collectives
 from hf_lowrank.tensors import kernels
+from hf_lowrank.tensors.sums import Rule, Sum
 
 
 SYNC_ELEMENTS = 2**26
 """Elements of projected gradients in one bucket on an accelerator, where many matrices share one finite check. Their
 moments, if decoded, and directions come on top."""
 
-Unit = MatrixStep | DenseStep
+T = TypeVar("T")
 
 
-def refresh_(due: Sequence[MatrixStep], *, share: bool) -> int:
-    """Choose new bases, each on one process where the work is shared, and carry the moments over.
+class Reading(NamedTuple):
+    """What a step asks once: is each of these finite? It is sent a list of answers."""
 
-    Returns:
-        How many this process chose.
+    tensors: list[Tensor]
+
+
+Work = Generator[Sum | Reading, Any, T]
+
+
+class Unit(ABC):
+    """What is stepped as one: a matrix, or all dense parameters of a group.
+
+    Attributes:
+        started: a step that waits for the answer to its reading.
+        device: where the work is done.
+        mesh: the mesh over which the weights are split, or None.
     """
-    here = 0
-    for mesh in dict.fromkeys(unit.mesh for unit in due):
-        # the costliest first, so that processes that work at the same time have as much to do
-        units = sorted((unit for unit in due if unit.mesh == mesh), key=lambda unit: -unit.cost)
-        rank, world = team(mesh, share=share)
-        group = None if world == 1 else group_of(mesh)
-        owner = schedule.owners([unit.cost for unit in units], world)
-        for wave in schedule.waves(units, owner):
-            refreshes = [Refresh(unit, chooser) for unit, chooser in wave]
-            collectives.together([refresh.collect_() for refresh in refreshes], group)
-            for refresh in refreshes:
-                if refresh.owner == rank:
-                    refresh.choose_()
-                    here += 1
-            for refresh in refreshes:
-                refresh.adopt_(group)
-    return here
+
+    started: tuple[Work[None], Reading] | None = None
+    device: torch.device
+    mesh: Any = None
+
+    @property
+    @abstractmethod
+    def transient(self) -> int:
+        """Elements that a started step keeps: the same number on every process."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether there is a gradient, or a step that waits."""
+
+    @abstractmethod
+    def step_(self) -> Work[None]:
+        """Update moments and weights."""
+
+
+def has_gradient(p: Tensor) -> bool:
+    """Tell whether a parameter has a gradient.
+
+    Raises:
+        ValueError: for a sparse one.
+    """
+    if p.grad is None:
+        return False
+    if p.grad.layout != torch.strided:
+        raise ValueError("sparse gradients are not supported; build the embedding with sparse=False")
+    return True
+
+
+def asking(rule: Rule[T], split: str) -> Work[T]:
+    """Finish a rule: a sum along the axis that is split over processes is asked for, any other is whole here."""
+    if not isinstance(rule, Generator):
+        return rule
+    answer: Any = None
+    while True:
+        try:
+            asked = rule.send(answer)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        answer = (yield asked) if asked.over == split else asked.partial
+
+
+def start(units: Sequence[Unit]) -> list[Tensor]:
+    """Start the steps that have not been: of units on one mesh. Return what all have read, which may be changed."""
+    fresh = [unit for unit in units if unit.started is None]
+    work = [unit.step_() for unit in fresh]
+    for unit, step, reading in zip(fresh, work, advance(work, [None] * len(work), units), strict=True):
+        assert reading is not None
+        unit.started = step, reading
+    return [x for unit in units if unit.started for x in unit.started[1].tensors]
+
+
+def run(units: Sequence[Unit]) -> None:
+    """Make the steps of units on one mesh: all flags travel in one collective, and so do all sums of a round."""
+    flags = iter(kernels.all_finite(start(units)))
+    if (group := group_of(units)) is not None:
+        flags = iter(collectives.all_true(list(flags), group, units[0].device))
+    work, answers = [], []
+    for unit in units:
+        assert unit.started is not None
+        step, reading = unit.started
+        unit.started = None  # so that the memory of the reading is used again at once
+        work.append(step)
+        answers.append([next(flags) for _ in reading.tensors])
+        del reading
+    advance(work, answers, units)
+
+
+def advance(work: Sequence[Work[Any]], answers: Sequence[Any], units: Sequence[Any]) -> list[Reading | None]:
+    """Send every step its answer, and go on until it asks for a reading or ends; sums of a round travel together."""
+    readings: list[Reading | None] = [None] * len(work)
+    pending = dict(enumerate(answers))
+    while pending:
+        partial = {}
+        for i, answer in pending.items():
+            try:
+                asked = work[i].send(answer)
+            except StopIteration:
+                continue
+            if isinstance(asked, Reading):
+                readings[i] = asked
+            else:
+                partial[i] = asked.partial
+        pending = {}
+        if partial:
+            pending = dict(zip(partial, collectives.sum_together([*partial.values()], group_of(units)), strict=True))
+    return readings
 
 
 def update_(work: Sequence[Unit]) -> None:
-    """Update moments and weights; under FSDP2 all flags travel in one collective, and so do all sums of a round."""
+    """Step all units, in buckets."""
     for bucket in _buckets(work):
-        mesh = bucket[0].mesh
-        group = None if mesh is None else mesh.get_group()
-        readings = collectives.together([unit.measure() for unit in bucket], group)
-        flags = kernels.all_finite([x for reading in readings for x in reading])
-        if group is not None:
-            flags = collectives.all_true(flags, group, bucket[0].device)
-        finite = iter(flags)
-        shares = [[next(finite) for _ in reading] for reading in readings]
-        del readings  # so that its memory is used again at once
-        collectives.together([unit.step_(share) for unit, share in zip(bucket, shares, strict=True)], group)
+        run(bucket)
 
 
 def clip_(work: Sequence[Unit], max_norm: float) -> float:
@@ -70,14 +150,15 @@ def clip_(work: Sequence[Unit], max_norm: float) -> float:
     """
     total, readings = 0.0, list[Tensor]()
     for mesh in dict.fromkeys(unit.mesh for unit in work):
-        group = None if mesh is None else mesh.get_group()
-        units = [unit.measure() for unit in work if unit.mesh == mesh]
-        some = [x for reading in collectives.together(units, group) for x in reading]
+        units = [unit for unit in work if unit.mesh == mesh]
+        some = start(units)
+        if not some:
+            continue
         finite = kernels.all_finite(some)  # one that is not skips its parameter, and counts for nothing here
         squares = [kernels.sum_of_squares(x).double() for x, good in zip(some, finite, strict=True) if good]
         device = some[0].device
         share = sum((square.to(device) for square in squares), torch.zeros((), device=device))
-        if group is not None:
+        if (group := group_of(units)) is not None:
             (share,) = collectives.sum_together([share.double()], group)
         total += float(share)
         readings += some
@@ -87,17 +168,10 @@ def clip_(work: Sequence[Unit], max_norm: float) -> float:
     return norm
 
 
-def team(mesh: Any, *, share: bool) -> tuple[int, int]:
-    """Return (rank, world size) of the processes that share the refreshes of a weight on this mesh."""
-    if mesh is None and not share:
-        return 0, 1
-    group = group_of(mesh)
-    return dist.get_rank(group), dist.get_world_size(group)
-
-
-def group_of(mesh: Any) -> Any:
-    """Return the processes of a mesh, or all of them."""
-    return dist.group.WORLD if mesh is None else mesh.get_group()
+def group_of(units: Sequence[Any]) -> Any:
+    """Return the processes over which units on one mesh are split, or None."""
+    mesh = units[0].mesh if units else None
+    return None if mesh is None else mesh.get_group()
 
 
 def _buckets(work: Sequence[Unit]) -> Iterator[list[Unit]]:
@@ -110,7 +184,7 @@ def _buckets(work: Sequence[Unit]) -> Iterator[list[Unit]]:
             yield bucket
             bucket = []
         bucket.append(unit)
-        alone = unit.device.type == "cpu" and unit.mesh is None
+        alone = unit.mesh is None and unit.device.type == "cpu"
         if alone or sum(x.transient for x in bucket) >= SYNC_ELEMENTS:
             yield bucket
             bucket = []

@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_lowrank.engine.layerwise import remove_hooks
 from hf_lowrank.hf.model_card import TAG
 from hf_lowrank.observe import metrics, records
 from hf_lowrank.observe.describe import headline, resolved_options, summary
@@ -73,9 +72,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             self.optimizer = None
             return
         self.optimizer._reported_in = (state, self)
-        for group in self.optimizer.param_groups:  # the rules that switch at a share of the run
-            if "total_steps" in group:
-                group["total_steps"] = state.max_steps
+        self.optimizer.tell(total_steps=state.max_steps)  # for the rules that switch at a share of the run
         self._begin(Path(args.output_dir), state)
         model = kwargs.get("model")
         if model is not None and hasattr(model, "add_model_tags"):
@@ -169,7 +166,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks of the layerwise mode off the model."""
         if self.optimizer is not None:
-            remove_hooks(self.optimizer)
+            self.optimizer.remove_hooks()
             self._flush()
 
     def _refreshed(self, state: Any, logging_now: bool) -> int:
@@ -206,13 +203,14 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
     def _overlap_with_first(self, name: str, p: Any, group: Any, s: Any) -> float | None:
         if s["refreshes"] > 1 and name not in self._first.sketches:
             return None  # the first one was not seen
-        basis = metrics.stored_basis(p, group, s)
+        assert self.optimizer is not None
+        basis = metrics.stored_basis(self.optimizer.plan(p), s)
         return None if basis is None else self._first.overlap(name, basis)
 
     def _matrices(self) -> list[tuple[str, Any]]:
         assert self.optimizer is not None
         declared = enumerate(self.optimizer.declared())
-        return [(name or f"parameter {i}", p) for i, (name, p, _, group) in declared if "rank" in group]
+        return [(name or f"parameter {i}", p) for i, (name, p, config, _) in declared if config.low_rank]
 
     def _before_saving(self, state: Any) -> None:
         """Measure the rank of the update, on all processes, and put what a resumed run needs into the state."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from hf_lowrank.tensors import random
-from hf_lowrank.tensors.random import _ROUNDING, _SUBSPACE
+from hf_lowrank.tensors.random import Stream
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,15 @@ class Columns:
     Attributes:
         n: how many there are on all processes.
         block: how many adjacent ones belong together because they are the outputs of one neuron (1) or of one head
-            (the
-            head's size); 0 where they are inputs.
+            (the head's size); 0 where they are inputs.
         start: the first one that this process holds.
+        vector: whether there is no other axis: a dense vector.
     """
 
     n: int
     block: int = 0
     start: int = 0
+    vector: bool = False
 
 
 class Context(NamedTuple):
@@ -43,7 +44,6 @@ class Context(NamedTuple):
         m, r: rows of the matrix seen wide, and of R; both 0 for a dense parameter.
         rank: the option.
         columns: what the columns of R are.
-        split: the axis of the matrix seen wide that is split over processes: rows, columns, batch or nothing.
         key: (seed, index of the parameter in group order).
         offset: where this process's piece of the weight starts.
         device: where the weight is.
@@ -65,19 +65,16 @@ class Context(NamedTuple):
     r: int
     rank: float
     columns: Columns
-    split: str
     key: tuple[int, int]
     offset: int
     device: torch.device
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """Return the generator of this basis, keyed by (seed, parameter, number of the basis)."""
-        return random.generator(_SUBSPACE, *self.key, self.number, device=device)
+        return random.generator(Stream.SUBSPACE, *self.key, self.number, device=device)
 
     def rounding(self, device: torch.device) -> torch.Generator | None:
         """Return the generator of this step's stochastic rounding, keyed by (seed, parameter, step), or None."""
-        return (
-            random.generator(_ROUNDING, *self.key, self.step, self.offset, device=device)
-            if self.stochastic_rounding
-            else None
-        )
+        if not self.stochastic_rounding:
+            return None
+        return random.generator(Stream.ROUNDING, *self.key, self.step, self.offset, device=device)

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from math import inf, isfinite
 from typing import Any
 
 
-def integer(default: int | None, *, minimum: int, help: str) -> Any:
+@dataclass(frozen=True)
+class Option:
+    """The declaration of an option; two parts have an option in common if they share one.
+
+    Attributes:
+        parse: from a Python value or text to the value.
+        valid: whether a parsed value is valid.
+        expected: what is valid, in words.
+        help: what it means, in a line.
+        fact: what of the model or the run it is, where that is known: "head_dim", "total_steps".
+    """
+
+    parse: Callable[[Any], Any]
+    valid: Callable[[Any], bool]
+    expected: str
+    help: str
+    fact: str = ""
+
+
+def of(item: Field[Any]) -> Option:
+    """Return the declaration that a field carries."""
+    option: Option = item.metadata["option"]
+    return option
+
+
+def again(declared: Any) -> Any:
+    """Declare the same option in another part."""
+    return field(default=declared.default, metadata=declared.metadata)
+
+
+def integer(default: int | None, *, minimum: int, help: str, fact: str = "") -> Any:
     """Declare an integer option of at least `minimum`; the default None means 'derived from other options'."""
-    return _option(default, lambda v: _whole(v), lambda v: minimum <= v < 2**63, f"an integer >= {minimum}", help)
+    return _option(default, _whole, lambda v: minimum <= v < 2**63, f"an integer >= {minimum}", help, fact)
 
 
 def number(default: float, *, above: float | None = None, minimum: float = 0.0, below: float = inf, help: str) -> Any:
@@ -40,8 +70,8 @@ def rank(default: float, *, help: str) -> Any:
     )
 
 
-def _option(default: Any, parse: Callable[[Any], Any], valid: Callable[[Any], bool], expected: str, help: str) -> Any:
-    return field(default=default, metadata={"parse": parse, "valid": valid, "expected": expected, "help": help})
+def _option(default: Any, *declaration: Any) -> Any:
+    return field(default=default, metadata={"option": Option(*declaration)})
 
 
 def _whole(value: Any) -> int:
@@ -68,12 +98,12 @@ def schema(*owners: Any) -> dict[str, Field[Any]]:
     """Return the option fields of several dataclasses by name.
 
     Raises:
-        TypeError: if two of them declare the same name with another meaning.
+        TypeError: if two of them declare the same name, each in a declaration of its own.
     """
     found: dict[str, Field[Any]] = {}
     for owner in owners:
         for item in fields(owner):
-            if item.name in found and found[item.name].metadata["help"] != item.metadata["help"]:
+            if item.name in found and of(found[item.name]) is not of(item):
                 raise TypeError(f"option {item.name!r} is declared by two parts of one method")
             found[item.name] = item
     return found
@@ -93,16 +123,16 @@ def parse(name: str, value: Any, options: Mapping[str, Field[Any]], *, what: str
     """
     if name not in options:
         raise ValueError(f"{what} has no option {name!r}{suggest(name, options)}")
-    meta = options[name].metadata
+    option = of(options[name])
     if value is None and options[name].default is None:
         return None
     try:
-        parsed = meta["parse"](value)
-        good = bool(meta["valid"](parsed))
+        parsed = option.parse(value)
+        good = bool(option.valid(parsed))
     except (ValueError, TypeError, KeyError, OverflowError):
         good = False
     if not good:
-        raise ValueError(f"{what}: option {name} must be {meta['expected']}, got {value!r}")
+        raise ValueError(f"{what}: option {name} must be {option.expected}, got {value!r}")
     return parsed
 
 

@@ -1,12 +1,8 @@
-"""The three kinds of parts a method is made of, and what they are told at a step.
+"""The three kinds of parts a method is made of.
 
 A part is a frozen dataclass: its fields are its hyper-parameters and its options; its methods are the mathematics. It
 holds no state: it declares the tensors it owns (`slots`), the engine allocates and saves them and hands them back as
-`s`.
-
-Some rules need sums over all columns of a matrix, which may be split over processes. They are generators: they yield
-what is to be summed over the columns that are held, and are sent the sum over all; the engine lets the sums of many
-matrices travel together.
+`s`. A method that needs a sum over processes is a generator that yields it (tensors.sums); any other is a function.
 
 Legend: W weight, G gradient, both seen wide (..., m, n), short side first · P basis (..., m, r) · R = P^T G (..., r,
 n) · M, V moments · N direction before bias correction (..., r, n) · C = P_new^T P_old change of basis (..., r, r).
@@ -27,24 +23,30 @@ from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.bases import Basis, Dense
 from hf_lowrank.tensors.layout import clamp_rank
-from hf_lowrank.tensors.sums import Summing, alone
+from hf_lowrank.tensors.sums import Rule, alone
 
 
-class Facts(NamedTuple):
-    """What a reconstruction may ask of the gradient and of the basis.
+class ColumnNorms(NamedTuple):
+    """Squared norms of columns, computed when they are asked for.
 
     Attributes:
-        norms: gives ||G_j||^2 of the columns (..., n) that R holds.
-        gram: gives P^T P (..., r, r), or None where that is the identity.
+        G: the gradient, as it lies.
+        basis: the basis in use.
+        isometric: whether P^T P is the identity.
     """
 
-    norms: Callable[[], Tensor]
-    gram: Callable[[], Tensor | None]
+    G: Tensor | None
+    basis: Basis
+    isometric: bool
 
-    def inside(self, R: Tensor, r_squared: Tensor) -> Tensor:
-        """Return ||P R_j||^2 of every column, (..., n), given ||R_j||^2, which it is for an orthonormal basis."""
-        gram = self.gram()
-        return r_squared if gram is None else (R * (gram @ R)).sum(-2)
+    def gradient(self) -> Tensor:
+        """Return ||G_j||^2 of every column that R holds, (..., n)."""
+        assert self.G is not None, "a part that looks at the gradient says so: needs_gradient"
+        return self.basis.columns(kernels.column_squared_norms(self.G))
+
+    def projected(self, R: Tensor, r_squared: Tensor) -> Tensor:
+        """Return ||P R_j||^2 of every column, (..., n), given ||R_j||^2, which it is for an isometric basis."""
+        return r_squared if self.isometric else (R * (self.basis.gram() @ R)).sum(-2)
 
 
 class Update(NamedTuple):
@@ -68,47 +70,45 @@ class Subspace(Part, ABC):
     """Where the moments live: how a basis is chosen and kept.
 
     Attributes:
-        on_refresh: what the paper does with the moments at a refresh (methods.TRANSPORTS).
+        on_refresh: what the paper does with the moments at a refresh (registry.TRANSPORTS).
         orthonormal: whether the columns of a new basis are orthonormal.
         late: whether bases after the first are chosen when the weight has been written, for the next step.
-        without: common options that mean nothing here and are refused.
-        wants: slots of the moments that a refresh looks at.
+        needs_momentum: whether a refresh looks at the first moment, which it finds as s["momentum"] (..., r, n).
+        projected: axes of R, for one matrix.
     """
 
     on_refresh: ClassVar[str] = "keep"
     orthonormal: ClassVar[bool] = True
     late: ClassVar[bool] = False
-    without: ClassVar[tuple[str, ...]] = ()
-    wants: ClassVar[tuple[str, ...]] = ()
+    needs_momentum: ClassVar[bool] = False
+    projected: ClassVar[str] = "r n"
 
     @property
     def needs_gradient(self) -> bool:
         """Whether every step looks at the gradient itself, so that it must live until the weight is written."""
         return self.late
 
+    def check_rank(self, rank: float) -> None:
+        """Refuse a value of the option `rank` that the rule cannot take; the default takes all.
+
+        Raises:
+            ValueError: saying what it takes.
+        """
+
     def rank(self, m: int, n: int, rank: float) -> int:
-        """Return the number of rows of R for the option `rank`."""
+        """Return r for the option `rank`."""
         return clamp_rank(rank, m, n)
 
-    def shape(self, m: int, n: int, r: int) -> tuple[int, int]:
-        """Return the shape of R for one matrix."""
-        return (r, n)
+    def slots(self) -> Slots:
+        """Declare the state; the default is one stored basis that starts as the first r axes."""
+        return {"basis": Slot("m r", "basis", axes_first=True)}
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """Declare the state; the default is one stored basis that starts as the first r axes.
-
-        Args:
-            batch, m, n, r: a stack of m x n matrices at rank r, n counting the columns of R that are held.
-            piece: (rows, columns) of this process's piece of the gradient: (m, n) unless that is split.
-        """
-        return {"basis": Slot((*batch, m, r), "basis", axes=True)}
-
-    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+    def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         """Choose a new orthonormal basis.
 
         Args:
+            s: the state; s["basis"] is the basis so far (..., m, r), the first r axes if `ctx.number == 0`.
             G: finite gradient (..., m, n); slices that are zero are ignored afterwards.
-            P: the basis so far (..., m, r); the first r axes if `ctx.number == 0`.
             ctx: the step.
 
         Returns:
@@ -116,9 +116,13 @@ class Subspace(Part, ABC):
         """
         raise NotImplementedError
 
+    def first(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """Choose the first basis; the default is as any other. See `choose`."""
+        return self.choose(s, G, ctx)
+
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
         """Replace the basis; return the singular values of G where the rule knows them."""
-        P, sigma = self.choose(G, s["basis"], ctx)
+        P, sigma = (self.choose if ctx.number else self.first)(s, G, ctx)
         kernels.replace_(s["basis"], P, first=not ctx.number)
         return sigma
 
@@ -126,14 +130,14 @@ class Subspace(Part, ABC):
         """Return the basis in use, for all rows."""
         return Dense(s["basis"])
 
-    def evidence(self, s: State, G: Tensor, ctx: Context) -> Tensor:
+    def refresh_gradient(self, s: State, G: Tensor, ctx: Context) -> Tensor:
         """Return what a refresh looks at, in the place of the gradient of this step."""
         return G
 
-    def observe_(self, s: State, G: Tensor) -> None:
+    def accumulate_(self, s: State, G: Tensor) -> None:
         """Take note of a finite gradient that no refresh has looked at."""
 
-    def adopted_(self, s: State, gap: int, overlap: float) -> int:
+    def interval_(self, s: State, gap: int, overlap: float) -> int:
         """Take note of a new basis; return the number of steps to the next refresh, by default the group's gap.
 
         Args:
@@ -165,16 +169,27 @@ class Moments(Part, ABC):
         return self
 
     @abstractmethod
-    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
-        """Declare the state for a gradient (projected or dense) of this shape, the count `moment_step` aside."""
+    def slots(self, columns: Columns) -> Slots:
+        """Declare the state of a gradient (projected or dense) with axes r and n; the count `moment_step` is there."""
 
     @abstractmethod
-    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """Take R into the moments, in place, and return the direction N before bias correction (a new tensor)."""
+    def update(self, s: State, R: Tensor, ctx: Context) -> Rule[Tensor]:
+        """Take R into the moments, in place, and return the direction N before bias correction (a new tensor).
 
-    @abstractmethod
+        Sums may be asked for over the columns of R.
+        """
+
     def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        """Carry the moments from the old basis to the new one as `how` says (methods.TRANSPORTS)."""
+        """Carry the moments from the old basis to the new one as `how` says (registry.TRANSPORTS)."""
+        if how == "reset":
+            for name in (*self.slots(ctx.columns), "moment_step"):
+                s[name].zero_()
+        elif how != "keep":
+            self.rotate_(s, C, how, ctx)
+
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        """Carry the moments into the new basis by C, in place: M <- C M, and the others as far as `how` asks."""
+        raise NotImplementedError
 
     def step_scale(self, ctx: Context) -> float:
         """Return c_t, the bias correction of the whole step."""
@@ -193,8 +208,15 @@ class Moments(Part, ABC):
             W.mul_(1 - ctx.lr * ctx.weight_decay).sub_(N, alpha=ctx.lr * self.step_scale(ctx))
 
 
-Add = Callable[[Tensor, Tensor, float], None]
-"""(X, Z, alpha): X <- X + alpha P Z for this process's piece X of a full-size matrix and Z as R is held."""
+class Carried(NamedTuple):
+    """The first moment M (..., r, n) in a basis P: the matrix P M."""
+
+    basis: Basis
+    M: Tensor
+
+    def add_to_(self, X: Tensor, alpha: float) -> None:
+        """X <- X + alpha P M for a matrix X that lies as the gradient does."""
+        self.basis.accumulate_(X, self.M, alpha)
 
 
 class Reconstruction(Part, ABC):
@@ -202,41 +224,39 @@ class Reconstruction(Part, ABC):
 
     Attributes:
         needs_gradient: whether the step looks at more of G than R, so that G must live until the weight is written.
+        needs_momentum: whether it is told of a change of basis (`change_basis_`).
     """
 
     needs_gradient: ClassVar[bool] = False
+    needs_momentum: ClassVar[bool] = False
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """Declare the state; the default is none. See `Subspace.slots`."""
+    def slots(self) -> Slots:
+        """Declare the state; the default is none."""
         return {}
 
-    def absorb(self, s: State, G: Tensor, ctx: Context) -> Summing[tuple[Tensor, dict[str, Tensor]]]:
+    def absorb(self, s: State, G: Tensor, ctx: Context) -> Rule[tuple[Tensor, dict[str, Tensor]]]:
         """Return what takes the place of this process's piece of the gradient, and new values of slots.
 
-        The values are stored once the step is known to be finite. Sums are over the axis `ctx.split`.
+        The values are stored once the step is known to be finite. Sums may be asked for over the columns and the rows
+        of the gradient.
         """
-        yield from ()
         return G, {}
 
     @abstractmethod
-    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
-        """Return the step in units of lr c_t.
+    def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Rule[Update]:
+        """Return the step in units of lr c_t. Sums may be asked for over the columns of R.
 
         Args:
             s: the state.
-            facts: of the gradient and the basis.
+            norms: of the columns of the gradient and of P R.
             R: the projected gradient (..., r, n).
             N: the direction (..., r, n); may be overwritten.
             c_t: the bias correction.
             ctx: the step.
         """
 
-    def moved_(self, s: State, momentum: Callable[[], Tensor], add_: Add, sign: float, ctx: Context) -> None:
-        """Take note of a change of basis.
+    def change_basis_(self, s: State, old: Carried, new: Carried, ctx: Context) -> None:
+        """Take note of a change of basis: what the first moment was, and what has become of it."""
 
-        Called twice: with sign 1 while `momentum` gives the first moment in the old basis, and `add_` goes through
-        that; then with sign -1 and the new ones.
-        """
-
-    def after_(self, s: State, G: Tensor, R: Tensor, add_: Add) -> None:
+    def after_step_(self, s: State, G: Tensor, R: Tensor, basis: Basis) -> None:
         """Take note of a step that was made, G as `absorb` returned it."""

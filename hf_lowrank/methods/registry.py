@@ -1,9 +1,11 @@
-"""The parts by name, and what is common to all kinds of them."""
+"""The parts by name, and what is common to all kinds of them. Needs no torch until a part is asked for."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -15,13 +17,52 @@ TRANSPORTS = ("keep", "rotate", "rotate_variance", "rotate_variance_complete", "
 mass completed; both zeroed with their step count."""
 
 
-def _prototype(kind: str, part: Any) -> Any:
-    return _registry(kind)[part]() if isinstance(part, str) else part
+@dataclass(frozen=True)
+class Gauge:
+    """A number that a part leaves for the log, one for every matrix; the part writes it to the state at every step.
+
+    Attributes:
+        help: what it is, in a line.
+        counted: whether it counts the steps in which something was so: the log has its share of the steps since the
+            last log. Else the log has its last value.
+    """
+
+    help: str
+    counted: bool = False
 
 
-def _registry(kind: str) -> dict[str, type[Any]]:
+class Part:
+    """Registry by key, one for every kind of part; a class without a key is abstract.
+
+    (Not `name`: ABCMeta of Python 3.10 has a parameter of that name itself.)
+
+    Attributes:
+        composable: whether the part may be combined freely with others, in the row `lowrank`.
+        without: common options that mean nothing here and are refused.
+        gauges: what the part leaves for the log, by name.
+    """
+
+    registry: ClassVar[dict[str, type[Any]]]
+    composable: ClassVar[bool] = True
+    without: ClassVar[tuple[str, ...]] = ()
+    gauges: ClassVar[Mapping[str, Gauge]] = {}
+
+    def __init_subclass__(cls, *, key: str | None = None) -> None:
+        if key is None:
+            if not hasattr(cls, "registry"):
+                cls.registry = {}
+        elif cls.registry.setdefault(key, cls).__qualname__ != cls.__qualname__:
+            raise TypeError(f"two parts are named {key!r}")
+
+
+def classes(kind: str) -> dict[str, type[Any]]:
     """Return the parts of one kind by name."""
     return _owner(kind).registry  # type: ignore[no-any-return]
+
+
+def prototype(kind: str, part: Any) -> Any:
+    """Return a part with its defaults, from its name or as it is."""
+    return classes(kind)[part]() if isinstance(part, str) else part
 
 
 @lru_cache
@@ -32,23 +73,3 @@ def _owner(kind: str) -> Any:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return getattr(base, kind.capitalize())
-
-
-class Part:
-    """Registry by key, one for every kind of part; a class without a key is abstract.
-
-    (Not `name`: ABCMeta of Python 3.10 has a parameter of that name itself.)
-
-    Attributes:
-        composable: whether the part may be combined freely with others, in the row `lowrank`.
-    """
-
-    registry: ClassVar[dict[str, type[Any]]]
-    composable: ClassVar[bool] = True
-
-    def __init_subclass__(cls, *, key: str | None = None) -> None:
-        if key is None:
-            if not hasattr(cls, "registry"):
-                cls.registry = {}
-        elif cls.registry.setdefault(key, cls).__qualname__ != cls.__qualname__:
-            raise TypeError(f"two parts are named {key!r}")

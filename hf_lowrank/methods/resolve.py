@@ -1,16 +1,15 @@
-"""How a name with options becomes parts; the names and options as tables. Reading those needs no torch."""
+"""How a name with options becomes a method: resolved once, to a frozen Config that is handed on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields, replace
-from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hf_lowrank.methods import options
-from hf_lowrank.methods.registry import KINDS, TRANSPORTS, _prototype, _registry
-from hf_lowrank.methods.table import METHODS as METHODS
-from hf_lowrank.methods.table import Method as Method
+from hf_lowrank.methods import options as opt
+from hf_lowrank.methods.registry import KINDS, TRANSPORTS, Gauge, classes, prototype
+from hf_lowrank.methods.table import METHODS, Method
 
 
 if TYPE_CHECKING:
@@ -21,26 +20,24 @@ if TYPE_CHECKING:
 class SharedOptions:
     """Options of every group."""
 
-    seed: int = options.integer(0, minimum=0, help="seed of the private generators")
-    correct_bias: bool = options.flag(True, help="Adam's bias correction")
-    stochastic_rounding: bool = options.flag(
-        True, help="write bf16/fp16 weights by stochastic rounding, else to nearest"
-    )
-    state_format: str = options.choice("fp32", "8bit", "4bit", help="number format of the moments of matrices")
-    basis_format: str = options.choice("fp32", "bf16", "8bit", "4bit", help="number format of the bases")
-    dense_state_format: str = options.choice("fp32", "8bit", help="number format of the moments of dense parameters")
-    layerwise: bool = options.flag(False, help="free every gradient during backward; see LowRankOptimizer.train")
-    max_grad_norm: float = options.number(0.0, help="clip by the global norm of the projected gradients; 0: off")
+    seed: int = opt.integer(0, minimum=0, help="seed of the private generators")
+    correct_bias: bool = opt.flag(True, help="Adam's bias correction")
+    stochastic_rounding: bool = opt.flag(True, help="write bf16/fp16 weights by stochastic rounding, else to nearest")
+    state_format: str = opt.choice("fp32", "8bit", "4bit", help="number format of the moments of matrices")
+    basis_format: str = opt.choice("fp32", "bf16", "8bit", "4bit", help="number format of the bases")
+    dense_state_format: str = opt.choice("fp32", "8bit", help="number format of the moments of dense parameters")
+    layerwise: bool = opt.flag(False, help="free every gradient during backward; see LowRankOptimizer.train")
+    max_grad_norm: float = opt.number(0.0, help="clip by the global norm of the projected gradients; 0: off")
 
 
 @dataclass(frozen=True)
 class LowRankOptions:
     """Options of every group of matrices."""
 
-    rank: float = options.rank(128, help="dimension of the subspace; clamped to the matrix's short side")
-    update_proj_gap: int = options.integer(200, minimum=1, help="steps between refreshes of the subspace")
-    scale: float = options.number(0.25, above=0.0, below=1e9, help="factor alpha on the low-rank update")
-    proj_type: str = options.choice(
+    rank: float = opt.rank(128, help="dimension of the subspace; clamped to the matrix's short side")
+    update_proj_gap: int = opt.integer(200, minimum=1, help="steps between refreshes of the subspace")
+    scale: float = opt.number(0.25, above=0.0, below=1e9, help="factor alpha on the low-rank update")
+    proj_type: str = opt.choice(
         "std",
         "paper",
         "reverse_std",
@@ -49,8 +46,8 @@ class LowRankOptions:
         "full",
         help="which side of the weight is projected; full: both",
     )
-    on_refresh: str = options.choice(*TRANSPORTS, help="what happens to the moments at a refresh")
-    stagger: bool = options.flag(False, help="spread the refreshes of the matrices evenly over the interval")
+    on_refresh: str = opt.choice(*TRANSPORTS, help="what happens to the moments at a refresh")
+    stagger: bool = opt.flag(False, help="spread the refreshes of the matrices evenly over the interval")
 
 
 @dataclass(frozen=True)
@@ -92,115 +89,102 @@ def split(name: str) -> tuple[str, dict[str, Any]]:
         if row not in METHODS and row.endswith(ending):
             row, given = row.removesuffix(ending), {**SUFFIXES[ending], **given}
     if row not in METHODS:
-        raise ValueError(
-            f"unknown method {name!r}{options.suggest(name, METHODS)} (each also with _8bit and _layerwise)"
-        )
+        raise ValueError(f"unknown method {name!r}{opt.suggest(name, METHODS)} (each also with _8bit and _layerwise)")
     return row, given
 
 
+@dataclass(frozen=True)
+class Config:
+    """A method with all of its options, typed and checked.
+
+    Attributes:
+        method: the row of the table.
+        options: every option of a group of matrices, or of a group of dense parameters.
+        parts: what the options are filled into.
+        low_rank: whether this is for matrices.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    parts: Parts
+    low_rank: bool = True
+
+    @classmethod
+    def of(
+        cls, name: str, given: Mapping[str, Any], *, low_rank: bool = True, facts: Mapping[str, Any] | None = None
+    ) -> Config:
+        """Resolve a name and the options that the user set.
+
+        Args:
+            name: a valid name.
+            given: options as values or text.
+            low_rank: False for a group of dense parameters.
+            facts: what is known of the model and the run, for the options that are such a fact and are not given.
+
+        Raises:
+            ValueError: for an option that does not exist (or does not apply) and for a value that is not valid.
+        """
+        row, implied = split(name)
+        what, given = f"optimizer {name}", {**implied, **given}
+        kinds, chosen = _chosen_parts(row, given, what)
+        schema = _schema(chosen, low_rank)
+        valid = {**schema, **kinds}
+        for key in given:
+            if key not in valid:
+                opt.parse(key, given[key], valid, what=what)  # says what there is
+        values = {key: given[key] for key in schema if key in given}
+        facts = facts or {}
+        known = {key: facts[fact] for key, item in schema.items() if (fact := opt.of(item).fact) in facts}
+        layerwise = opt.parse("layerwise", values.get("layerwise", False), schema, what=what)
+        defaults = {**_defaults(METHODS[row], chosen, schema, layerwise), **known}
+        options = {key: opt.parse(key, values.get(key, defaults[key]), schema, what=what) for key in schema}
+        named = {kind: given.get(kind, getattr(METHODS[row], kind)) for kind in kinds}
+        try:
+            parts = _filled(chosen, options)
+            _check_together(parts, options)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+        return cls(row, MappingProxyType({**named, **options}), parts, low_rank)
+
+    def dense(self) -> Config:
+        """Return the same for a group of dense parameters."""
+        row = METHODS[self.method]
+        own = {*(KINDS if row.free else ()), *_schema(self.parts, False)}
+        options = {key: value for key, value in self.options.items() if key in own}
+        return replace(self, options=MappingProxyType(options), low_rank=False)
+
+    def fits(self, group: Mapping[str, Any]) -> bool:
+        """Tell whether a group has just these options."""
+        return all(key in group and group[key] == value for key, value in self.options.items())
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The options that are a fact of the model or the run, and which."""
+        found = _schema(self.parts, self.low_rank)
+        return {key: fact for key, item in found.items() if (fact := opt.of(item).fact)}
+
+    @property
+    def gauges(self) -> dict[str, Gauge]:
+        """What the parts leave for the log."""
+        parts = self.parts
+        return {**parts.subspace.gauges, **parts.moments.gauges, **parts.reconstruction.gauges}
+
+
+def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> dict[str, Any]:
+    """Return every option of a group, typed, with defaults where `given` has none. See `Config.of`."""
+    return dict(Config.of(name, given, low_rank=low_rank).options)
+
+
 def parts(name: str, options: Mapping[str, Any]) -> Parts:
-    """Build the parts of a method from options; keys that belong to no part are left to others.
+    """Build the parts of a method from typed options; keys that belong to no part are left to others.
 
     Args:
         name: a key of METHODS.
         options: typed values, for instance a parameter group.
     """
     method = METHODS[name]
-    chosen = [options.get(kind) or getattr(method, kind) if method.free else getattr(method, kind) for kind in KINDS]
-    made = [_prototype(kind, part) for kind, part in zip(KINDS, chosen, strict=True)]
-    given = tuple((f.name, options[f.name]) for part in made for f in fields(part) if f.name in options)
-    return _fill(tuple(made), given, options.get("proj_type") == "full")
-
-
-def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> dict[str, Any]:
-    """Return every option of a group, typed, with defaults where `given` has none.
-
-    Args:
-        name: a valid name.
-        given: the options that the user set, as values or text.
-        low_rank: False for a group of dense parameters.
-
-    Raises:
-        ValueError: for an option that does not exist (or does not apply) and for a value that is not valid.
-    """
-    row, implied = split(name)
-    method, what, given = METHODS[row], f"optimizer {name}", {**implied, **given}
-    result: dict[str, Any] = {}
-    owners: list[Any] = [SharedOptions, *([LowRankOptions] if low_rank else [])]
-    if method.free:
-        choices = _free_schema()
-        result = {k: options.parse(k, given.get(k, getattr(method, k)), choices, what=what) for k in choices}
-    built = parts(row, result)
-    owners += [built.moments, *([built.subspace, built.reconstruction] if low_rank else [])]
-    schema = {k: v for k, v in options.schema(*owners).items() if not (low_rank and k in built.subspace.without)}
-    valid = {**schema, **(_free_schema() if method.free else {})}
-    for key in given:
-        options.parse(key, given[key], valid, what=what)
-    layerwise = options.parse("layerwise", given.get("layerwise", False), schema, what=what)
-    on_refresh = built.subspace.on_refresh
-    if on_refresh not in built.moments.transports:  # LDAdam's rule, say, with momentum alone
-        on_refresh = "rotate" if "rotate" in built.moments.transports else "keep"
-    defaults = {"on_refresh": on_refresh, "stagger": layerwise, **method.defaults}
-    for key, item in schema.items():
-        default = defaults.get(key, _default(item, key, built))
-        result[key] = options.parse(key, given.get(key, default), schema, what=what)
-    _check_together(row, result, what)
-    return result
-
-
-def _check_together(row: str, options: Mapping[str, Any], what: str) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        ValueError: in one sentence.
-    """
-    try:
-        made = parts(row, options)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-    if made.needs_gradient and options["max_grad_norm"]:
-        raise ValueError(
-            f"{what} steps along the gradient itself, not along its projection alone: set max_grad_norm=0"
-        )
-    if "rank" in options:
-        try:
-            made.subspace.rank(2, 2, options["rank"])
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from None
-    how = options.get("on_refresh", "keep")
-    if how not in made.moments.transports:
-        valid = ", ".join(made.moments.transports)
-        raise ValueError(f"{what}: option on_refresh must be one of {valid} for these moments, got {how!r}")
-    if options.get("proj_type") == "full" and (made.needs_gradient or not made.moments.elementwise):
-        raise ValueError(
-            f"{what}: proj_type=full needs a method that steps by Adam or momentum in the subspace alone: use std"
-        )
-
-
-def _default(item: Field[Any], key: str, built: Parts) -> Any:
-    """Return an option's default: that of the part's instance where a part declares it."""
-    owners: tuple[Any, ...] = (built.subspace, built.moments, built.reconstruction)
-    for part in owners:
-        if key in {f.name for f in fields(part)}:
-            return getattr(part, key)
-    return item.default
-
-
-@lru_cache(maxsize=1024)
-def _fill(prototypes: tuple[Any, ...], given: tuple[tuple[str, Any], ...], two_sided: bool) -> Parts:
-    values = dict(given)
-    filled = [replace(x, **{f.name: values[f.name] for f in fields(x) if f.name in values}) for x in prototypes]
-    if two_sided:
-        from hf_lowrank.methods.subspaces.two_sided import BothSides
-
-        filled[0] = BothSides(filled[0])
-    return Parts(*filled)
-
-
-def _free_schema() -> dict[str, Field[Any]]:
-    """Return the options of `lowrank`: its parts by name."""
-    free = {kind: sorted(k for k, part in _registry(kind).items() if part.composable) for kind in KINDS}
-    return {kind: options.choice(*names, help=f"which {kind}") for kind, names in free.items()}
+    made = [prototype(kind, (method.free and options.get(kind)) or getattr(method, kind)) for kind in KINDS]
+    return _filled(Parts(*made), options)
 
 
 def dense_options(method: str | None = None) -> set[str]:
@@ -210,6 +194,81 @@ def dense_options(method: str | None = None) -> set[str]:
         method: a valid name, or None for what any method may have.
     """
     if method is not None and not METHODS[split(method)[0]].free:
-        return set(options.schema(SharedOptions, _prototype("moments", METHODS[split(method)[0]].moments)))
-    owners: list[Any] = [SharedOptions, *_registry("moments").values()]
+        return set(opt.schema(SharedOptions, prototype("moments", METHODS[split(method)[0]].moments)))
+    owners: list[Any] = [SharedOptions, *classes("moments").values()]
     return {*KINDS, *(item.name for owner in owners for item in fields(owner))}
+
+
+def _chosen_parts(row: str, given: Mapping[str, Any], what: str) -> tuple[dict[str, Field[Any]], Parts]:
+    """Return the options that choose parts by name (of the row `lowrank`), and the parts with their defaults."""
+    method = METHODS[row]
+    kinds = _free_schema() if method.free else {}
+    made = []
+    for kind in KINDS:
+        part = getattr(method, kind)
+        if kind in kinds:
+            part = opt.parse(kind, given.get(kind, part), kinds, what=what)
+        made.append(prototype(kind, part))
+    return kinds, Parts(*made)
+
+
+def _free_schema() -> dict[str, Field[Any]]:
+    """Return the options of `lowrank`: its parts by name."""
+    free = {kind: sorted(k for k, part in classes(kind).items() if part.composable) for kind in KINDS}
+    return {kind: opt.choice(*names, help=f"which {kind}") for kind, names in free.items()}
+
+
+def _schema(chosen: Parts, low_rank: bool) -> dict[str, Field[Any]]:
+    """Return the options of a group by name."""
+    subspace, moments, reconstruction = chosen.subspace, chosen.moments, chosen.reconstruction
+    if not low_rank:
+        found = opt.schema(SharedOptions, moments)
+        return {key: item for key, item in found.items() if key not in moments.dense.without}
+    found = opt.schema(SharedOptions, LowRankOptions, moments, subspace, reconstruction)
+    without = {*subspace.without, *moments.without, *reconstruction.without}
+    return {key: item for key, item in found.items() if key not in without}
+
+
+def _defaults(method: Method, chosen: Parts, schema: Mapping[str, Field[Any]], layerwise: bool) -> dict[str, Any]:
+    """Return the default of every option: of its field, of the parts as the row has them, of the row."""
+    on_refresh = chosen.subspace.on_refresh
+    if on_refresh not in chosen.moments.transports:  # LDAdam's rule, say, with momentum alone
+        on_refresh = "rotate" if "rotate" in chosen.moments.transports else "keep"
+    made: tuple[Any, ...] = (chosen.moments, chosen.subspace, chosen.reconstruction)
+    own = {item.name: getattr(part, item.name) for part in made for item in fields(part)}
+    common = {key: item.default for key, item in schema.items()}
+    return {**common, **own, "on_refresh": on_refresh, "stagger": layerwise, **method.defaults}
+
+
+def _filled(chosen: Parts, options: Mapping[str, Any]) -> Parts:
+    """Return the parts with the options that are theirs."""
+    parts: tuple[Any, ...] = (chosen.subspace, chosen.moments, chosen.reconstruction)
+    given = ({item.name: options[item.name] for item in fields(part) if item.name in options} for part in parts)
+    made = [replace(part, **own) for part, own in zip(parts, given, strict=True)]
+    if options.get("proj_type") == "full":
+        made[0] = _both_sides(made[0])
+    return Parts(*made)
+
+
+def _both_sides(subspace: Subspace) -> Subspace:
+    from hf_lowrank.methods.subspaces.two_sided import BothSides
+
+    return BothSides(subspace)
+
+
+def _check_together(made: Parts, options: Mapping[str, Any]) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if made.needs_gradient and options["max_grad_norm"]:
+        raise ValueError("it steps along the gradient itself, not along its projection alone: set max_grad_norm=0")
+    if "rank" in options:
+        made.subspace.check_rank(options["rank"])
+    how = options.get("on_refresh", "keep")
+    if how not in made.moments.transports:
+        valid = ", ".join(made.moments.transports)
+        raise ValueError(f"option on_refresh must be one of {valid} for these moments, got {how!r}")
+    if options.get("proj_type") == "full" and (made.needs_gradient or not made.moments.elementwise):
+        raise ValueError("proj_type=full needs a method that steps by Adam or momentum in the subspace alone: use std")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-
-if TYPE_CHECKING:
-    from hf_lowrank.methods.parts import Moments, Reconstruction, Subspace
+from hf_lowrank.methods.registry import Part
 
 
 @dataclass(frozen=True)
@@ -18,19 +16,17 @@ class Method:
     Attributes:
         subspace, moments, reconstruction: the parts.
         summary: what it is, in one line.
-        paper: where it comes from.
-        state: elements of state per m x n matrix (m <= n) at rank r.
+        paper: where it comes from; "-" for nowhere.
         defaults: options whose default differs from the common one.
-        limits: what it cannot do, in one line.
+        limits: what else it cannot do, in one line, beside what follows from its parts.
         free: whether the parts may be chosen by options (the row `lowrank`).
     """
 
-    subspace: str | Subspace
-    moments: str | Moments
-    reconstruction: str | Reconstruction
+    subspace: str | Part
+    moments: str | Part
+    reconstruction: str | Part
     summary: str
-    paper: str
-    state: str = "mr + 2nr"
+    paper: str = "-"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     limits: str = ""
     free: bool = False
@@ -41,7 +37,6 @@ _I3S = "arXiv 2502.05790"
 _FIRA = "arXiv 2410.01623"
 _GOLORE = "arXiv 2410.11289"
 _APOLLO = "arXiv 2412.05270"
-_UPDATES_IN_HOOK = "layerwise: no accumulation, no max_grad_norm"
 _ALONG_GRADIENT: dict[str, Any] = {"scale": 1.0}
 
 METHODS: dict[str, Method] = {
@@ -65,31 +60,14 @@ METHODS: dict[str, Method] = {
     "galore_random_adamw": Method(
         "random", "adam", "project", "uniformly random subspace, blind to the gradient", _GOLORE
     ),
-    "fira_adamw": Method(
-        "dominant",
-        "adam",
-        "fira",
-        "Fira: GaLore plus the scaled, limited residual",
-        _FIRA,
-        "mr + 2nr + 2",
-        limits=_UPDATES_IN_HOOK,
-    ),
-    "fira_i3s_adamw": Method(
-        "i3s",
-        "adam",
-        "fira",
-        "Fira in an I3S subspace",
-        f"{_I3S}; {_FIRA}",
-        "mr + 2nr + 2",
-        limits=_UPDATES_IN_HOOK,
-    ),
+    "fira_adamw": Method("dominant", "adam", "fira", "Fira: GaLore plus the scaled, limited residual", _FIRA),
+    "fira_i3s_adamw": Method("i3s", "adam", "fira", "Fira in an I3S subspace", f"{_I3S}; {_FIRA}"),
     "subtrack_adamw": Method(
         "grassmann",
         "adam",
         "project",
         "SubTrack: the basis follows the gradient by rank-1 Grassmann steps",
         "SubTrack (workshop); arXiv 2502.01586",
-        "mr + 2nr (+ mn with accumulate)",
     ),
     "subtrack_pp_adamw": Method(
         "grassmann",
@@ -97,18 +75,14 @@ METHODS: dict[str, Method] = {
         "fira",
         "SubTrack++: the same with moments carried along and recovery scaling",
         "arXiv 2502.01586",
-        "mr + 2nr + 2 (+ mn with accumulate)",
         {"on_refresh": "rotate_variance", "fira_form": "paper"},
-        _UPDATES_IN_HOOK,
     ),
     "golore_adamw": Method(
         "golore", "adam", "project", "GoLore: dominant, then random for the last 20 % of the run", _GOLORE
     ),
-    "golore_msgd": Method(
-        "golore", "momentum", "project", "GoLore with momentum SGD", _GOLORE, "mr + nr", _ALONG_GRADIENT
-    ),
+    "golore_msgd": Method("golore", "momentum", "project", "GoLore with momentum SGD", _GOLORE, _ALONG_GRADIENT),
     "galore_i3s_msgd": Method(
-        "i3s", "momentum", "project", "low-rank momentum SGD in an I3S subspace", _I3S, "mr + nr", _ALONG_GRADIENT
+        "i3s", "momentum", "project", "low-rank momentum SGD in an I3S subspace", _I3S, _ALONG_GRADIENT
     ),
     "galore_hybrid_msgd": Method(
         "hybrid",
@@ -116,7 +90,6 @@ METHODS: dict[str, Method] = {
         "project",
         "low-rank momentum SGD as analysed in the I3S paper (Algorithm 4)",
         _I3S,
-        "mr + nr",
         _ALONG_GRADIENT,
     ),
     "natural_galore_adamw": Method(
@@ -125,7 +98,6 @@ METHODS: dict[str, Method] = {
         "project",
         "Natural GaLore: natural gradient on a window of s projected gradients, then Adam",
         "arXiv 2410.16029",
-        "mr + 2nr + snr",
     ),
     "q_galore_adamw": Method(
         "lazy",
@@ -133,7 +105,6 @@ METHODS: dict[str, Method] = {
         "project",
         "Q-GaLore: packed 4-bit basis, refreshed the less often the less it changes",
         "arXiv 2407.08296",
-        "mr/8 + 2nr; with _8bit mr/8 + nr/2",
         {"basis_format": "4bit"},
     ),
     "ldadam": Method(
@@ -142,9 +113,7 @@ METHODS: dict[str, Method] = {
         "error_feedback",
         "LDAdam: a power step at every step, both moments carried along, error feedback",
         "arXiv 2410.16103",
-        "mr + 2nr + mn (mr + 2nr with error_feedback=off)",
         {**_ALONG_GRADIENT, "update_proj_gap": 1},
-        _UPDATES_IN_HOOK,
     ),
     "flora_adafactor": Method(
         "sketch",
@@ -152,21 +121,13 @@ METHODS: dict[str, Method] = {
         "flora",
         "FLora: Adafactor whose first moment is a Gaussian sketch",
         "arXiv 2402.03293",
-        "nr + m + n",
         {**_ALONG_GRADIENT, "on_refresh": "rotate", "update_proj_gap": 1000},
-        _UPDATES_IN_HOOK,
     ),
     "grass_adamw": Method(
-        "rows", "adam", "project", "Grass: rows of the gradient, sampled by norm", "arXiv 2406.17660", "2r + 2nr"
+        "rows", "adam", "project", "Grass: rows of the gradient, sampled by norm", "arXiv 2406.17660"
     ),
     "online_subspace_adamw": Method(
-        "online",
-        "adam",
-        "project",
-        "Online Subspace Descent: the basis has an AdamW of its own",
-        "arXiv 2408.12857",
-        "3mr + 2nr",
-        limits=_UPDATES_IN_HOOK,
+        "online", "adam", "project", "Online Subspace Descent: the basis has an AdamW of its own", "arXiv 2408.12857"
     ),
     "apollo_random_adamw": Method(
         "sketch",
@@ -174,19 +135,10 @@ METHODS: dict[str, Method] = {
         "scaled_gradient",
         "APOLLO: the gradient, its columns scaled as Adam scales their random sketch",
         _APOLLO,
-        "2nr + 1",
         _ALONG_GRADIENT,
-        _UPDATES_IN_HOOK,
     ),
     "apollo_dominant_adamw": Method(
-        "dominant",
-        "adam",
-        "scaled_gradient",
-        "APOLLO with the leading singular vectors",
-        _APOLLO,
-        "mr + 2nr + 1",
-        _ALONG_GRADIENT,
-        _UPDATES_IN_HOOK,
+        "dominant", "adam", "scaled_gradient", "APOLLO with the leading singular vectors", _APOLLO, _ALONG_GRADIENT
     ),
     "apollo_mini_adamw": Method(
         "sketch",
@@ -194,9 +146,7 @@ METHODS: dict[str, Method] = {
         "scaled_gradient",
         "APOLLO-Mini: rank 1, one factor per matrix",
         _APOLLO,
-        "2n + 1",
         {"rank": 1, "scale": 128.0, "scaling": "tensor"},
-        _UPDATES_IN_HOOK,
     ),
     "gwt_adamw": Method(
         "haar",
@@ -204,9 +154,8 @@ METHODS: dict[str, Method] = {
         "details",
         "GWT: Adam on the Haar approximation, details scaled alike; rank 2^-level of the last axis",
         "arXiv 2501.07237",
-        "2mn/2^level + 1",
         {"rank": 0.25, "proj_type": "right"},
-        f"{_UPDATES_IN_HOOK}; no bound on its first steps: warm up",
+        limits="no bound on its first steps: warm up",
     ),
     "foam_adamw": Method(
         "fold",
@@ -214,26 +163,24 @@ METHODS: dict[str, Method] = {
         "unfold",
         "FOAM: moments of means over 2^level entries; rank 2^-level of the last axis",
         "arXiv 2512.07112",
-        "2mn/2^level",
         {"rank": 0.25, "proj_type": "right"},
-        _UPDATES_IN_HOOK,
     ),
     "lowrank": Method(
         "dominant", "adam", "project", "any parts by name: subspace=, moments=, reconstruction=", "-", free=True
     ),
 }
 
-_OTHER_MOMENTS = {
-    "adafactor": ("adafactor", "Adafactor with first moment", "mr + nr + r + n"),
-    "adam_mini": ("adam_mini", "Adam-mini", "mr + nr + n (or r, or n/head)"),
-    "came": ("came", "CAME", "mr + nr + 2(r + n)"),
-}
+
+def _with_other_moments(family: str) -> dict[str, Method]:
+    """Return the rows of a family's subspace and step with other moments than Adam's."""
+    row = METHODS[f"{family}_adamw"]
+    titles = {"adafactor": "Adafactor with first moment", "adam_mini": "Adam-mini", "came": "CAME"}
+    summary = f"the subspace and step of `{family}_adamw` with"
+    return {
+        f"{family}_{moments}": replace(row, moments=moments, summary=f"{summary} {title}")
+        for moments, title in titles.items()
+    }
+
+
 for _family in ("galore_dominant", "galore_i3s", "galore_hybrid", "fira", "fira_i3s"):
-    _row = METHODS[f"{_family}_adamw"]
-    for _ending, (_moments, _name, _state) in _OTHER_MOMENTS.items():
-        METHODS[f"{_family}_{_ending}"] = replace(
-            _row,
-            moments=_moments,
-            summary=f"the subspace and step of `{_family}_adamw` with {_name}",
-            state=_state + (" + 2" if _row.reconstruction == "fira" else ""),
-        )
+    METHODS |= _with_other_moments(_family)

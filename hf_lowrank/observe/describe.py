@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_lowrank.engine.plan import rank_of
 from hf_lowrank.optimizer import LowRankOptimizer
-from hf_lowrank.tensors.layout import Layout
 
 
 MIB = 2**20
@@ -40,15 +38,15 @@ def resolved_options(optimizer: LowRankOptimizer) -> dict[str, Any]:
 
 def summary(optimizer: LowRankOptimizer) -> str:
     """Describe in one line what is projected, at which rank and learning rates, and what the state costs."""
-    matrices = [(p, parts, group) for _, p, parts, group in optimizer.declared() if "rank" in group]
+    matrices = [one for one in optimizer.declared() if one.config.low_rank]
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     declared = optimizer.declared_bytes()
     adamw = sum(8 * p.numel() for p in everything)
-    ranks = sorted({rank_of(parts, Layout.of(p, group["proj_type"]), group) for p, parts, group in matrices})
+    ranks = sorted({one.plan.r for one in matrices})
     lr = optimizer.param_groups[0]["lr"]
     text = f"{optimizer.defaults['method']}: {len(matrices)} matrices at rank {_span(ranks)}"
     if matrices:
-        scale = matrices[0][2]["scale"]
+        scale = matrices[0].config.options["scale"]
         text += f", lr {lr * scale:g} ({lr:g} x scale {scale:g})"
     text += f"; {len(everything) - len(matrices)} dense parameters, lr {lr:g}"
     return text + f"; state {declared / MIB:.1f} MiB (AdamW: {adamw / MIB:.1f} MiB)"

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_lowrank.engine import collectives
-from hf_lowrank.engine.plan import declared_state
+from hf_lowrank.engine.plan import Plan, projected_bytes
 from hf_lowrank.engine.refresh import UNKNOWN
-from hf_lowrank.methods import resolve
 from hf_lowrank.observe.records import module_type
-from hf_lowrank.optimizer import LowRankOptimizer
-from hf_lowrank.planning.memory import projected_bytes
-from hf_lowrank.state.view import View, nbytes, stored
-from hf_lowrank.tensors import kernels, random
+from hf_lowrank.optimizer import Declared, LowRankOptimizer
+from hf_lowrank.state.view import View, nbytes
+from hf_lowrank.tensors import random
+from hf_lowrank.tensors.bases import Dense
 from hf_lowrank.tensors.layout import local
 
 
@@ -34,8 +33,6 @@ REPORT = ("overlap", "energy", "stable_rank")
 
 COLUMNS = 32
 """Columns of a sketch."""
-
-_SKETCH = 2  # a stream of random numbers that nothing else draws from
 
 
 def matrices(optimizer: LowRankOptimizer) -> Iterator[tuple[str, Tensor, Mapping[str, Any], dict[str, Tensor]]]:
@@ -111,18 +108,17 @@ def _isometry(r: int) -> Tensor:
     """Return Q (r, k) with orthonormal columns, the same in every run."""
     if r <= COLUMNS:
         return torch.eye(r)
-    draw = torch.randn(r, COLUMNS, generator=random.generator(_SKETCH, r))
+    draw = torch.randn(r, COLUMNS, generator=random.generator(random.Stream.OBSERVER, r))
     isometry: Tensor = torch.linalg.qr(draw)[0]
     return isometry
 
 
-def stored_basis(p: Tensor, group: Mapping[str, Any], s: Mapping[str, Tensor]) -> Tensor | None:
+def stored_basis(plan: Plan, s: Mapping[str, Tensor]) -> Tensor | None:
     """Return this process's basis in fp32, decoded if need be; None where the method stores no (..., m, r) matrix."""
-    slots, forms = declared_state(p, resolve.parts(group["method"], group), group)
-    slot = slots.get("basis")
-    if slot is None or slot.kind != "basis" or len(slot.shape) < 2 or not slot.dtype.is_floating_point:
+    buffer = plan.buffers.get("basis")
+    if buffer is None or buffer.slot.axes != "m r":
         return None
-    return View({name: local(tensor) for name, tensor in s.items()}, slots, forms)["basis"]
+    return View({name: local(tensor) for name, tensor in s.items()}, plan.buffers, plan.encodings)["basis"]
 
 
 class UpdateRank:
@@ -162,7 +158,7 @@ class UpdateRank:
         W = local(p.detach())
         if self.exact:
             return W.to("cpu", copy=True)
-        return kernels.project(_gaussian(W.shape[-1]).to(W.device), W.mT).mT.cpu()  # (..., rows, 32)
+        return Dense(_gaussian(W.shape[-1]).to(W.device)).project(W.mT).mT.cpu()  # (..., rows, 32)
 
     def _gram(self, p: Tensor, D: Tensor) -> Tensor:
         """Return D^T D (..., k, k), or the smaller D D^T, summed over the processes that hold rows of the weight."""
@@ -177,7 +173,7 @@ class UpdateRank:
 @lru_cache
 def _gaussian(columns: int) -> Tensor:
     """Return Omega (columns, 32), the same in every run."""
-    return torch.randn(columns, COLUMNS, generator=random.generator(_SKETCH, columns))
+    return torch.randn(columns, COLUMNS, generator=random.generator(random.Stream.OBSERVER, columns))
 
 
 def effective_rank(K: Tensor) -> Tensor:
@@ -253,20 +249,21 @@ def component_bytes(optimizer: LowRankOptimizer, model: nn.Module) -> dict[str, 
     Gradients are those at the end of the backward pass; the layerwise mode holds the dense ones, the projected ones
     and the largest of the others. AdamW's two moments have the type of the weights, as torch keeps them.
     """
-    trained = [(local(p), p, parts, group) for _, p, parts, group in optimizer.declared()]
-    low_rank = [item for item in trained if "rank" in item[3]]
-    dense = [item for item in trained if "rank" not in item[3]]
+    trained = list(optimizer.declared())
+    low_rank = [one for one in trained if one.config.low_rank]
+    dense = [one for one in trained if not one.config.low_rank]
 
-    def gradients(items: list[Any]) -> int:
-        return sum(x.nbytes for x, *_ in items)
+    def gradients(some: list[Declared]) -> int:
+        return sum(local(one.weight).nbytes for one in some)
 
-    def states(items: list[Any]) -> int:
-        return sum(nbytes(optimizer.state.get(p, {})) or _declared(p, parts, group) for _, p, parts, group in items)
+    def states(some: list[Declared]) -> int:
+        return sum(nbytes(optimizer.state.get(one.weight, {})) or one.plan.nbytes for one in some)
 
     held = gradients(low_rank)
-    if any(group["layerwise"] for *_, group in low_rank):
-        projected = sum(projected_bytes(p, parts, g) for _, p, parts, g in low_rank if not parts.needs_gradient)
-        held = projected + max(x.nbytes for x, *_ in low_rank)
+    if any(one.config.options["layerwise"] for one in low_rank):
+        waiting = [one for one in low_rank if not one.config.parts.needs_gradient]
+        held = sum(projected_bytes(one.plan, one.config) for one in waiting)
+        held += max(local(one.weight).nbytes for one in low_rank)
     return {
         "weights": sum(local(p).nbytes for p in model.parameters()),
         "gradients": held + gradients(dense),
@@ -275,7 +272,3 @@ def component_bytes(optimizer: LowRankOptimizer, model: nn.Module) -> dict[str, 
         "adamw_gradients": gradients(trained),
         "adamw_state": 2 * gradients(trained),
     }
-
-
-def _declared(p: Tensor, parts: Any, group: Mapping[str, Any]) -> int:
-    return sum(slot.nbytes for slot in stored(*declared_state(p, parts, group)).values())

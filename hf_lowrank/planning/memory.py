@@ -11,23 +11,19 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_lowrank import groups
-from hf_lowrank.engine.plan import declared_state, rank_of
+from hf_lowrank.engine.plan import projected_bytes
 from hf_lowrank.hf.models import load_model
 from hf_lowrank.methods import resolve
-from hf_lowrank.methods.resolve import Parts
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.planning.activations import activation_bytes
-from hf_lowrank.state import view
-from hf_lowrank.state.slots import Slot
-from hf_lowrank.tensors.layout import Layout
+from hf_lowrank.state.slots import Buffer
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -200,14 +196,13 @@ def _with_method(blank: MemoryEstimate, optimizer: LowRankOptimizer, width: int,
     dense, matrices, projected = 0, [0], 0
     hook = layerwise = False
     rank = blank.rank
-    for name, p, parts, group in optimizer.declared():
-        low_rank = "rank" in group
-        stored = view.stored(*declared_state(p, parts, group, name)).values()
-        counts[low_rank] += paper_bytes(stored) if paper else sum(slot.nbytes for slot in stored)
-        if low_rank:
+    for _, p, config, plan in optimizer.declared():
+        counts[config.low_rank] += paper_bytes(plan.kept.values()) if paper else plan.nbytes
+        if config.low_rank:
             matrices.append(width * p.numel())
-            projected += projected_bytes(p, parts, group)
-            rank, layerwise, hook = group["rank"], group["layerwise"], parts.needs_gradient
+            projected += projected_bytes(plan, config)
+            rank, layerwise = config.options["rank"], config.options["layerwise"]
+            hook = config.parts.needs_gradient
         else:
             dense += width * p.numel()
     freed = dense + max(matrices) + (0 if hook else projected)
@@ -221,17 +216,10 @@ def _with_method(blank: MemoryEstimate, optimizer: LowRankOptimizer, width: int,
     )
 
 
-def projected_bytes(weight: Tensor, parts: Parts, group: Mapping[str, Any]) -> int:
-    """Return the bytes of a matrix's projected gradient in fp32, which the layerwise mode keeps until `step`."""
-    layout = Layout.of(weight, group["proj_type"])
-    return 4 * prod(layout.batch) * prod(parts.subspace.shape(layout.m, layout.n, rank_of(parts, layout, group)))
-
-
-def paper_bytes(slots: Iterable[Slot]) -> int:
+def paper_bytes(buffers: Iterable[Buffer]) -> int:
     """Count stored state as the papers do: two bytes a number, one for an 8-bit code, scales and counters free."""
-    return sum(
-        slot.numel * min(2, slot.dtype.itemsize) for slot in slots if slot.kind in ("basis", "moment", "variance")
-    )
+    counted = (buffer for buffer in buffers if buffer.slot.values != "exact")
+    return sum(buffer.numel * min(2, buffer.slot.dtype.itemsize) for buffer in counted)
 
 
 def fit_budget(

@@ -11,10 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank import groups
-from hf_lowrank.engine.plan import declared_state, rank_of
 from hf_lowrank.optimizer import LowRankOptimizer
-from hf_lowrank.state import view
-from hf_lowrank.tensors.layout import Layout
 
 
 ADAMW_BYTES = 8
@@ -57,11 +54,10 @@ def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **
     split = groups.param_groups(model, method=method, target_modules=target_modules, **options)
     optimizer = LowRankOptimizer(split, method)
     found: dict[tuple[str, tuple[int, ...], int | None], list[int]] = defaultdict(list)
-    for name, p, parts, group in optimizer.declared():
-        rank = rank_of(parts, Layout.of(p, group["proj_type"]), group) if "rank" in group else None
-        stored = view.stored(*declared_state(p, parts, group, name)).values()
+    for name, p, config, plan in optimizer.declared():
+        rank = plan.r if config.low_rank else None
         key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank
-        found[key].append(sum(slot.nbytes for slot in stored))
+        found[key].append(plan.nbytes)
     return [
         Row(name, len(sizes), shape, rank, sum(sizes), ADAMW_BYTES * prod(shape) * len(sizes))
         for (name, shape, rank), sizes in found.items()

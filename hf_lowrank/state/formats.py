@@ -9,66 +9,68 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from hf_lowrank.state.slots import Raw, Slot, Slots
+from hf_lowrank.state.slots import Buffer, Buffers, Slot, Stored
 
 
-class Format(ABC):
-    """A number format: what is stored for a slot, and the way there and back."""
+class Encoding(ABC):
+    """A number format: what is stored for a buffer, and the way there and back."""
 
     @abstractmethod
-    def stored(self, name: str, slot: Slot) -> Slots:
+    def buffers(self, name: str, buffer: Buffer) -> Buffers:
         """Declare the stored tensors."""
 
     @abstractmethod
-    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
-        """Return the slot's fp32 tensor."""
+    def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
+        """Return the buffer's fp32 tensor."""
 
     @abstractmethod
-    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
+    def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
         """Store an fp32 tensor."""
 
     @abstractmethod
-    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
+    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
         """Return views of what is stored of `length` elements from `start` (a multiple of 256) in memory order."""
 
 
-class Plain(Format):
+class Plain(Encoding):
     """Stored as declared: the tensor that a part writes is the one that is kept."""
 
-    def stored(self, name: str, slot: Slot) -> Slots:
-        """See `Format.stored`."""
-        return {name: slot}
+    @override
+    def buffers(self, name: str, buffer: Buffer) -> Buffers:
+        return {name: buffer}
 
-    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
-        """See `Format.decode`."""
-        return raw[name]
+    @override
+    def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
+        return stored[name]
 
-    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
-        """See `Format.encode_`."""
+    @override
+    def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
+        pass
 
-    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
-        """See `Format.narrow`."""
-        return {name: raw[name].view(-1).narrow(0, start, length)}
+    @override
+    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
+        return {name: stored[name].view(-1).narrow(0, start, length)}
 
 
 class BFloat16(Plain):
     """bf16, rounded to nearest: for bases, which are not accumulated."""
 
-    def stored(self, name: str, slot: Slot) -> Slots:
-        """See `Format.stored`."""
-        return {name: replace(slot, dtype=torch.bfloat16)}
+    @override
+    def buffers(self, name: str, buffer: Buffer) -> Buffers:
+        return {name: _typed(buffer, torch.bfloat16)}
 
-    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
-        """See `Format.decode`."""
-        return raw[name].float()
+    @override
+    def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
+        return stored[name].float()
 
-    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
-        """See `Format.encode_`."""
-        raw[name].copy_(value)
+    @override
+    def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
+        stored[name].copy_(value)
 
 
-class EightBit(Format):
+class EightBit(Encoding):
     """bitsandbytes' block-wise dynamic 8-bit: one code per element, one absmax per 256 elements in memory order.
 
     References:
@@ -77,38 +79,37 @@ class EightBit(Format):
 
     block = 256
 
-    def stored(self, name: str, slot: Slot) -> Slots:
-        """See `Format.stored`."""
-        codes = Slot(slot.shape, slot.kind, dtype=torch.uint8)
-        return {name: codes, f"{name}.absmax": Slot((-(-slot.numel // self.block),), "exact")}
+    @override
+    def buffers(self, name: str, buffer: Buffer) -> Buffers:
+        return {name: _typed(buffer, torch.uint8), f"{name}.absmax": _scales(buffer, self.block)}
 
-    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
-        """See `Format.decode`."""
+    @override
+    def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
         functional = _bitsandbytes()
-        code = _dynamic_code(slot.kind != "variance", raw[name].device)
-        absmax = raw[f"{name}.absmax"]
-        value: Tensor = functional.dequantize_blockwise(raw[name], absmax=absmax, code=code, blocksize=self.block)
-        return value.view(slot.shape)
+        code = _dynamic_code(buffer.slot.values != "positive", stored[name].device)
+        absmax = stored[f"{name}.absmax"]
+        value: Tensor = functional.dequantize_blockwise(stored[name], absmax=absmax, code=code, blocksize=self.block)
+        return value.view(buffer.shape)
 
-    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
-        """See `Format.encode_`."""
+    @override
+    def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
         functional = _bitsandbytes()
-        code = _dynamic_code(slot.kind != "variance", value.device)
+        code = _dynamic_code(buffer.slot.values != "positive", value.device)
         codes, quantized = functional.quantize_blockwise(value.contiguous(), code=code, blocksize=self.block)
-        if slot.kind == "variance":  # code 0 is zero, which would be divided by
+        if buffer.slot.values == "positive":  # code 0 is zero, which would be divided by
             codes.clamp_(min=1)
-        raw[name].copy_(codes.view(slot.shape))
-        raw[f"{name}.absmax"].copy_(quantized.absmax)
+        stored[name].copy_(codes.view(buffer.shape))
+        stored[f"{name}.absmax"].copy_(quantized.absmax)
 
-    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
-        """See `Format.narrow`."""
+    @override
+    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
         return {
-            name: raw[name].view(-1).narrow(0, start, length),
-            f"{name}.absmax": raw[f"{name}.absmax"].narrow(0, start // self.block, -(-length // self.block)),
+            name: stored[name].view(-1).narrow(0, start, length),
+            f"{name}.absmax": stored[f"{name}.absmax"].narrow(0, start // self.block, -(-length // self.block)),
         }
 
 
-class FourBit(Format):
+class FourBit(Encoding):
     """Block-wise linear 4-bit, two codes to a byte, one absmax per 128 elements in memory order.
 
     Signed values take the 15 levels -7/7 .. 7/7, which hold zero exactly and do not collapse on a block of one sign. A
@@ -120,81 +121,95 @@ class FourBit(Format):
 
     block = 128
 
-    def stored(self, name: str, slot: Slot) -> Slots:
-        """See `Format.stored`."""
-        packed = Slot((-(-slot.numel // 2),), slot.kind, dtype=torch.uint8)
-        return {name: packed, f"{name}.absmax": Slot((-(-slot.numel // self.block),), "exact")}
+    @override
+    def buffers(self, name: str, buffer: Buffer) -> Buffers:
+        packed = replace(_typed(buffer, torch.uint8), shape=(-(-buffer.numel // 2),))
+        return {name: packed, f"{name}.absmax": _scales(buffer, self.block)}
 
-    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
-        """See `Format.decode`."""
-        packed = raw[name]
+    @override
+    def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
+        packed = stored[name]
         codes = torch.stack([packed & 15, packed >> 4], -1).flatten().float()
-        levels = (codes + 1) / 16 if slot.kind == "variance" else (codes - 7) / 7
-        scales = raw[f"{name}.absmax"].repeat_interleave(self.block)[: codes.numel()]
-        return (levels * scales)[: slot.numel].view(slot.shape)
+        levels = (codes + 1) / 16 if buffer.slot.values == "positive" else (codes - 7) / 7
+        scales = stored[f"{name}.absmax"].repeat_interleave(self.block)[: codes.numel()]
+        return (levels * scales)[: buffer.numel].view(buffer.shape)
 
-    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
-        """See `Format.encode_`."""
-        blocks = raw[f"{name}.absmax"].numel()
+    @override
+    def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
+        blocks = stored[f"{name}.absmax"].numel()
         flat = torch.zeros(blocks * self.block, device=value.device)
-        flat[: slot.numel] = value.reshape(-1)
+        flat[: buffer.numel] = value.reshape(-1)
         rows = flat.view(blocks, self.block)
         absmax = rows.abs().amax(1)
         ratio = rows / torch.where(absmax > 0, absmax, 1.0).unsqueeze(1)
-        codes = (ratio * 16).round().sub(1).clamp_(0, 15) if slot.kind == "variance" else (ratio * 7).round().add(7)
+        if buffer.slot.values == "positive":
+            codes = (ratio * 16).round().sub(1).clamp_(0, 15)
+        else:
+            codes = (ratio * 7).round().add(7)
         pairs = codes.to(torch.uint8).view(-1, 2)
-        raw[name].copy_((pairs[:, 0] | pairs[:, 1] << 4)[: raw[name].numel()])
-        raw[f"{name}.absmax"].copy_(absmax)
+        stored[name].copy_((pairs[:, 0] | pairs[:, 1] << 4)[: stored[name].numel()])
+        stored[f"{name}.absmax"].copy_(absmax)
 
-    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
-        """See `Format.narrow`."""
+    @override
+    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
         return {
-            name: raw[name].narrow(0, start // 2, -(-length // 2)),
-            f"{name}.absmax": raw[f"{name}.absmax"].narrow(0, start // self.block, -(-length // self.block)),
+            name: stored[name].narrow(0, start // 2, -(-length // 2)),
+            f"{name}.absmax": stored[f"{name}.absmax"].narrow(0, start // self.block, -(-length // self.block)),
         }
 
 
-class Sliced(Format):
+class Sliced(Encoding):
     """Another format for every matrix of a stack (its first axis) by itself, so that a stack can be split.
 
     Args:
         inner: the format of one matrix.
     """
 
-    def __init__(self, inner: Format) -> None:
+    def __init__(self, inner: Encoding) -> None:
         self.inner = inner
 
-    def stored(self, name: str, slot: Slot) -> Slots:
-        """See `Format.stored`."""
-        one = self.inner.stored(name, replace(slot, shape=slot.shape[1:]))
-        return {key: replace(kept, shape=(slot.shape[0], *kept.shape)) for key, kept in one.items()}
+    @override
+    def buffers(self, name: str, buffer: Buffer) -> Buffers:
+        one = self.inner.buffers(name, replace(buffer, shape=buffer.shape[1:]))
+        return {key: replace(kept, shape=(buffer.shape[0], *kept.shape)) for key, kept in one.items()}
 
-    def decode(self, raw: Raw, name: str, slot: Slot) -> Tensor:
-        """See `Format.decode`."""
-        one = replace(slot, shape=slot.shape[1:])
-        slices = [self.inner.decode(self._slice(raw, name, slot, i), name, one) for i in range(slot.shape[0])]
-        return torch.stack(slices) if slices else torch.zeros(slot.shape, device=raw[name].device)
+    @override
+    def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
+        one = replace(buffer, shape=buffer.shape[1:])
+        slices = [self.inner.decode(self._slice(stored, name, buffer, i), name, one) for i in range(buffer.shape[0])]
+        return torch.stack(slices) if slices else torch.zeros(buffer.shape, device=stored[name].device)
 
-    def encode_(self, raw: Raw, name: str, slot: Slot, value: Tensor) -> None:
-        """See `Format.encode_`."""
-        for i in range(slot.shape[0]):
-            self.inner.encode_(self._slice(raw, name, slot, i), name, replace(slot, shape=slot.shape[1:]), value[i])
+    @override
+    def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
+        one = replace(buffer, shape=buffer.shape[1:])
+        for i in range(buffer.shape[0]):
+            self.inner.encode_(self._slice(stored, name, buffer, i), name, one, value[i])
 
-    def narrow(self, raw: Raw, name: str, start: int, length: int) -> Raw:
-        """See `Format.narrow`; bases are not narrowed."""
+    @override
+    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
+        """Bases are not narrowed."""
         raise NotImplementedError
 
-    def _slice(self, raw: Raw, name: str, slot: Slot, i: int) -> Raw:
-        return {key: raw[key][i] for key in self.stored(name, slot)}
+    def _slice(self, stored: Stored, name: str, buffer: Buffer, i: int) -> Stored:
+        return {key: stored[key][i] for key in self.buffers(name, buffer)}
 
 
-FORMATS: dict[str, Format] = {"fp32": Plain(), "bf16": BFloat16(), "8bit": EightBit(), "4bit": FourBit()}
+FORMATS: dict[str, Encoding] = {"fp32": Plain(), "bf16": BFloat16(), "8bit": EightBit(), "4bit": FourBit()}
 
 
 @lru_cache
-def sliced(form: str) -> Format:
+def sliced(name: str) -> Encoding:
     """Return a format that keeps every matrix of a stack by itself."""
-    return Sliced(FORMATS[form])
+    return Sliced(FORMATS[name])
+
+
+def _typed(buffer: Buffer, dtype: torch.dtype) -> Buffer:
+    return replace(buffer, slot=replace(buffer.slot, dtype=dtype, axes_first=False))
+
+
+def _scales(buffer: Buffer, block: int) -> Buffer:
+    """Declare one fp32 scale per block of elements."""
+    return Buffer(Slot("blocks", buffer.slot.lifetime, "exact"), (-(-buffer.numel // block),))
 
 
 @lru_cache

@@ -1,4 +1,9 @@
-"""What is kept of a parameter: declared tensors."""
+"""What is kept of a parameter: slots, which a part declares by the names of their axes, and buffers with lengths.
+
+Axes of a weight seen wide, short side first: m its rows, n its columns, r the rank. From the names follow the shape,
+the axis that is split over processes, the matrices of a stack one by one, the bytes, and the formula in the table of
+methods.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +16,52 @@ import torch
 from torch import Tensor
 
 
-Kind = Literal["basis", "moment", "variance", "exact", "counter"]
-Slots = Mapping[str, "Slot"]
-State = Mapping[str, Tensor]
-Raw = dict[str, Tensor]
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a parameter's state, as a part declares it.
+
+    Attributes:
+        axes: names of its axes, separated by blanks: "m r", "r n"; a number stands for itself; "" is a scalar. A stack
+            of matrices has one such tensor for each of them.
+        lifetime: "step" for what changes at every step; "basis" for what changes at a refresh only; "gauge" for what
+            is kept for the log alone, and is not counted in the table of methods.
+        values: "signed" or "positive" (never negative, and divided by): number formats may encode them; "exact" is
+            kept as declared in every format.
+        held: whether it lies as the gradient does where that is split over processes; else as the projected gradient.
+        shared: whether a stack of matrices has one for all of them.
+        host: whether it lives on the CPU, so that the host may read it without waiting for the device.
+        axes_first: start as the first axes (ones on the diagonal) instead of zeros.
+        dtype: how it is stored.
+        encoding: name of its number format where an option of its own says so, else that of its lifetime.
+    """
+
+    axes: str
+    lifetime: Literal["step", "basis", "gauge"] = "step"
+    values: Literal["signed", "positive", "exact"] = "signed"
+    held: bool = False
+    shared: bool = False
+    host: bool = False
+    axes_first: bool = False
+    dtype: torch.dtype = torch.float32
+    encoding: str = ""
+
+    def sized(self, lengths: Mapping[str, int], stack: tuple[int, ...] = ()) -> Buffer:
+        """Return the tensor for these lengths of the axes, for a stack of matrices."""
+        own = tuple(int(axis) if axis.isdigit() else lengths[axis] for axis in self.axes.split())
+        return Buffer(self, own if self.shared else (*stack, *own))
+
+
+def counter() -> Slot:
+    """Declare a counter: one int64 number for a parameter, on the CPU."""
+    return Slot("", values="exact", shared=True, host=True, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One tensor of a parameter's state.
+class Buffer:
+    """One tensor with its shape; `slot` says the rest."""
 
-    Attributes:
-        shape: its shape.
-        kind: what it holds. `basis` tensors change at refreshes only; `moment` (signed) and `variance` (non-negative)
-            change at every step; `exact` is kept as declared in every format; `counter` is an int64 scalar that lives
-            on the CPU, so that the host may read it without waiting for the device.
-        axes: start as the first axes (ones on the diagonal) instead of zeros.
-        dtype: how it is stored.
-        form: name of its number format where an option of its own says so, else that of its kind.
-    """
-
+    slot: Slot
     shape: tuple[int, ...]
-    kind: Kind = "moment"
-    axes: bool = False
-    dtype: torch.dtype = torch.float32
-    form: str = ""
 
     @property
     def numel(self) -> int:
@@ -45,20 +71,25 @@ class Slot:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.slot.dtype.itemsize
 
-    def device(self, weight: Tensor) -> torch.device:
-        """Where the tensor lives for a parameter `weight`."""
-        return torch.device("cpu") if self.kind == "counter" else weight.device
+    def axis(self, name: str) -> int | None:
+        """Return which axis has a name, counted from the first; None where it has none of that name."""
+        own = self.slot.axes.split()
+        return len(self.shape) - len(own) + own.index(name) if name in own else None
 
     def allocate(self, weight: Tensor) -> Tensor:
         """Return the initial tensor for a parameter `weight`."""
-        tensor = torch.zeros(self.shape, dtype=self.dtype, device=self.device(weight))
-        if self.axes:
+        device = torch.device("cpu") if self.slot.host else weight.device
+        tensor = torch.zeros(self.shape, dtype=self.slot.dtype, device=device)
+        if self.slot.axes_first:
             tensor.diagonal(dim1=-2, dim2=-1).fill_(1)
         return tensor
 
 
-def counter() -> Slot:
-    """Declare a counter."""
-    return Slot((), "counter", dtype=torch.int64)
+Slots = Mapping[str, Slot]
+Buffers = Mapping[str, Buffer]
+State = Mapping[str, Tensor]
+"""A parameter's state as its parts see it: fp32 tensors by the names of the slots."""
+Stored = dict[str, Tensor]
+"""A parameter's state as it is stored: an 8-bit `exp_avg` is `exp_avg` (codes) and `exp_avg.absmax`."""

@@ -1,13 +1,14 @@
-"""Optimizer state as declared data: which tensors a part owns, in which number format they are kept, how many bytes.
+"""Optimizer state as its parts see it: fp32 tensors by name, decoded where they are stored in fewer bits.
 
-A part declares slots and works on fp32 tensors; a format says which tensors are stored for a slot, and goes between
-the two. The stored tensors of a parameter form one flat dict: an 8-bit `exp_avg` is `exp_avg` (codes) and
-`exp_avg.absmax`.
+Reading is free. Writing is a scope: `with view.writing("step") as s` encodes what was decoded when it ends without an
+error, and tells a part that has written a tensor of another lifetime, which would be lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from math import prod
 
@@ -15,111 +16,135 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_lowrank.state.formats import FORMATS, Format, sliced
-from hf_lowrank.state.slots import Kind, Raw, Slot, Slots
+from hf_lowrank.state.formats import FORMATS, Encoding, sliced
+from hf_lowrank.state.slots import Buffer, Buffers, State, Stored
 
-
-FORMAT_VERSION = 1
-"""Version of the layout of `optimizer.state_dict()`; stored in every group."""
 
 SMALLEST_QUANTIZED = 4096
 """Tensors with fewer elements stay fp32 in the 8-bit and 4-bit formats."""
 
+Encodings = Mapping[str, Encoding]
 
-Forms = Mapping[str, Format]
 
-
-def forms(slots: Slots, *, basis: str = "fp32", moments: str = "fp32") -> Forms:
-    """Return the format of every slot.
+def encodings(buffers: Buffers, *, basis: str = "fp32", moments: str = "fp32") -> Encodings:
+    """Return the number format of every buffer.
 
     Args:
-        slots: the declared state.
-        basis: name of the format of `basis` slots.
-        moments: name of the format of `moment` and `variance` slots.
+        buffers: the state.
+        basis: name of the format of what changes at refreshes.
+        moments: name of the format of what changes at every step.
     """
-    chosen = {"basis": basis, "moment": moments, "variance": moments}
-    return {name: _form(slot, slot.form or chosen.get(slot.kind, "fp32")) for name, slot in slots.items()}
+    chosen = {"basis": basis, "step": moments}
+    return {name: _encoding(buffer, chosen.get(buffer.slot.lifetime, "fp32")) for name, buffer in buffers.items()}
 
 
-def _form(slot: Slot, name: str) -> Format:
+def _encoding(buffer: Buffer, name: str) -> Encoding:
     """Return a format, or that of small tensors; bases of a stack are kept, and counted, one by one."""
-    stack = slot.kind == "basis" and len(slot.shape) > 2
-    numel = prod(slot.shape[1:]) if stack else slot.numel
-    if name not in ("8bit", "4bit") or slot.dtype != torch.float32:
-        return FORMATS[name if slot.dtype == torch.float32 else "fp32"]
-    if numel < SMALLEST_QUANTIZED:
+    slot = buffer.slot
+    name = slot.encoding or ("fp32" if slot.values == "exact" else name)
+    if slot.dtype != torch.float32:
         return FORMATS["fp32"]
-    return sliced(name) if stack else FORMATS[name]
+    stack = slot.lifetime == "basis" and len(buffer.shape) > 2
+    if name in ("8bit", "4bit"):
+        if prod(buffer.shape[1:] if stack else buffer.shape) < SMALLEST_QUANTIZED:
+            return FORMATS["fp32"]
+        return sliced(name) if stack else FORMATS[name]
+    return FORMATS[name]
 
 
-def stored(slots: Slots, chosen: Forms) -> Slots:
-    """Return the stored tensors of all slots."""
-    return {key: kept for name, slot in slots.items() for key, kept in chosen[name].stored(name, slot).items()}
+def kept(buffers: Buffers, chosen: Encodings) -> Buffers:
+    """Return the stored tensors of all buffers."""
+    return {key: one for name, buffer in buffers.items() for key, one in chosen[name].buffers(name, buffer).items()}
 
 
 class View(Mapping[str, Tensor]):
     """One parameter's state as its parts see it: fp32 tensors by slot name.
 
-    What is stored plainly is handed out itself; anything else is decoded once and goes back at `commit`.
+    What is stored plainly is handed out itself; anything else is decoded once in a scope.
 
     Args:
-        raw: the stored tensors.
-        slots: what the parts declared.
-        chosen: the format of every slot.
+        stored: the stored tensors.
+        buffers: what the parts declared.
+        chosen: the format of every buffer.
     """
 
-    def __init__(self, raw: Raw, slots: Slots, chosen: Forms) -> None:
-        self.raw, self.slots, self.forms = raw, slots, chosen
+    def __init__(self, stored: Stored, buffers: Buffers, chosen: Encodings) -> None:
+        self.stored, self.buffers, self.encodings = stored, buffers, chosen
+        self.plain = all(encoding is FORMATS["fp32"] for encoding in chosen.values())
         self._decoded: dict[str, Tensor] = {}
+        self._fixed = [name for name, buffer in buffers.items() if buffer.slot.lifetime == "basis"]
 
     def __getitem__(self, name: str) -> Tensor:
-        form = self.forms[name]
-        if form is FORMATS["fp32"]:
-            return self.raw[name]
-        if name not in self._decoded:
-            self._decoded[name] = form.decode(self.raw, name, self.slots[name])
+        if name in self._decoded:
+            return self._decoded[name]
+        encoding = self.encodings[name]
+        if encoding is FORMATS["fp32"]:
+            return self.stored[name]
+        self._decoded[name] = encoding.decode(self.stored, name, self.buffers[name])
         return self._decoded[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.slots)
+        return iter(self.buffers)
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return len(self.buffers)
 
-    def plain(self, *kinds: Kind) -> bool:
-        """Tell whether nothing of these kinds is encoded; without kinds, nothing at all."""
-        return all(self.forms[name] is FORMATS["fp32"] for name in (self.names(*kinds) if kinds else self.slots))
+    @property
+    def bases(self) -> list[str]:
+        """Names of what changes at a refresh only."""
+        return self._fixed
 
-    def names(self, *kinds: Kind) -> list[str]:
-        """Return the slots of some kinds."""
-        return [name for name, slot in self.slots.items() if slot.kind in kinds]
+    @contextmanager
+    def writing(self, *, bases: bool = False) -> Iterator[State]:
+        """Hand out the state to be written in place: at a step, or at a refresh that may change bases as well.
 
-    def commit(self, *kinds: Kind) -> None:
-        """Encode what was decoded of these kinds; it is decoded anew when it is read next."""
-        for name in [name for name in self._decoded if self.slots[name].kind in kinds]:
-            self.forms[name].encode_(self.raw, name, self.slots[name], self._decoded.pop(name))
+        What was decoded is encoded at the end, but for bases at a step; after an error nothing is.
 
-    def forget(self, *kinds: Kind) -> None:
-        """Drop what was decoded of these kinds and not changed."""
-        for name in [name for name in self._decoded if self.slots[name].kind in kinds]:
-            del self._decoded[name]
+        Raises:
+            RuntimeError: if a basis was written at a step.
+        """
+        fixed = () if bases else self._fixed
+        if self.plain and not fixed:
+            yield self.stored
+            return
+        before = {name: self[name]._version for name in fixed}
+        try:
+            yield self.stored if self.plain else self
+            for name, version in before.items():
+                if self[name]._version != version:
+                    raise RuntimeError(f"{name} was written at a step: a basis changes at a refresh only")
+            for name in self._decoded.keys() - set(fixed):
+                self.encodings[name].encode_(self.stored, name, self.buffers[name], self._decoded[name])
+        finally:
+            self._decoded.clear()
+
+    def with_(self, others: Mapping[str, Tensor]) -> View:
+        """Return the same to be read, with other tensors in the place of some or beside them."""
+        same = copy(self)
+        same._decoded = {**self._decoded, **others}
+        return same
+
+    def forget(self) -> None:
+        """Drop what was decoded; it is decoded anew when it is read next."""
+        self._decoded.clear()
 
     def narrow(self, start: int, length: int) -> View:
         """Return the moments of `length` elements from `start` in memory order, for rules that act on each alone."""
-        names = self.names("moment", "variance")
-        raw: Raw = {}
+        names = [name for name, buffer in self.buffers.items() if buffer.slot.values != "exact"]
+        stored: Stored = {}
         for name in names:
-            raw |= self.forms[name].narrow(self.raw, name, start, length)
-        return View(raw, {name: replace(self.slots[name], shape=(length,)) for name in names}, self.forms)
+            stored |= self.encodings[name].narrow(self.stored, name, start, length)
+        buffers = {name: replace(self.buffers[name], shape=(length,)) for name in names}
+        return View(stored, buffers, {name: self.encodings[name] for name in names})
 
 
-def allocate(slots: Slots, chosen: Forms, weight: Tensor) -> Raw:
+def allocate(buffers: Buffers, chosen: Encodings, weight: Tensor) -> Stored:
     """Return freshly initialised stored state for one parameter."""
-    raw = {name: slot.allocate(weight) for name, slot in stored(slots, chosen).items()}
-    for name, slot in slots.items():
-        if slot.axes:
-            chosen[name].encode_(raw, name, slot, slot.allocate(weight))
-    return raw
+    stored = {name: buffer.allocate(weight) for name, buffer in kept(buffers, chosen).items()}
+    for name, buffer in buffers.items():
+        if buffer.slot.axes_first:
+            chosen[name].encode_(stored, name, buffer, buffer.allocate(weight))
+    return stored
 
 
 def mismatch(declared: Mapping[str, Tensor], saved: Mapping[str, object]) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.tensors import kernels
 
@@ -38,9 +39,20 @@ class Basis(ABC):
         """Return the change of basis from `old` for every side that is projected: [C], or [C, C of the right side]."""
         raise NotImplementedError
 
-    def spread(self, Z: Tensor) -> Tensor:
-        """Return coefficients (..., r, n) for all columns of the weight, from those in the shape of R."""
-        return Z
+    def spread(self, Z: Tensor | None, d: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Return coefficients for the columns of the weight that are held: Z (..., r, n) from the shape of R, and a
+        factor d (..., n) of every column."""
+        return Z, d
+
+    def columns(self, x: Tensor) -> Tensor:
+        """Return (..., n) as the columns of R lie, from what the rows that are held add to it."""
+        return x
+
+    def accumulate_(self, X: Tensor, Z: Tensor, alpha: float) -> None:
+        """X <- X + alpha P Z for a matrix X that lies as the gradient does, Z as R does."""
+        whole, _ = self.spread(Z)
+        assert whole is not None
+        self.add_(X, whole, beta=1.0, alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -49,25 +61,34 @@ class Dense(Basis):
 
     P: Tensor
 
+    @override
     def project(self, G: Tensor) -> Tensor:
-        """See `Basis.project`."""
-        return kernels.project(self.P, G)
+        P = self.P
+        if G.dtype == P.dtype:
+            return P.mT @ G
+        R = torch.empty(*G.shape[:-2], P.shape[-1], G.shape[-1], dtype=P.dtype, device=G.device)
+        for block in kernels.blocks(G.shape):  # a gradient of lower precision is cast one block of columns at a time
+            R.narrow(-1, *block).copy_(P.mT @ G.narrow(-1, *block).to(P.dtype))
+        return R
 
+    @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        """See `Basis.add_`."""
-        P = self.P if W.dim() == 2 else self.P.expand(*W.shape[:-2], *self.P.shape[-2:])  # a stack may share one
-        kernels.add_product_(W, P, Z, beta=beta, alpha=alpha)
+        if W.dim() == 2:
+            W.addmm_(self.P, Z, beta=beta, alpha=alpha)
+        else:
+            P = self.P.expand(*W.shape[:-2], *self.P.shape[-2:])  # a stack may share one
+            W.flatten(0, -3).baddbmm_(P.flatten(0, -3), Z.flatten(0, -3), beta=beta, alpha=alpha)
 
+    @override
     def rows(self, start: int, length: int) -> Dense:
-        """See `Basis.rows`."""
         return Dense(self.P.narrow(-2, start, length))
 
+    @override
     def gram(self) -> Tensor:
-        """See `Basis.gram`."""
         return self.P.mT @ self.P
 
+    @override
     def changes(self, old: Basis) -> list[Tensor]:
-        """See `Basis.changes`."""
         assert isinstance(old, Dense)
         return [self.P.mT @ old.P]
 
@@ -79,30 +100,31 @@ class TwoSided(Basis):
     left: Basis
     right: Tensor
 
+    @override
     def project(self, G: Tensor) -> Tensor:
-        """See `Basis.project`."""
         return self.left.project(G) @ self.right
 
+    @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        """See `Basis.add_`; Z has been spread over the columns."""
+        """Z has been spread over the columns."""
         self.left.add_(W, Z, beta=beta, alpha=alpha)
 
+    @override
     def rows(self, start: int, length: int) -> TwoSided:
-        """See `Basis.rows`."""
         return TwoSided(self.left.rows(start, length), self.right)
 
+    @override
     def gram(self) -> Tensor:
-        """See `Basis.gram`."""
         return self.left.gram()
 
+    @override
     def changes(self, old: Basis) -> list[Tensor]:
-        """See `Basis.changes`."""
         assert isinstance(old, TwoSided)
         return [*self.left.changes(old.left), self.right.mT @ old.right]
 
-    def spread(self, Z: Tensor) -> Tensor:
-        """See `Basis.spread`."""
-        return Z @ self.right.mT
+    @override
+    def spread(self, Z: Tensor | None, d: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        return None if Z is None else Z @ self.right.mT, d
 
 
 @dataclass(frozen=True)
@@ -117,28 +139,29 @@ class SelectedRows(Basis):
     index: Tensor
     scale: Tensor
 
+    @override
     def project(self, G: Tensor) -> Tensor:
-        """See `Basis.project`."""
         index = self.index.unsqueeze(-1).expand(*self.index.shape, G.shape[-1])
         unseen = kernels.sum_of_squares(G).mul_(0)  # NaN if a row that is not taken is bad
         return G.gather(-2, index).to(self.scale.dtype).mul_(self.scale.unsqueeze(-1)).add_(unseen)
 
+    @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        """See `Basis.add_`."""
         index = self.index.unsqueeze(-1).expand(*self.index.shape, W.shape[-1])
         W.mul_(beta).scatter_add_(-2, index, Z * (alpha * self.scale).unsqueeze(-1))
 
+    @override
     def rows(self, start: int, length: int) -> SelectedRows:
-        """See `Basis.rows`."""
         inside = (self.index >= start) & (self.index < start + length)
         return SelectedRows((self.index - start).clamp(0, max(0, length - 1)), self.scale * inside)
 
+    @override
     def gram(self) -> Tensor:
-        """See `Basis.gram`."""
         return self._same(self) * self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
 
+    @override
     def changes(self, old: Basis) -> list[Tensor]:
-        """See `Basis.changes`: a slot takes over the mean of the old slots that held its row, scales aside."""
+        """A slot takes over the mean of the old slots that held its row, scales aside."""
         assert isinstance(old, SelectedRows)
         same = self._same(old)
         return [same / same.sum(-1, keepdim=True).clamp_min(1)]
@@ -179,19 +202,20 @@ class Blocks(Basis):
             return X.expand(*X.shape[:-2], self.m, X.shape[-1]).contiguous()
         return X.repeat_interleave(self.size, -2).narrow(-2, 0, self.m)
 
+    @override
     def project(self, G: Tensor) -> Tensor:
-        """See `Basis.project`."""
         if not self.squares:
             return self.fold(G)
         G = G.float()
         return torch.cat([self.fold(G), self.fold(G.square())], -2)
 
+    @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        """See `Basis.add_`."""
         W.mul_(beta).add_(self.repeat(Z), alpha=alpha * self.factor)
 
+    @override
     def rows(self, start: int, length: int) -> Blocks:
-        """See `Basis.rows`.
+        """
 
         Raises:
             ValueError: always: a block could be cut.

@@ -34,24 +34,6 @@ def piece(X: Tensor, start: int, length: int) -> Tensor:
     return X if length == X.shape[-1] else X.narrow(-1, start, length)
 
 
-def project(P: Tensor, G: Tensor) -> Tensor:
-    """Return P^T G in fp32, (..., r, n). A gradient of lower precision is cast one block of columns at a time."""
-    if G.dtype == P.dtype:
-        return P.mT @ G
-    R = torch.empty(*G.shape[:-2], P.shape[-1], G.shape[-1], dtype=P.dtype, device=G.device)
-    for block in blocks(G.shape):
-        R.narrow(-1, *block).copy_(P.mT @ G.narrow(-1, *block).to(P.dtype))
-    return R
-
-
-def add_product_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-    """W <- beta W + alpha P Z, written in place with no temporary of W's size."""
-    if W.dim() == 2:
-        W.addmm_(P, Z, beta=beta, alpha=alpha)
-    else:
-        W.flatten(0, -3).baddbmm_(P.flatten(0, -3), Z.flatten(0, -3), beta=beta, alpha=alpha)
-
-
 def column_squared_norms(G: Tensor) -> Tensor:
     """Return ||G_j||^2 of every column, (..., n), in fp32, with at most a small block as temporary."""
     if G.dtype == torch.float32 and G.stride(-2) == 1:  # columns lie in one piece: one pass, no temporary

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from typing_extensions import override
 
-
-if TYPE_CHECKING:
-    from hf_lowrank.tensors.bases import Basis
+from hf_lowrank.tensors.bases import Basis
 
 
 # torch 2.13 renames these two
@@ -144,10 +143,6 @@ class Layout:
         """Whether a sum over the columns of R is a sum over processes."""
         return self.along in ("rows", "columns")
 
-    def rows_of(self, basis: Basis) -> Basis:
-        """Return a basis for the rows of this process's piece."""
-        return basis.rows(self.offset, self.lengths[self.rank]) if self.along == "rows" else basis
-
     def scatter(self, R: Tensor) -> Tensor:
         """Sum R over processes that hold rows, and keep this process's columns of the sum."""
         if self.along != "rows":
@@ -182,6 +177,58 @@ class Layout:
             return None
         full = torch.cat([x[:length] for x, length in zip(pieces, lengths, strict=True)])
         return full.mT if self.transposed else full
+
+
+@dataclass(frozen=True)
+class RowsOf(Basis):
+    """A basis whose matrix is split over its rows: R is a sum over processes, and lies in pieces of columns.
+
+    Attributes:
+        whole: the basis, for all rows.
+        layout: the piece of them that this process holds.
+    """
+
+    whole: Basis
+    layout: Layout
+
+    @cached_property
+    def here(self) -> Basis:
+        """The basis for the rows of this process's piece."""
+        return self.whole.rows(self.layout.offset, self.layout.piece[0])
+
+    @override
+    def project(self, G: Tensor) -> Tensor:
+        """A collective operation."""
+        return self.layout.scatter(self.here.project(G))
+
+    @override
+    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        """Z has been spread."""
+        self.here.add_(W, Z, beta=beta, alpha=alpha)
+
+    @override
+    def rows(self, start: int, length: int) -> Basis:
+        return self.here.rows(start, length)
+
+    @override
+    def gram(self) -> Tensor:
+        return self.whole.gram()
+
+    @override
+    def changes(self, old: Basis) -> list[Tensor]:
+        return self.whole.changes(old.whole if isinstance(old, RowsOf) else old)
+
+    @override
+    def spread(self, Z: Tensor | None, d: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """At most one collective."""
+        if Z is None or d is None:
+            return tuple(None if x is None else self.layout.gather(x) for x in (Z, d))  # type: ignore[return-value]
+        both = self.layout.gather(torch.cat([Z, d.unsqueeze(-2)], -2))
+        return both[..., :-1, :], both[..., -1, :]
+
+    @override
+    def columns(self, x: Tensor) -> Tensor:
+        return self.layout.scatter(x)
 
 
 def sharded(tensor: Tensor, mesh: Any, axis: int, size: int) -> DTensor:

@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+
+class Stream(IntEnum):
+    """The first number of every key: what draws from one stream draws from no other."""
+
+    SUBSPACE = 0
+    ROUNDING = 1
+    OBSERVER = 2
+    SKETCH = 3
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -57,6 +67,3 @@ def draw(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
     uniform = torch.rand(*weights.shape[:-1], r, generator=gen, dtype=torch.float64) * sums[..., -1:]
     found = torch.searchsorted(sums, uniform, right=True)
     return found.clamp_max_(weights.shape[-1] - 1).to(weights.device)
-
-
-_SUBSPACE, _ROUNDING, SHARED = 0, 1, 3  # keep the streams of the three uses apart; metrics.py has 2

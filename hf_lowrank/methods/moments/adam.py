@@ -10,13 +10,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.transport import largest_direction, rotated_variance
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.methods.registry import TRANSPORTS
 from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.sums import Summing
 
 
 RUNAWAY = 100.0
@@ -42,31 +42,23 @@ class Adam(Moments, key="adam"):
 
     elementwise: ClassVar[bool] = True
 
-    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
-        """See `Moments.slots`."""
-        return {"exp_avg": Slot(shape, "moment"), "exp_avg_sq": Slot(shape, "variance")}
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        return {"exp_avg": Slot("r n"), "exp_avg_sq": Slot("r n", values="positive")}
 
-    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """See `Moments.update`."""
-        yield from ()
+    @override
+    def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
         N = torch.zeros_like(R)
         _adamw_([N], [R], [s], [ctx], lr=-1 / self.step_scale(ctx), weight_decay=0.0)
         return N
 
+    @override
     def step_scale(self, ctx: Context) -> float:
-        """See `Moments.step_scale`."""
         return bias_correction(ctx)
 
-    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        """See `Moments.transport_`."""
-        if how == "keep":
-            return
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
         M, V = s["exp_avg"], s["exp_avg_sq"]
-        if how == "reset":
-            M.zero_()
-            V.zero_()
-            s["moment_step"].zero_()
-            return
         rotated = C @ M
         if how in ("rotate_variance", "rotate_variance_complete"):
             V.copy_(rotated_variance(C, M, rotated, V, complete=how == "rotate_variance_complete", ctx=ctx))

@@ -8,13 +8,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.adam import bias_correction
 from hf_lowrank.methods.options import integer
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.sums import Summing
+from hf_lowrank.tensors.sums import Asking, Sum
 
 
 @dataclass(frozen=True)
@@ -40,49 +41,44 @@ class AdamMini(Moments, key="adam_mini"):
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
-    head_dim: int = integer(0, minimum=0, help="Adam-mini: size of an attention head; 0: one v per neuron there too")
+    head_dim: int = integer(
+        0, minimum=0, help="Adam-mini: size of an attention head; 0: one v per neuron there too", fact="head_dim"
+    )
 
-    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
-        """See `Moments.slots`."""
-        *batch, rows, held = (1, *shape) if len(shape) == 1 else shape
-        if len(shape) < 2:
-            blocks: tuple[int, ...] = shape
-        elif columns.block == 0:
-            blocks = (*batch, rows)
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        if columns.vector or columns.block == 1:
+            blocks = "n"
         else:
-            blocks = (*batch, held if columns.block == 1 else columns.n // columns.block)
-        return {"exp_avg": Slot(shape, "moment"), "block_sq": Slot(blocks, "exact")}
+            blocks = f"{columns.n // columns.block}" if columns.block else "r"
+        return {"exp_avg": Slot("r n"), "block_sq": Slot(blocks, values="exact")}
 
-    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """See `Moments.update`."""
+    @override
+    def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
         M, v, block = s["exp_avg"].lerp_(R, 1 - ctx.beta1), s["block_sq"], ctx.columns.block
         square = R.square()
         if R.dim() < 2:
             spread = v.lerp_(square, 1 - ctx.beta2)
         elif block == 0:
-            total = yield square.sum(-1)
+            total = yield Sum(square.sum(-1), over="columns")
             spread = v.lerp_(total / ctx.columns.n, 1 - ctx.beta2).unsqueeze(-1)
         elif block == 1:
             spread = v.lerp_(square.mean(-2), 1 - ctx.beta2).unsqueeze(-2)
         else:
             head = (torch.arange(R.shape[-1], device=R.device) + ctx.columns.start) // block
-            total = yield torch.zeros_like(v).index_add_(-1, head, square.sum(-2))
+            total = yield Sum(torch.zeros_like(v).index_add_(-1, head, square.sum(-2)), over="columns")
             v.lerp_(total / (R.shape[-2] * block), 1 - ctx.beta2)
             spread = v.index_select(-1, head).unsqueeze(-2)
         eps = ctx.eps * (sqrt(1 - ctx.beta2**ctx.moment_step) if ctx.correct_bias else 1.0)
         return M / (spread.sqrt() + eps)
 
+    @override
     def step_scale(self, ctx: Context) -> float:
-        """See `Moments.step_scale`."""
         return bias_correction(ctx)
 
-    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        """See `Moments.transport_`."""
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
         M, v = s["exp_avg"], s["block_sq"]
-        if how == "rotate":
-            M.copy_(C @ M)
-            if ctx.columns.block == 0:
-                v.copy_((C.square() @ v.unsqueeze(-1)).squeeze(-1))
-        elif how == "reset":
-            for tensor in (M, v, s["moment_step"]):
-                tensor.zero_()
+        M.copy_(C @ M)
+        if ctx.columns.block == 0:
+            v.copy_((C.square() @ v.unsqueeze(-1)).squeeze(-1))

@@ -9,27 +9,31 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.momentum import Momentum
-from hf_lowrank.methods.options import number
+from hf_lowrank.methods.options import again, number
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.sums import Summing
+from hf_lowrank.tensors.sums import Asking, Sum
 
+
+DECAY_RATE = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
+CLIP_THRESHOLD = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
 
 TINY = 1e-30
 """Added to squared gradients, so that a row of zeros can be divided by."""
 
 
-def factors(shape: tuple[int, ...], prefix: str) -> Slots:
+def factors(columns: Columns, prefix: str) -> Slots:
     """Declare the statistics of a matrix, or of a vector (which are not factored)."""
-    if len(shape) < 2:
-        return {prefix: Slot(shape, "exact")}
-    return {f"{prefix}_row": Slot(shape[:-1], "exact"), f"{prefix}_col": Slot((*shape[:-2], shape[-1]), "exact")}
+    if columns.vector:
+        return {prefix: Slot("n", values="exact")}
+    return {f"{prefix}_row": Slot("r", values="exact"), f"{prefix}_col": Slot("n", values="exact")}
 
 
-def observe(s: State, square: Tensor, prefix: str, beta: float, columns: Columns) -> Summing[Tensor]:
+def observe(s: State, square: Tensor, prefix: str, beta: float, columns: Columns) -> Asking[Tensor]:
     """Take squares into the statistics, in place, and return 1 / sqrt(V^) of the mean square V^ they stand for.
 
     That of a matrix is V^_ij = row_i col_j / mean(row) (Adafactor, section 3).
@@ -37,7 +41,7 @@ def observe(s: State, square: Tensor, prefix: str, beta: float, columns: Columns
     if square.dim() < 2:
         return s[prefix].lerp_(square, 1 - beta).rsqrt()
     row, col = s[f"{prefix}_row"], s[f"{prefix}_col"]
-    total = yield square.sum(-1)
+    total = yield Sum(square.sum(-1), over="columns")
     row.lerp_(total / columns.n, 1 - beta)
     col.lerp_(square.mean(-2), 1 - beta)
     return inverse_root(row, row.mean(-1, keepdim=True), col)
@@ -49,26 +53,21 @@ def inverse_root(row: Tensor, mean: Tensor, col: Tensor) -> Tensor:
     return left.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
 
 
-def clipped(u: Tensor, threshold: float, columns: Columns) -> Summing[Tensor]:
+def clipped(u: Tensor, threshold: float, columns: Columns) -> Asking[Tensor]:
     """Return u / max(1, RMS(u) / threshold), in place."""
     axes = (-2, -1) if u.dim() > 1 else (-1,)
     rows = u.shape[-2] if u.dim() > 1 else 1
-    total = yield u.square().sum(axes)
+    total = yield Sum(u.square().sum(axes), over="columns")
     rms = (total / (rows * columns.n)).sqrt()
     return u.div_((rms / threshold).clamp_min_(1.0).view(rms.shape + (1,) * len(axes)))
 
 
-def transport_factors_(s: State, C: Tensor, how: str, *prefixes: str) -> None:
+def rotate_factors_(s: State, C: Tensor, *prefixes: str) -> None:
     """Carry M and the row statistics: M <- C M, row_i <- sum_j C_ij^2 row_j; columns stay."""
-    if how == "rotate":
-        s["exp_avg"].copy_(C @ s["exp_avg"])
-        for prefix in prefixes:
-            row = s[f"{prefix}_row"]
-            row.copy_((C.square() @ row.unsqueeze(-1)).squeeze(-1))
-    elif how == "reset":
-        names = [f"{prefix}_{axis}" for prefix in prefixes for axis in ("row", "col")]
-        for name in ("exp_avg", *names, "moment_step"):
-            s[name].zero_()
+    s["exp_avg"].copy_(C @ s["exp_avg"])
+    for prefix in prefixes:
+        row = s[f"{prefix}_row"]
+        row.copy_((C.square() @ row.unsqueeze(-1)).squeeze(-1))
 
 
 @dataclass(frozen=True)
@@ -86,25 +85,26 @@ class Adafactor(Moments, key="adafactor"):
     lags by 1 / (1 - b1) steps; here it comes last. There is no relative step and no parameter scaling.
     """
 
+    without: ClassVar[tuple[str, ...]] = ("correct_bias",)
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
-    decay_rate: float = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
-    clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
+    decay_rate: float = again(DECAY_RATE)
+    clip_threshold: float = again(CLIP_THRESHOLD)
 
-    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
-        """See `Moments.slots`."""
-        return {"exp_avg": Slot(shape, "moment"), **factors(shape, "square")}
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        return {"exp_avg": Slot("r n"), **factors(columns, "square")}
 
-    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """See `Moments.update`."""
+    @override
+    def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
         beta2 = 1 - ctx.moment_step**-self.decay_rate
         root = yield from observe(s, R.square() + TINY, "square", beta2, ctx.columns)
         u = yield from clipped(R * root, self.clip_threshold, ctx.columns)
         return s["exp_avg"].lerp_(u, 1 - ctx.beta1).clone()
 
-    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        """See `Moments.transport_`."""
-        transport_factors_(s, C, how, "square")
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        rotate_factors_(s, C, "square")
 
 
 @dataclass(frozen=True)
@@ -121,19 +121,21 @@ class CAME(Moments, key="came"):
     measure, is refused.
     """
 
+    without: ClassVar[tuple[str, ...]] = ("correct_bias",)
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
-    clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
+    clip_threshold: float = again(CLIP_THRESHOLD)
     beta3: float = number(0.9999, below=1.0, help="CAME: decay of the confidence")
     eps2: float = number(1e-16, above=0.0, help="CAME: added to the squared instability")
 
-    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
-        """See `Moments.slots`."""
-        confidence = factors(shape, "instability") if len(shape) > 1 else {}
-        return {"exp_avg": Slot(shape, "moment"), **factors(shape, "square"), **confidence}
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        confidence = factors(columns, "instability") if not columns.vector else {}
+        return {"exp_avg": Slot("r n"), **factors(columns, "square"), **confidence}
 
-    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """See `Moments.update`.
+    @override
+    def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
+        """
 
         Raises:
             ValueError: without momentum, from which the instability is measured.
@@ -149,9 +151,9 @@ class CAME(Moments, key="came"):
         root = yield from observe(s, instability, "instability", self.beta3, ctx.columns)
         return M * root
 
-    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        """See `Moments.transport_`."""
-        transport_factors_(s, C, how, "square", "instability")
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        rotate_factors_(s, C, "square", "instability")
 
 
 @dataclass(frozen=True)
@@ -166,24 +168,25 @@ class SketchedMomentum(Moments, key="sketched_momentum"):
     """
 
     composable: ClassVar[bool] = False
+    without: ClassVar[tuple[str, ...]] = ("correct_bias",)
     transports: ClassVar[tuple[str, ...]] = Momentum.transports
 
-    decay_rate: float = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
-    clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
+    decay_rate: float = again(DECAY_RATE)
+    clip_threshold: float = again(CLIP_THRESHOLD)
 
     @property
+    @override
     def dense(self) -> Moments:
-        """See `Moments.dense`."""
         return Adafactor(self.decay_rate, self.clip_threshold)
 
-    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
-        """See `Moments.slots`."""
-        return Momentum().slots(shape, columns)
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        return Momentum().slots(columns)
 
-    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """See `Moments.update`."""
-        return (yield from Momentum().update(s, R, ctx))
+    @override
+    def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
+        return Momentum().update(s, R, ctx)
 
-    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        """See `Moments.transport_`."""
-        Momentum().transport_(s, C, how, ctx)
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        Momentum().rotate_(s, C, how, ctx)

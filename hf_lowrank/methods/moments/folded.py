@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.adam import Adam, bias_correction
 from hf_lowrank.methods.options import choice
 from hf_lowrank.methods.parts import Moments
-from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.sums import Summing
+from hf_lowrank.state.slots import Slots, State
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,22 @@ class FoldedAdam(Moments, key="folded_adam"):
     fold_of: str = choice("squares", "gradient", help="FOAM: V from fold(G∘G) or from fold(G)∘fold(G)")
 
     @property
+    @override
     def dense(self) -> Moments:
-        """See `Moments.dense`."""
         return Adam()
 
-    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
-        """See `Moments.slots`."""
-        half = (*shape[:-2], shape[-2] // 2, shape[-1])
-        return {"exp_avg": Slot(half, "moment"), "exp_avg_sq": Slot(half, "variance")}
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        return Adam().slots(columns)
 
-    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """See `Moments.update`; returns M and V, one above the other."""
-        yield from ()
+    @override
+    def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
+        """Returns M and V, one above the other."""
         gradient, squares = R.chunk(2, -2)
         M = s["exp_avg"].lerp_(gradient, 1 - ctx.beta1)
         V = s["exp_avg_sq"].lerp_(squares if self.fold_of == "squares" else gradient.square(), 1 - ctx.beta2)
         return torch.cat([M, V], -2)
 
+    @override
     def step_scale(self, ctx: Context) -> float:
-        """See `Moments.step_scale`."""
         return bias_correction(ctx)
-
-    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        """See `Moments.transport_`: blocks never change."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.sums import Summing
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,17 @@ class Momentum(Moments, key="momentum"):
     """
 
     elementwise: ClassVar[bool] = True
+    without: ClassVar[tuple[str, ...]] = ("correct_bias",)
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
-    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
-        """See `Moments.slots`."""
-        return {"exp_avg": Slot(shape, "moment")}
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        return {"exp_avg": Slot("r n")}
 
-    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """See `Moments.update`."""
-        yield from ()
+    @override
+    def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
         return s["exp_avg"].lerp_(R, 1 - ctx.beta1).clone()
 
-    def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        """See `Moments.transport_`."""
-        if how == "rotate":
-            s["exp_avg"].copy_(C @ s["exp_avg"])
-        elif how == "reset":
-            s["exp_avg"].zero_()
-            s["moment_step"].zero_()
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        s["exp_avg"].copy_(C @ s["exp_avg"])

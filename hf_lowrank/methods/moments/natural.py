@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.adam import Adam
 from hf_lowrank.methods.options import choice, integer, number
 from hf_lowrank.methods.parts import Moments
-from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.sums import Summing
+from hf_lowrank.state.slots import Slot, Slots, State, counter
+from hf_lowrank.tensors.sums import Asking, Sum
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,22 @@ class NaturalAdam(Moments, key="natural_adam"):
     transports: ClassVar[tuple[str, ...]] = Adam.transports
 
     @property
+    @override
     def dense(self) -> Moments:
-        """See `Moments.dense`."""
         return Adam()
 
-    def slots(self, shape: tuple[int, ...], columns: Columns) -> Slots:
-        """See `Moments.slots`."""
-        *batch, r, n = shape
-        window = Slot((*batch, self.history, r, n), "moment")
-        return {**Adam().slots(shape, columns), "window": window, "seen": Slot((), "counter", dtype=torch.int64)}
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        return {**Adam().slots(columns), "window": Slot(f"{self.history} r n"), "seen": counter()}
 
-    def update(self, s: State, R: Tensor, ctx: Context) -> Summing[Tensor]:
-        """See `Moments.update`."""
+    @override
+    def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
         H, seen = s["window"], int(s["seen"])
         place = seen % self.history
         H.select(-3, place).copy_(R)
         s["seen"].add_(1)
         rows = H.flatten(-2)  # (..., history, rn)
-        gram = yield (rows @ rows.mT).double()
+        gram = yield Sum((rows @ rows.mT).double(), over="columns")
         norms = gram.diagonal(dim1=-2, dim2=-1)
         damping = torch.full_like(norms[..., 0], self.damping)
         if self.damping_kind == "relative":
@@ -72,17 +71,21 @@ class NaturalAdam(Moments, key="natural_adam"):
         chosen[..., place] = 1  # g is a column of H
         z = torch.linalg.solve_ex(system, chosen)[0] / damping  # (..., history)
         natural = (z.to(R.dtype).unsqueeze(-2) @ rows).view(R.shape)
-        return (yield from Adam().update(s, natural, ctx))
+        return Adam().update(s, natural, ctx)
 
+    @override
     def step_scale(self, ctx: Context) -> float:
-        """See `Moments.step_scale`."""
         return Adam().step_scale(ctx)
 
+    @override
     def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        """See `Moments.transport_`."""
-        Adam().transport_(s, C, how, ctx)
+        super().transport_(s, C, how, ctx)
         if self.window == "clear" or how == "reset":
             s["window"].zero_()
             s["seen"].zero_()
         else:
             s["window"].copy_(C.unsqueeze(-3) @ s["window"])
+
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        Adam().rotate_(s, C, how, ctx)

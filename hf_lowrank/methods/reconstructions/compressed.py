@@ -5,20 +5,23 @@ Legend: G_b the gradient on one block of adjacent entries (rows of the wide view
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import number
-from hf_lowrank.methods.parts import Facts, Reconstruction, Update
-from hf_lowrank.methods.reconstructions.fira import limit_
+from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.reconstructions.fira import LIMITED, limit_
+from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.subspaces.blocks import block_size
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.bases import Blocks
-from hf_lowrank.tensors.sums import Summing
+from hf_lowrank.tensors.sums import Asking, Sum
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,20 @@ class Details(Reconstruction, key="details"):
 
     needs_gradient: ClassVar[bool] = True
     composable: ClassVar[bool] = False
+    gauges: ClassVar[Mapping[str, Gauge]] = LIMITED
 
     limiter: float = number(1.01, above=1.0, help="largest growth of the norm from one step to the next")
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Reconstruction.slots`: the limited norm of the last direction, 0 while unset."""
-        return {"norm": Slot(batch, "exact")}
+    @override
+    def slots(self) -> Slots:
+        """The limited norm of the last direction, 0 while unset."""
+        return {"norm": Slot("", values="exact")}
 
-    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
-        """See `Reconstruction.combine`."""
+    @override
+    def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Asking[Update]:
         D = s["exp_avg_sq"].sqrt().add_(ctx.eps * _correction(ctx))  # (..., r, n)
-        squared = yield N.square().sum((-2, -1))
-        factor = (ctx.scale / limit_(s["norm"], squared.sqrt(), self.limiter, 1e-8))[..., None, None]
+        squared = yield Sum(N.square().sum((-2, -1)), over="columns")
+        factor = (ctx.scale / limit_(s, "norm", squared.sqrt(), self.limiter, 1e-8))[..., None, None]
         size = block_size(ctx.rank)
         blocks = Blocks(ctx.m, size, size**-0.5)
         Z = (N - R / D) * factor
@@ -80,9 +85,8 @@ class Unfold(Reconstruction, key="unfold"):
 
     residual_scale: float = number(1.0, help="FOAM: c, weight of what folding leaves out")
 
-    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
-        """See `Reconstruction.combine`."""
-        yield from ()
+    @override
+    def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
         M, V = N.chunk(2, -2)
         folded = R.narrow(-2, 0, M.shape[-2])
         blocks = Blocks(ctx.m, block_size(ctx.rank), 1.0)

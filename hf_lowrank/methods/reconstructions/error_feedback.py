@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice
-from hf_lowrank.methods.parts import Add, Facts, Reconstruction, Update
+from hf_lowrank.methods.parts import Carried, ColumnNorms, Reconstruction, Update
 from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.sums import Summing
+from hf_lowrank.tensors.bases import Basis
 
 
 @dataclass(frozen=True)
@@ -36,31 +36,35 @@ class ErrorFeedback(Reconstruction, key="error_feedback"):
     )
 
     @property
+    @override
     def needs_gradient(self) -> bool:  # type: ignore[override]
-        """See `Reconstruction.needs_gradient`."""
         return self.error_feedback != "off"
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Reconstruction.slots`."""
-        return {"error": Slot((*batch, *piece), form=self.error_feedback)} if self.needs_gradient else {}
+    @property
+    @override
+    def needs_momentum(self) -> bool:  # type: ignore[override]
+        return self.needs_gradient
 
-    def absorb(self, s: State, G: Tensor, ctx: Context) -> Summing[tuple[Tensor, dict[str, Tensor]]]:
-        """See `Reconstruction.absorb`."""
-        yield from ()
+    @override
+    def slots(self) -> Slots:
+        return {"error": Slot("m n", held=True, encoding=self.error_feedback)} if self.needs_gradient else {}
+
+    @override
+    def absorb(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         return (G + s["error"] if self.needs_gradient else G), {}
 
-    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
-        """See `Reconstruction.combine`."""
-        yield from ()
+    @override
+    def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
         return Update(N, ctx.scale)
 
-    def moved_(self, s: State, momentum: Callable[[], Tensor], add_: Add, sign: float, ctx: Context) -> None:
-        """See `Reconstruction.moved_`."""
-        if self.needs_gradient:
-            add_(s["error"], momentum(), sign * ctx.beta1 / (1 - ctx.beta1))
+    @override
+    def change_basis_(self, s: State, old: Carried, new: Carried, ctx: Context) -> None:
+        weight = ctx.beta1 / (1 - ctx.beta1)
+        old.add_to_(s["error"], weight)
+        new.add_to_(s["error"], -weight)
 
-    def after_(self, s: State, G: Tensor, R: Tensor, add_: Add) -> None:
-        """See `Reconstruction.after_`."""
+    @override
+    def after_step_(self, s: State, G: Tensor, R: Tensor, basis: Basis) -> None:
         if self.needs_gradient:
             s["error"].copy_(G)
-            add_(s["error"], R, -1.0)
+            basis.accumulate_(s["error"], R, -1.0)

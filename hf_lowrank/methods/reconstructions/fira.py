@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, number
-from hf_lowrank.methods.parts import Facts, Reconstruction, Update
+from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors import kernels
-from hf_lowrank.tensors.sums import Summing
+from hf_lowrank.tensors.sums import Asking, Sum
 
+
+LIMITED = {"limited": Gauge("share of the steps in which the limiter was active", counted=True)}
 
 NO_RESIDUAL = 1e-5
 """Share of the gradient's squared norm under which the residual is rounding noise and counts as none."""
@@ -46,28 +51,33 @@ class Fira(Reconstruction, key="fira"):
     """
 
     needs_gradient: ClassVar[bool] = True
+    gauges: ClassVar[Mapping[str, Gauge]] = {
+        "residual_share": Gauge("share of the gradient's squared norm outside the subspace"),
+        **LIMITED,
+    }
 
     fira_form: str = choice("released", "i3s", "paper", help="which of the three published forms")
     limiter: float = number(1.01, above=1.0, help="largest growth of the residual's norm from one step to the next")
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Reconstruction.slots`: the limited norm of the last residual, 0 while unset, and its share of G."""
-        return {"residual_norm": Slot(batch, "exact"), "residual_share": Slot(batch, "exact")}
+    @override
+    def slots(self) -> Slots:
+        """The limited norm of the last residual, 0 while unset."""
+        return {"residual_norm": Slot("", values="exact")}
 
-    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
-        """See `Reconstruction.combine`."""
+    @override
+    def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Asking[Update]:
         within = ctx.scale if self.fira_form == "released" else 1.0  # share of P R that the residual leaves out
         if ctx.r == ctx.m and within == 1.0:  # no residual
             return Update(N, ctx.scale)
         corrected = c_t if self.fira_form == "paper" else 1.0
         eps = ctx.eps if self.fira_form == "paper" else 1e-8
         r_squared = kernels.column_squared_norms(R)  # (..., n)
-        g_squared = facts.norms()
-        residual = torch.add(g_squared, facts.inside(R, r_squared), alpha=within**2)
+        g_squared = norms.gradient()
+        residual = torch.add(g_squared, norms.projected(R, r_squared), alpha=within**2)
         residual.add_(r_squared, alpha=-2 * within).clamp_min_(0)
         phi = kernels.column_norms(N).mul_(corrected).div_(r_squared.sqrt().add_(eps))
         phi.masked_fill_(r_squared <= NO_PROJECTION * g_squared, 0.0)
-        totals = yield torch.stack([phi.square().mul_(residual), residual, g_squared]).sum(-1)
+        totals = yield Sum(torch.stack([phi.square().mul_(residual), residual, g_squared]).sum(-1), over="columns")
         phi.div_(self._limit_(s, totals, eps).unsqueeze(-1) * corrected)
         if self.fira_form == "i3s":
             return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, phi)
@@ -80,20 +90,26 @@ class Fira(Reconstruction, key="fira"):
         share = torch.div(residual, gradient.clamp_min(torch.finfo(torch.float32).tiny), out=s["residual_share"])
         none = (share > NO_RESIDUAL).logical_not_()  # also where it is not a number:
         share.nan_to_num_(nan=1.0)  # squares may overflow where R does not
-        L = limit_(s["residual_norm"], scaled.sqrt(), self.limiter, eps, none)
+        L = limit_(s, "residual_norm", scaled.sqrt(), self.limiter, eps, none)
         return L.masked_fill_(none, torch.inf)
 
 
-def limit_(last: Tensor, norm: Tensor, limiter: float, eps: float, keep: Tensor | None = None) -> Tensor:
-    """Return L = max(norm / (last + eps), limiter) / limiter, 1 while `last` is 0, and store norm / L in `last`.
+def limit_(s: State, name: str, norm: Tensor, limiter: float, eps: float, keep: Tensor | None = None) -> Tensor:
+    """Return L = max(norm / (last + eps), limiter) / limiter, 1 while the last norm is 0, and store norm / L.
 
-    Divided by L the norm grows by the factor `limiter` at most. Where `keep` is true, `last` stays as it is.
+    Divided by L the norm grows by the factor `limiter` at most. The last norm is the slot `name`; where `keep` is
+    true it stays as it is. A step in which L is above 1 is counted in the gauge `limited`.
 
     References:
         Fira, arXiv 2410.01623, eq. 13.
     """
+    last = s[name]
     growth = (norm / (last + eps)).clamp_min_(limiter).div_(limiter)
     L = torch.where(last > 0, growth, 1.0)  # also after a norm that was not a number
+    active = L > 1
     limited = norm / L
-    last.copy_(limited if keep is None else torch.where(keep, last, limited))
+    if keep is not None:
+        active, limited = active & ~keep, torch.where(keep, last, limited)
+    s["limited"].add_(active)
+    last.copy_(limited)
     return L

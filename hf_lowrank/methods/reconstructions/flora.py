@@ -10,13 +10,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.moments.factored import TINY, inverse_root
-from hf_lowrank.methods.options import number
-from hf_lowrank.methods.parts import Facts, Reconstruction, Update
+from hf_lowrank.methods.moments.factored import CLIP_THRESHOLD, DECAY_RATE, TINY, inverse_root
+from hf_lowrank.methods.options import again
+from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
 from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.sums import Summing
+from hf_lowrank.tensors.sums import Asking, Sum
 
 
 @dataclass(frozen=True)
@@ -38,36 +39,33 @@ class Flora(Reconstruction, key="flora"):
     needs_gradient: ClassVar[bool] = True
     composable: ClassVar[bool] = False
 
-    decay_rate: float = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
-    clip_threshold: float = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
+    decay_rate: float = again(DECAY_RATE)
+    clip_threshold: float = again(CLIP_THRESHOLD)
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Reconstruction.slots`."""
-        return {"row": Slot((*batch, piece[0]), "exact"), "col": Slot((*batch, piece[1]), "exact")}
+    @override
+    def slots(self) -> Slots:
+        return {"row": Slot("m", values="exact", held=True), "col": Slot("n", values="exact", held=True)}
 
-    def absorb(self, s: State, G: Tensor, ctx: Context) -> Summing[tuple[Tensor, dict[str, Tensor]]]:
-        """See `Reconstruction.absorb`: u, and the statistics that include this gradient."""
+    @override
+    def absorb(self, s: State, G: Tensor, ctx: Context) -> Asking[tuple[Tensor, dict[str, Tensor]]]:
+        """U, and the statistics that include this gradient."""
         square = G.float().square().add_(TINY)
-        rows, columns = square.sum(-1), square.sum(-2)
-        if ctx.split == "rows":
-            columns = yield columns
-        elif ctx.split == "columns":
-            rows = yield rows
+        rows = yield Sum(square.sum(-1), over="columns")
+        columns = yield Sum(square.sum(-2), over="rows")
         beta2 = 1 - ctx.moment_step**-self.decay_rate
         row = torch.lerp(s["row"], rows / ctx.columns.n, 1 - beta2)
         col = torch.lerp(s["col"], columns / ctx.m, 1 - beta2)
-        total = row.sum(-1)
-        if ctx.split == "rows":
-            total = yield total
+        total = yield Sum(row.sum(-1), over="rows")
         u = inverse_root(row, (total / ctx.m).unsqueeze(-1), col).mul_(G)
         return u, {"row": row, "col": col}
 
-    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
-        """See `Reconstruction.combine`. ||U||^2 follows from products of size r x n."""
+    @override
+    def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Asking[Update]:
+        """||U||^2 follows from products of size r x n."""
         fresh = 1 - ctx.beta1
         Z = N.sub_(R, alpha=fresh)
-        squares = facts.inside(Z, Z.square().sum(-2)) + 2 * fresh * (Z * R).sum(-2) + fresh**2 * facts.norms()
-        total = yield squares.clamp_min_(0).sum(-1)
+        squares = norms.projected(Z, Z.square().sum(-2)) + 2 * fresh * (Z * R).sum(-2) + fresh**2 * norms.gradient()
+        total = yield Sum(squares.clamp_min_(0).sum(-1), over="columns")
         rms = (total / (ctx.m * ctx.columns.n)).sqrt()
         factor = (ctx.scale / (rms / self.clip_threshold).clamp_min(1.0)).unsqueeze(-1)
         return Update(Z * factor.unsqueeze(-1), d=(fresh * factor).expand(squares.shape))

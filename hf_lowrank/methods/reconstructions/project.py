@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.parts import Facts, Reconstruction, Update
+from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
 from hf_lowrank.state.slots import State
-from hf_lowrank.tensors.sums import Summing
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class Project(Reconstruction, key="project"):
     weight's size; weights decay before the step instead of after it.
     """
 
-    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
-        """See `Reconstruction.combine`."""
-        yield from ()
+    @override
+    def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
         return Update(N, ctx.scale)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, number
-from hf_lowrank.methods.parts import Facts, Reconstruction, Update
-from hf_lowrank.methods.reconstructions.fira import limit_
+from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.reconstructions.fira import LIMITED, limit_
+from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors import kernels
-from hf_lowrank.tensors.sums import Summing
+from hf_lowrank.tensors.sums import Asking, Sum
 
 
 @dataclass(frozen=True)
@@ -34,28 +37,31 @@ class ScaledGradient(Reconstruction, key="scaled_gradient"):
     """
 
     needs_gradient: ClassVar[bool] = True
+    gauges: ClassVar[Mapping[str, Gauge]] = LIMITED
 
     scaling: str = choice("channel", "tensor", help="APOLLO: one factor per column of the long side, or per matrix")
     limit: str = choice("back", "front", help="APOLLO: limit the growth after or before the factor sqrt(scale)")
     limiter: float = number(1.01, above=1.0, help="largest growth of the norm from one step to the next")
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Reconstruction.slots`: the limited norm of the last step, 0 while unset."""
-        return {"norm": Slot(batch, "exact")}
+    @override
+    def slots(self) -> Slots:
+        """The limited norm of the last step, 0 while unset."""
+        return {"norm": Slot("", values="exact")}
 
-    def combine(self, s: State, facts: Facts, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Summing[Update]:
-        """See `Reconstruction.combine`."""
+    @override
+    def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Asking[Update]:
         factor = sqrt(ctx.scale)
         before = factor if self.limit == "back" else 1.0
-        g_squared = facts.norms()  # (..., n)
+        g_squared = norms.gradient()  # (..., n)
         if self.scaling == "channel":
             d = kernels.column_norms(N).div_(kernels.column_norms(R).add_(1e-8))
-            total = yield d.square().mul_(g_squared).sum(-1)
+            total = yield Sum(d.square().mul_(g_squared).sum(-1), over="columns")
             norm = total.sqrt()
         else:
-            sums = yield torch.stack([N.square().sum((-2, -1)), R.square().sum((-2, -1)), g_squared.sum(-1)])
+            parts = [N.square().sum((-2, -1)), R.square().sum((-2, -1)), g_squared.sum(-1)]
+            sums = yield Sum(torch.stack(parts), over="columns")
             n, r, g = sums.sqrt().unbind(0)
             share = n / (r + 1e-8)
             d, norm = share.unsqueeze(-1).expand(g_squared.shape), share * g
-        L = limit_(s["norm"], norm * before, self.limiter, 0.0)
+        L = limit_(s, "norm", norm * before, self.limiter, 0.0)
         return Update(d=d * (factor / L).unsqueeze(-1))

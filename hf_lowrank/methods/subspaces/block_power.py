@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import number
 from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.methods.subspaces.dominant import dominant
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels
 
@@ -32,24 +34,24 @@ class BlockPower(Subspace, key="block_power"):
     """
 
     on_refresh: ClassVar[str] = "rotate_variance"
-    wants: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    needs_momentum: ClassVar[bool] = True
 
     rho: float = number(0.908, below=1.0, help="LDAdam: weight of the momentum in what the subspace follows")
 
     @property
+    @override
     def needs_gradient(self) -> bool:
-        """See `Subspace.needs_gradient`."""
         return True
 
-    def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        """See `Subspace.refresh_`."""
-        G, P = G.float(), s["basis"]
-        if ctx.number == 0:
-            U, sigma = kernels.gram_basis(G)
-            kernels.replace_(P, U[..., : P.shape[-1]], first=True)
-            return sigma
-        M = s["exp_avg"] / (1 - ctx.beta1 ** (ctx.moment_step - 1)) if ctx.moment_step > 1 else s["exp_avg"]
+    @override
+    def first(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """The leading vectors."""
+        return dominant(G, s["basis"], "gram", ctx)
+
+    @override
+    def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        G, P, M = G.float(), s["basis"], s["momentum"]
+        if ctx.moment_step > 1:
+            M = M / (1 - ctx.beta1 ** (ctx.moment_step - 1))
         B = (self.rho * (P.mT @ P) @ M + (1 - self.rho) * (P.mT @ G)).mT  # (..., n, r)
-        new = kernels.orthonormalize(self.rho * P @ (M @ B) + (1 - self.rho) * (G @ B))
-        kernels.replace_(P, new, first=False)
-        return None
+        return kernels.orthonormalize(self.rho * P @ (M @ B) + (1 - self.rho) * (G @ B)), None

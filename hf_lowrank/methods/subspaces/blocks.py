@@ -11,6 +11,7 @@ from math import log2
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.parts import Subspace
@@ -37,20 +38,26 @@ class _Fixed(Subspace):
     composable: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
 
+    @override
+    def check_rank(self, rank: float) -> None:
+        block_size(rank)
+
+    @override
     def rank(self, m: int, n: int, rank: float) -> int:
-        """See `Subspace.rank`: one row of R for every block."""
+        """One row of R for every block."""
         return -(-m // block_size(rank))
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Subspace.slots`."""
+    @override
+    def slots(self) -> Slots:
         return {}
 
+    @override
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        """See `Subspace.refresh_`."""
         return None
 
-    def adopted_(self, s: State, gap: int, overlap: float) -> int:
-        """See `Subspace.adopted_`: never again."""
+    @override
+    def interval_(self, s: State, gap: int, overlap: float) -> int:
+        """Never again."""
         return 2**62
 
 
@@ -65,8 +72,8 @@ class Haar(_Fixed, key="haar"):
     comes with it, so Haar is the only wavelet.
     """
 
+    @override
     def basis(self, s: State, ctx: Context) -> Basis:
-        """See `Subspace.basis`."""
         size = block_size(ctx.rank)
         return Blocks(ctx.m, size, size**-0.5)
 
@@ -82,11 +89,9 @@ class Fold(_Fixed, key="fold"):
     Differs from the authors' code: nothing; both folds are taken in one pass.
     """
 
-    def shape(self, m: int, n: int, r: int) -> tuple[int, int]:
-        """See `Subspace.shape`."""
-        return (2 * r, n)
+    projected: ClassVar[str] = "2 r n"
 
+    @override
     def basis(self, s: State, ctx: Context) -> Basis:
-        """See `Subspace.basis`."""
         size = block_size(ctx.rank)
         return Blocks(ctx.m, size, 1 / size, squares=True)

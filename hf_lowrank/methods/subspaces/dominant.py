@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice
 from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels
 
 
@@ -32,9 +34,9 @@ class Dominant(Subspace, key="dominant"):
         "iterations; power: one step warm-started at the old basis (the first basis is exact)",
     )
 
-    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        """See `Subspace.choose`."""
-        return dominant(G, P, self.refresh, ctx)
+    @override
+    def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        return dominant(G, s["basis"], self.refresh, ctx)
 
 
 def dominant(G: Tensor, P: Tensor, refresh: str, ctx: Context) -> tuple[Tensor, Tensor]:

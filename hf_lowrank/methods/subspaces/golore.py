@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, integer, number
 from hf_lowrank.methods.parts import Subspace
 from hf_lowrank.methods.subspaces.dominant import dominant
+from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import random
 
 
@@ -32,10 +34,13 @@ class GoLore(Subspace, key="golore"):
 
     refresh: str = choice("gram", "svd", help="how the leading vectors are found, both exact")
     switch_at: float = number(0.8, help="GoLore: share of the steps after which bases are random; 1 or more: never")
-    total_steps: int | None = integer(None, minimum=1, help="GoLore: steps of the whole run; Trainer sets it")
+    total_steps: int | None = integer(
+        None, minimum=1, help="GoLore: steps of the whole run; Trainer sets it", fact="total_steps"
+    )
 
-    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        """See `Subspace.choose`.
+    @override
+    def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """
 
         Raises:
             ValueError: if the number of steps is not known.
@@ -45,5 +50,5 @@ class GoLore(Subspace, key="golore"):
                 "golore switches at a share of the run: set total_steps=<optimizer steps of the whole run>"
             )
         if self.switch_at < 1 and ctx.step >= self.switch_at * (self.total_steps or 0):
-            return random.uniform_stiefel(P.shape, ctx.generator()).to(P), None
-        return dominant(G, P, self.refresh, ctx)
+            return random.uniform_stiefel(s["basis"].shape, ctx.generator()).to(s["basis"]), None
+        return dominant(G, s["basis"], self.refresh, ctx)

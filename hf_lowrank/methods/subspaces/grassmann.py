@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, flag, number
 from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.methods.subspaces.dominant import dominant
 from hf_lowrank.state.slots import Slot, Slots, State, counter
 from hf_lowrank.tensors import kernels
 
@@ -55,39 +57,43 @@ class Grassmann(Subspace, key="grassmann"):
             raise ValueError("direction=printed needs step=raw or step=normalized: step=auto only ever descends")
 
     @property
+    @override
     def needs_gradient(self) -> bool:
-        """See `Subspace.needs_gradient`."""
         return self.accumulate
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Subspace.slots`."""
-        slots = super().slots(batch, m, n, r, piece)
-        return {**slots, "gradients": Slot((*batch, *piece), "exact"), "seen": counter()} if self.accumulate else slots
+    @override
+    def slots(self) -> Slots:
+        if not self.accumulate:
+            return super().slots()
+        return {**super().slots(), "gradients": Slot("m n", values="exact", held=True), "seen": counter()}
 
-    def evidence(self, s: State, G: Tensor, ctx: Context) -> Tensor:
-        """See `Subspace.evidence`."""
+    @override
+    def refresh_gradient(self, s: State, G: Tensor, ctx: Context) -> Tensor:
         return (s["gradients"] + G).div_(int(s["seen"]) + 1) if self.accumulate else G
 
-    def observe_(self, s: State, G: Tensor) -> None:
-        """See `Subspace.observe_`."""
+    @override
+    def accumulate_(self, s: State, G: Tensor) -> None:
         if self.accumulate:
             s["gradients"].add_(G)
             s["seen"].add_(1)
 
-    def adopted_(self, s: State, gap: int, overlap: float) -> int:
-        """See `Subspace.adopted_`."""
+    @override
+    def interval_(self, s: State, gap: int, overlap: float) -> int:
         if self.accumulate:
             s["gradients"].zero_()
             s["seen"].zero_()
         return gap
 
+    @override
+    def first(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """The leading vectors."""
+        return dominant(G, s["basis"], "gram", ctx)
+
+    @override
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        """See `Subspace.refresh_`."""
-        G, S = G.float(), s["basis"]
         if ctx.number == 0:
-            U, sigma = kernels.gram_basis(G)
-            kernels.replace_(S, U[..., : S.shape[-1]], first=True)
-            return sigma
+            return super().refresh_(s, G, ctx)
+        G, S = G.float(), s["basis"]
         total = kernels.squared_norm(G)[..., None, None]
         G = G * torch.where(total > 0, total.rsqrt(), 0.0)  # of norm 1, so that no square overflows
         A = S.mT @ G

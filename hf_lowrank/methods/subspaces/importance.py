@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, integer
 from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels, random
 
 
@@ -40,10 +42,10 @@ class I3S(Subspace, key="i3s"):
 
     refresh: str = _spectrum_option()
 
-    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        """See `Subspace.choose`."""
+    @override
+    def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         U, sigma = _spectrum(G, self.refresh)
-        return kernels.take_columns(U, random.gumbel_top_r(sigma, P.shape[-1], ctx.generator())), sigma
+        return kernels.take_columns(U, random.gumbel_top_r(sigma, s["basis"].shape[-1], ctx.generator())), sigma
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ class Hybrid(Subspace, key="hybrid"):
     refresh: str = _spectrum_option()
     r0: int | None = integer(None, minimum=0, help="leading vectors that are always taken; default rank/2")
 
-    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        """See `Subspace.choose`."""
+    @override
+    def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         U, sigma = _spectrum(G, self.refresh)
-        r = P.shape[-1]
+        r = s["basis"].shape[-1]
         r0 = r // 2 if self.r0 is None else min(self.r0, r)
         drawn = _uniform_indices(sigma[..., r0:], r - r0, ctx) + r0
         first = torch.arange(r0, device=drawn.device).expand(*drawn.shape[:-1], r0)
@@ -86,10 +88,10 @@ class Uniform(Subspace, key="uniform"):
 
     refresh: str = _spectrum_option()
 
-    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        """See `Subspace.choose`."""
+    @override
+    def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         U, sigma = _spectrum(G, self.refresh)
-        return kernels.take_columns(U, _uniform_indices(sigma, P.shape[-1], ctx)), sigma
+        return kernels.take_columns(U, _uniform_indices(sigma, s["basis"].shape[-1], ctx)), sigma
 
 
 def _uniform_indices(sigma: Tensor, r: int, ctx: Context) -> Tensor:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, integer, number
 from hf_lowrank.methods.parts import Subspace
 from hf_lowrank.methods.subspaces.dominant import dominant
-from hf_lowrank.state.slots import Slot, Slots, State
+from hf_lowrank.state.slots import Slot, Slots, State, counter
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,17 @@ class Lazy(Subspace, key="lazy"):
     longest: int = integer(16, minimum=1, help="Q-GaLore: longest interval, in units of update_proj_gap")
     refresh: str = choice("gram", "svd", "randomized", "power", help="see `dominant`")
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Subspace.slots`."""
-        count = Slot((), "counter", dtype=torch.int64)
-        own = {"overlaps": Slot((self.queue_size,), "exact"), "known": count, "doublings": count}
-        return {**super().slots(batch, m, n, r, piece), **own}
+    @override
+    def slots(self) -> Slots:
+        overlaps = Slot(f"{self.queue_size}", values="exact", shared=True)
+        return {**super().slots(), "overlaps": overlaps, "known": counter(), "doublings": counter()}
 
-    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        """See `Subspace.choose`."""
-        return dominant(G, P, self.refresh, ctx)
+    @override
+    def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        return dominant(G, s["basis"], self.refresh, ctx)
 
-    def adopted_(self, s: State, gap: int, overlap: float) -> int:
-        """See `Subspace.adopted_`."""
+    @override
+    def interval_(self, s: State, gap: int, overlap: float) -> int:
         doublings, known = int(s["doublings"]), int(s["known"])
         if overlap >= 0:
             s["overlaps"].copy_(torch.cat([s["overlaps"][1:], s["overlaps"].new_tensor([overlap])]))

@@ -11,10 +11,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import number
 from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.methods.subspaces.dominant import dominant
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors import kernels
 
@@ -46,18 +48,21 @@ class Online(Subspace, key="online"):
     )
     basis_weight_decay: float = number(0.01, help="Online Subspace Descent: decoupled weight decay of the basis")
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Subspace.slots`."""
-        moment = Slot((*batch, m, r), "basis", form="fp32")
-        return {**super().slots(batch, m, n, r, piece), "basis_exp_avg": moment, "basis_exp_avg_sq": moment}
+    @override
+    def slots(self) -> Slots:
+        moment = Slot("m r", "basis", encoding="fp32")
+        return {**super().slots(), "basis_exp_avg": moment, "basis_exp_avg_sq": moment}
 
+    @override
+    def first(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """The leading vectors."""
+        return dominant(G, s["basis"], "gram", ctx)
+
+    @override
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        """See `Subspace.refresh_`."""
-        P, M, V = s["basis"], s["basis_exp_avg"], s["basis_exp_avg_sq"]
         if ctx.number == 0:
-            U, sigma = kernels.gram_basis(G)
-            kernels.replace_(P, U[..., : P.shape[-1]], first=True)
-            return sigma
+            return super().refresh_(s, G, ctx)
+        P, M, V = s["basis"], s["basis_exp_avg"], s["basis_exp_avg_sq"]
         total = kernels.squared_norm(G)[..., None, None]
         G = G * torch.where(total > 0, total.rsqrt(), 0.0)
         A = P.mT @ G
@@ -71,6 +76,7 @@ class Online(Subspace, key="online"):
         P.mul_(1 - lr * self.basis_weight_decay).addcdiv_(M, denominator, value=-lr / (1 - 0.9**t))
         return None
 
-    def adopted_(self, s: State, gap: int, overlap: float) -> int:
-        """See `Subspace.adopted_`: every step but the one that the first basis, which is stationary, came from."""
+    @override
+    def interval_(self, s: State, gap: int, overlap: float) -> int:
+        """Every step but the one that the first basis, which is stationary, came from."""
         return 1 if int(s["refreshes"]) else 2

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import random
 
 
@@ -22,6 +24,6 @@ class Random(Subspace, key="random"):
     signs aligned with the basis before (the law of the subspace does not change).
     """
 
-    def choose(self, G: Tensor, P: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        """See `Subspace.choose`."""
-        return random.uniform_stiefel(P.shape, ctx.generator()).to(P), None
+    @override
+    def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        return random.uniform_stiefel(s["basis"].shape, ctx.generator()).to(s["basis"]), None

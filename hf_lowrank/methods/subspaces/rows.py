@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice
@@ -45,19 +46,19 @@ class Rows(Subspace, key="rows"):
     )
 
     @property
+    @override
     def orthonormal(self) -> bool:  # type: ignore[override]
-        """See `Subspace.orthonormal`."""
         return self.rows in ("top", "norm_without", "uniform_without")
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Subspace.slots`."""
+    @override
+    def slots(self) -> Slots:
         return {
-            "row_index": Slot((*batch, r), "basis", dtype=torch.int64),
-            "row_scale": Slot((*batch, r), "basis", form="fp32"),  # 0: never chosen
+            "row_index": Slot("r", "basis", dtype=torch.int64),
+            "row_scale": Slot("r", "basis", encoding="fp32"),  # 0: never chosen
         }
 
+    @override
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        """See `Subspace.refresh_`."""
         r = s["row_index"].shape[-1]
         norms = kernels.column_squared_norms(G.mT).sqrt()  # (..., m)
         weights = torch.ones_like(norms) if self.rows.startswith("uniform") else norms
@@ -73,8 +74,8 @@ class Rows(Subspace, key="rows"):
         s["row_scale"].copy_(torch.ones_like(q) if self.orthonormal else (r * q).rsqrt())
         return None
 
+    @override
     def basis(self, s: State, ctx: Context) -> Basis:
-        """See `Subspace.basis`."""
         index, scale = s["row_index"], s["row_scale"]
         never = (scale == 0).all(-1, keepdim=True)  # a slice that has had no gradient yet takes the first rows
         first = torch.arange(index.shape[-1], device=index.device)

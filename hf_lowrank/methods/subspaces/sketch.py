@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.parts import Subspace
 from hf_lowrank.state.slots import Slots, State
 from hf_lowrank.tensors import random
 from hf_lowrank.tensors.bases import Basis, Dense
-from hf_lowrank.tensors.random import SHARED
 
 
 KEPT = 4
@@ -38,20 +38,20 @@ class Sketch(Subspace, key="sketch"):
     orthonormal: ClassVar[bool] = False
     without: ClassVar[tuple[str, ...]] = ("basis_format",)
 
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Subspace.slots`."""
+    @override
+    def slots(self) -> Slots:
         return {}
 
+    @override
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        """See `Subspace.refresh_`."""
         return None
 
+    @override
     def basis(self, s: State, ctx: Context) -> Basis:
-        """See `Subspace.basis`."""
         return Dense(_drawn(ctx.key[0], ctx.number, ctx.m, ctx.r, ctx.device))
 
 
 @lru_cache(maxsize=KEPT)
 def _drawn(seed: int, number: int, m: int, r: int, device: torch.device) -> Tensor:
-    generator = random.generator(SHARED, seed, number, m, r, device=device)
+    generator = random.generator(random.Stream.SKETCH, seed, number, m, r, device=device)
     return torch.randn(m, r, generator=generator, device=device).mul_(r**-0.5)

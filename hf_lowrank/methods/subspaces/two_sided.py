@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.parts import Subspace
@@ -27,33 +29,32 @@ class BothSides(Subspace):
     Differs from the authors' code: the sides are those of the weight seen short side first.
     """
 
+    projected: ClassVar[str] = "r r"
+
     inner: Subspace
 
     def __post_init__(self) -> None:
-        if set(self.inner.slots((), 2, 2, 1, (2, 2))) != {"basis"} or self.inner.wants or self.inner.needs_gradient:
+        if set(self.inner.slots()) != {"basis"} or self.inner.needs_momentum or self.inner.needs_gradient:
             raise ValueError("proj_type=full needs a subspace that is one stored basis: use another proj_type")
 
+    @override
     def rank(self, m: int, n: int, rank: float) -> int:
-        """See `Subspace.rank`."""
         return self.inner.rank(m, n, rank)
 
-    def shape(self, m: int, n: int, r: int) -> tuple[int, int]:
-        """See `Subspace.shape`."""
-        return (r, r)
-
-    def slots(self, batch: tuple[int, ...], m: int, n: int, r: int, piece: tuple[int, int]) -> Slots:
-        """See `Subspace.slots`."""
+    @override
+    def slots(self) -> Slots:
         return {
-            **self.inner.slots(batch, m, n, r, piece),
-            "right_basis": Slot((*batch, n, r), "basis", axes=True),
+            **self.inner.slots(),
+            "right_basis": Slot("n r", "basis", axes_first=True),
         }
 
+    @override
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        """See `Subspace.refresh_`. One key for both sides, so that sampled singular vectors come in pairs."""
+        """One key for both sides, so that sampled singular vectors come in pairs."""
         sigma = self.inner.refresh_(s, G, ctx)
         self.inner.refresh_({**s, "basis": s["right_basis"]}, G.mT, ctx)
         return sigma
 
+    @override
     def basis(self, s: State, ctx: Context) -> Basis:
-        """See `Subspace.basis`."""
         return TwoSided(self.inner.basis(s, ctx), s["right_basis"])
