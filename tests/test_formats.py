@@ -161,11 +161,57 @@ def test_small_tensors_stay_fp32():
 
 
 def test_a_view_hands_out_plain_tensors_themselves():
-    slots = {"x": Slot((4,), "moment")}
-    raw = view.allocate(slots, view.forms(slots), torch.zeros(1))
-    held = View(raw, slots, view.forms(slots))
-    held["x"].add_(1)
-    assert raw["x"].tolist() == [1, 1, 1, 1]
+    buffers = {"x": Slot("n").sized({"n": 4})}
+    stored = view.allocate(buffers, view.encodings(buffers), torch.zeros(1))
+    with View(stored, buffers, view.encodings(buffers)).writing() as s:
+        s["x"].add_(1)
+    assert stored["x"].tolist() == [1, 1, 1, 1]
+
+
+def coded():
+    """A view of a basis and a moment in 8-bit, holding 0, 1, 2, ... of 4096 elements."""
+    slots = {"basis": Slot("m r", "basis"), "exp_avg": Slot("r n")}
+    buffers = {name: slot.sized({"m": 64, "r": 64, "n": 64}) for name, slot in slots.items()}
+    chosen = view.encodings(buffers, basis="8bit", moments="8bit")
+    held = View(view.allocate(buffers, chosen, torch.zeros(1)), buffers, chosen)
+    with held.writing(bases=True) as s:
+        for value in s.values():
+            value.copy_(torch.arange(4096.0).view(64, 64))
+    return held
+
+
+def test_what_is_written_in_a_scope_is_encoded_when_it_ends():
+    held = coded()
+    before = {key: value.clone() for key, value in held.stored.items()}
+    with held.writing() as s:
+        s["exp_avg"].neg_()
+        assert torch.equal(held.stored["exp_avg"], before["exp_avg"])  # not yet
+    assert not torch.equal(held.stored["exp_avg"], before["exp_avg"])
+    assert torch.equal(held.stored["basis"], before["basis"])
+    assert held["exp_avg"][-1, -1] == pytest.approx(-4095, rel=0.02)  # the largest codes are 1/64 apart
+
+
+def test_an_error_in_a_scope_stores_nothing():
+    held = coded()
+    before = {key: value.clone() for key, value in held.stored.items()}
+    with pytest.raises(ZeroDivisionError), held.writing() as s:
+        s["exp_avg"].neg_()
+        raise ZeroDivisionError
+    assert all(torch.equal(value, before[key]) for key, value in held.stored.items())
+    assert held["exp_avg"][-1, -1] > 0
+
+
+@pytest.mark.parametrize("form", ["fp32", "8bit"])
+def test_a_basis_cannot_be_written_at_a_step(form):
+    buffers = {"basis": Slot("m r", "basis").sized({"m": 64, "r": 64})}
+    chosen = view.encodings(buffers, basis=form)
+    held = View(view.allocate(buffers, chosen, torch.zeros(1)), buffers, chosen)
+    message = "basis was written at a step: a basis changes at a refresh only"
+    with pytest.raises(RuntimeError, match=message), held.writing() as s:
+        s["basis"].add_(1)
+    with held.writing(bases=True) as s:
+        s["basis"].fill_(1)
+    assert held["basis"].eq(1).all()
 
 
 def test_eight_bit_stays_close_to_fp32_over_a_run():

@@ -31,7 +31,7 @@ ADAM = [n for n in NAMES if METHODS[n].moments == "adam"]
 BY_AXIS = [  # rules that tell outputs from inputs
     n for n in NAMES if METHODS[n].moments == "adam_mini" or METHODS[n].subspace in ("haar", "fold")
 ]
-WITH_BASIS = [n for n in NAMES if "basis" in resolve.parts(n, {}).subspace.slots((), 6, 11, 3, (6, 11))]
+WITH_BASIS = [n for n in NAMES if "basis" in resolve.parts(n, {}).subspace.slots()]
 
 
 def composable(name):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from references.plain import LowRankAdam, dominant
 from references.base import Adam, LowRank, Matrix, sampled
 from references.compressed import FOAM, GWT, fold, haar, inverse_haar, unfold
 from references.factored import CAME, Adafactor, AdamMini
@@ -13,6 +12,7 @@ from references.ldadam import LDAdam
 from references.momentum import Momentum
 from references.natural import NaturalAdam
 from references.online import OnlineSubspace, error_gradient
+from references.plain import LowRankAdam, dominant
 from references.quantized import QGaLore, intervals
 from references.rows import largest, rows, weights
 from references.scaled import Apollo

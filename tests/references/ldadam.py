@@ -9,8 +9,8 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
-from references.plain import dominant
 from references.base import LowRank, Matrix, aligned, direction
+from references.plain import dominant
 from torch import Tensor
 
 

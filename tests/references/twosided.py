@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from references.plain import Choose, dominant
 from references.base import LowRank
+from references.plain import Choose, dominant
 from torch import Tensor
 
 

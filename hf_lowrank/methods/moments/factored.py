@@ -85,7 +85,6 @@ class Adafactor(Moments, key="adafactor"):
     lags by 1 / (1 - b1) steps; here it comes last. There is no relative step and no parameter scaling.
     """
 
-    without: ClassVar[tuple[str, ...]] = ("correct_bias",)
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
     decay_rate: float = again(DECAY_RATE)
@@ -121,7 +120,6 @@ class CAME(Moments, key="came"):
     measure, is refused.
     """
 
-    without: ClassVar[tuple[str, ...]] = ("correct_bias",)
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
     clip_threshold: float = again(CLIP_THRESHOLD)
@@ -168,7 +166,6 @@ class SketchedMomentum(Moments, key="sketched_momentum"):
     """
 
     composable: ClassVar[bool] = False
-    without: ClassVar[tuple[str, ...]] = ("correct_bias",)
     transports: ClassVar[tuple[str, ...]] = Momentum.transports
 
     decay_rate: float = again(DECAY_RATE)

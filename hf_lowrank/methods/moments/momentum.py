@@ -26,7 +26,6 @@ class Momentum(Moments, key="momentum"):
     """
 
     elementwise: ClassVar[bool] = True
-    without: ClassVar[tuple[str, ...]] = ("correct_bias",)
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
     @override
