@@ -8,32 +8,32 @@ from torch import nn
 from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.state import view
 from hf_lowrank.state.formats import FORMATS
-from hf_lowrank.state.slots import Slot
+from hf_lowrank.state.slots import Buffer, Slot
 from hf_lowrank.state.view import View
 
 
-def round_trip(name, kind, x):
-    slot = Slot(tuple(x.shape), kind)
-    raw = {key: kept.allocate(x) for key, kept in FORMATS[name].stored("x", slot).items()}
-    FORMATS[name].encode_(raw, "x", slot, x)
-    return FORMATS[name].decode(raw, "x", slot), raw
+def round_trip(name, values, x):
+    buffer = Buffer(Slot("m n", values=values), tuple(x.shape))
+    stored = {key: one.allocate(x) for key, one in FORMATS[name].buffers("x", buffer).items()}
+    FORMATS[name].encode_(stored, "x", buffer, x)
+    return FORMATS[name].decode(stored, "x", buffer), stored
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "error"),
+    ("name", "values", "error"),
     [
-        ("fp32", "moment", None),
-        ("bf16", "basis", 3e-3),  # 8 bits of significand: at most 2^-8 of each value
-        ("8bit", "moment", 0.012),  # dynamic map of bitsandbytes on a Gaussian: 0.0108
-        ("8bit", "variance", 0.012),
-        ("4bit", "basis", 0.16),  # 15 levels over +-absmax of 128 Gaussians (2.7 sigma): 1/sqrt(12) 2.7/7 = 0.11
-        ("4bit", "variance", 0.21),  # squares of Gaussians: absmax is 7 times the mean, a step of 1/16 of that
+        ("fp32", "signed", None),
+        ("bf16", "signed", 3e-3),  # 8 bits of significand: at most 2^-8 of each value
+        ("8bit", "signed", 0.012),  # dynamic map of bitsandbytes on a Gaussian: 0.0108
+        ("8bit", "positive", 0.012),
+        ("4bit", "signed", 0.16),  # 15 levels over +-absmax of 128 Gaussians (2.7 sigma): 1/sqrt(12) 2.7/7 = 0.11
+        ("4bit", "positive", 0.21),  # squares of Gaussians: absmax is 7 times the mean, a step of 1/16 of that
     ],
 )
-def test_a_format_keeps_values_to_its_precision(name, kind, error):
+def test_a_format_keeps_values_to_its_precision(name, values, error):
     x = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
-    x = x.square() if kind == "variance" else x
-    y, raw = round_trip(name, kind, x)
+    x = x.square() if values == "positive" else x
+    y, raw = round_trip(name, values, x)
     if error is None:
         assert y.shape == x.shape and raw.keys() == {"x"}
         return
@@ -44,14 +44,14 @@ def test_a_format_keeps_values_to_its_precision(name, kind, error):
 @pytest.mark.parametrize("size", [4096, 4097, 5001])
 def test_any_size_is_stored_whole(name, size):
     x = torch.linspace(-1, 1, size)
-    y, raw = round_trip(name, "moment", x)
+    y, raw = round_trip(name, "signed", x)
     assert y.shape == x.shape and (x - y).abs().max() <= 0.08  # half a step of the coarser: 1/14
     assert sum(v.numel() * v.element_size() for v in raw.values()) <= size * (1.02 if name == "8bit" else 0.55)
 
 
 def test_four_bits_hold_blocks_of_one_sign_and_zero():
     x = torch.cat([torch.linspace(1, 2, 128), torch.zeros(128), -torch.linspace(1, 2, 128)])
-    y, _ = round_trip("4bit", "moment", x)
+    y, _ = round_trip("4bit", "signed", x)
     assert (x - y).abs().max() <= 2 / 14 + 1e-6 and not y[128:256].any()
     assert y[:128].unique().numel() > 3  # a block of one sign does not collapse to a constant
 
@@ -59,7 +59,7 @@ def test_four_bits_hold_blocks_of_one_sign_and_zero():
 def test_a_four_bit_second_moment_has_no_zero_where_there_is_any():
     x = torch.full((128,), 1e-6)
     x[0] = 1.0
-    y, _ = round_trip("4bit", "variance", x)
+    y, _ = round_trip("4bit", "positive", x)
     assert y.min() >= 1 / 16 - 1e-6  # a direction with a vanishing second moment would be divided by nothing
 
 
@@ -132,7 +132,7 @@ def test_the_stored_basis_is_the_one_that_is_used(form):
     optimizer, w, b = build("galore_dominant_adamw", basis_format=form)
     step(optimizer, [w, b], 0)
     raw = optimizer.state[w]
-    P = FORMATS[form].decode(raw, "basis", Slot((96, 64), "basis"))
+    P = FORMATS[form].decode(raw, "basis", Buffer(Slot("m r", "basis"), (96, 64)))
     R = P.T @ w.grad
     torch.testing.assert_close(raw["exp_avg"], 0.1 * R, rtol=1e-5, atol=1e-5)  # M after one step, fp32 products
     error = (P.T @ P - torch.eye(64)).abs().max()
@@ -144,7 +144,7 @@ def test_fira_with_a_quantised_basis_uses_its_gram_matrix():
     optimizer, w, b = build("fira_adamw", basis_format="4bit")
     step(optimizer, [w, b], 0)
     raw = optimizer.state[w]
-    P = FORMATS["4bit"].decode(raw, "basis", Slot((96, 64), "basis")).double()
+    P = FORMATS["4bit"].decode(raw, "basis", Buffer(Slot("m r", "basis"), (96, 64))).double()
     G = w.grad.double()
     R = P.T @ G
     N = 0.1 * R / (0.001 * R**2).sqrt()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from streams import finish, gradients, optimizer, weight
 
-from hf_lowrank import METHODS
+from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.methods import resolve
 from hf_lowrank.methods.formula import state_formula
 
@@ -105,7 +105,8 @@ def test_declared_bytes_of_an_8_bit_error_buffer_have_scales():
 
 
 def test_declared_bytes_of_one_second_moment_per_head():
-    opt = optimizer(weight((96, 64)), "galore_dominant_adam_mini", called="q_proj.weight", rank=8, head_dim=16)
+    groups = [{"params": [("q_proj.weight", weight((96, 64)))], "rank": 8, "head_dim": 16}]
+    opt = LowRankOptimizer(groups, "galore_dominant_adam_mini")
     assert opt.declared_bytes() == 4 * (64 * 8 + 96 * 8 + 96 // 16) + COUNTERS
 
 
