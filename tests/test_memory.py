@@ -13,8 +13,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowrank
+from hf_lowrank import LowRankOptimizer, param_groups
 from hf_lowrank.hf import models
-from hf_lowrank.planning import activations, memory
+from hf_lowrank.observe import describe
+from hf_lowrank.planning import activations, memory, targets
 from hf_lowrank.state import view
 
 
@@ -82,6 +84,48 @@ def test_adamw_is_counted_like_torch_allocates_it(dtype):
     estimate = memory.estimate_memory(tiny(), "adamw_torch", dtype=name)
     assert estimate.state == sum(view.nbytes(s) for s in optimizer.state.values())
     assert estimate.gradients == sum(p.grad.nbytes for p in model.parameters()) == estimate.weights
+
+
+def mixed():
+    """A model whose head and norms are in fp32 and everything else in bf16, as some recipes keep them."""
+    model = tiny().to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if "norm" in name or name == "lm_head":
+            module.float()
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny, lambda: tiny().to(torch.bfloat16), mixed], ids=["fp32", "bf16", "mixed"])
+def test_all_say_the_same_of_adamw(make, tmp_path):
+    """The line at the start, `targets`, `memory`, the run's file and the report, beside what torch allocates."""
+    pytest.importorskip("matplotlib")
+    from hf_lowrank.observe.report.costs import bars
+    from hf_lowrank.observe.report.runs import Run
+
+    model = make()
+    adamw = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    adamw.step()
+    real = sum(view.nbytes(s) for s in adamw.state.values())
+    optimizer = LowRankOptimizer(param_groups(model, rank=16), "fira_adamw")
+    assert sum(row.adamw_bytes for row in targets.plan(make(), "fira_adamw", rank=16)) == real
+    assert memory.estimate_memory(make(), "adamw_torch", dtype="model").state == real
+    run = describe.described(optimizer, model)
+    assert run["memory"]["adamw_state"] == real
+    assert f"(AdamW: {real / 2**20:.1f} MiB)" in describe.summary(optimizer)
+    assert bars([Run(tmp_path, "ours", described=run)])["AdamW"]["dense_state"] == real
+    estimate = memory.estimate_memory(make(), "fira_adamw", rank=16, dtype="model")
+    for part in ("weights", "gradients", "low_rank_state", "dense_state"):
+        assert run["memory"][part] == getattr(estimate, part), part
+
+
+def test_what_layerwise_holds_is_counted_once():
+    model = mixed()
+    optimizer = LowRankOptimizer(param_groups(model, rank=16, layerwise=True), "galore_i3s_adamw")
+    estimate = memory.estimate_memory(mixed(), "galore_i3s_adamw", rank=16, dtype="model", layerwise=True)
+    held = describe.described(optimizer, model)["memory"]
+    assert held["gradients"] == estimate.gradients < held["adamw_gradients"] == estimate.weights
 
 
 def test_layerwise_gradients_are_what_is_alive_before_step():

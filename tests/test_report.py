@@ -17,9 +17,9 @@ from hf_lowrank.observe import records
 
 pytest.importorskip("matplotlib")
 from hf_lowrank.observe.report import write_report  # noqa: E402
-from hf_lowrank.observe.report.figures import _by_type  # noqa: E402
 from hf_lowrank.observe.report.runs import read_run  # noqa: E402
 from hf_lowrank.observe.report.spectra import mean_spectrum, weight_change  # noqa: E402
+from hf_lowrank.observe.report.subspaces import by_type  # noqa: E402
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -204,7 +204,7 @@ def test_means_by_type_take_a_staggered_round_of_refreshes_together(tmp_path):
         for i, (step, energy) in enumerate(((10, 0.2), (20, 0.4)))
     ]
     records.append(run / records.REFRESH_FILE, rows)
-    assert _by_type(read_run(run), "energy") == {"q": [(15.0, pytest.approx(0.3))]}
+    assert by_type(read_run(run), "energy") == {"q": [(15.0, pytest.approx(0.3))]}
 
 
 def test_the_spectrum_is_that_of_the_difference_of_weights(tmp_path):
