@@ -97,7 +97,7 @@ def page(name: str) -> str:
     made = resolve.parts(name, {})
     summary = row.summary[0].upper() + row.summary[1:]
     described = "\n\n".join(_part(kind, getattr(made, kind)) for kind in registry.KINDS)
-    paper = "" if row.paper == "-" else f"Paper: {papers.linked(row.paper)}. "
+    paper = "" if row.paper in ("", "-") else f"Paper: {papers.linked(row.paper)}. "
     return f"""# {name}
 
 {summary}. {paper}State per m x n matrix at rank r (m <= n): `{row.state}`.
@@ -155,7 +155,7 @@ optimizer.step()
 
 def _part(kind: str, part: Any) -> str:
     """Return the section on one part: its docstring, the first paragraph of which is the equation."""
-    names = [name for name, cls in type(part).registry.items() if cls is type(part)]
+    names = [name for name, cls in type(part).registry.items() if cls is type(part)] or [type(part).__name__]
     text = inspect.cleandoc(type(part).__doc__ or "")
     equation, *rest = re.split(r"\n\s*\n", text)
     body = "\n\n".join(_paragraph(paragraph) for paragraph in rest)

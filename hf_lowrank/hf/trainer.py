@@ -21,9 +21,10 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not any(isinstance(callback, LowRankCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(LowRankCallback)
-        console.shorten_printers(self.callback_handler.callbacks)
+        callbacks = self.callback_handler.callbacks
+        if not any(isinstance(callback, LowRankCallback) for callback in callbacks):
+            callbacks.insert(1, LowRankCallback())  # behind what steers the loop, before all that report
+        console.shorten_printers(callbacks)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that `args.optim` names."""
