@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -137,11 +138,30 @@ def test_layerwise_gradients_are_what_is_alive_before_step():
     ids = torch.arange(64).view(2, 32)
     model(input_ids=ids, labels=ids).loss.backward()
     alive = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    alive += sum(unit.R.nbytes for unit in optimizer._held.values())
+    alive += sum(x.nbytes for unit in optimizer.layerwise.waiting.values() for x in unit.started[1].tensors)
     estimate = memory.estimate_memory(tiny(), "galore_dominant_adamw", rank=16, dtype="fp32", layerwise=True)
     largest = max(p.nbytes for group in optimizer.param_groups if "rank" in group for p in group["params"])
     assert estimate.gradients == alive + largest  # during backward one matrix's gradient is there as well
     assert estimate.layerwise
+
+
+@pytest.mark.processes
+def test_planning_needs_transformers_for_models_by_name_alone():
+    code = """
+import sys, torch
+sys.modules["transformers"] = None  # as where it is not installed
+from hf_lowrank.planning import activations, counting, memory, targets, units
+net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 32))
+assert memory.estimate_memory(net, "fira_adamw", rank=4).state > 0 and len(targets.plan(net, "ldadam", rank=4)) == 4
+try:
+    memory.estimate_memory("60m", "fira_adamw")
+except ValueError as error:
+    assert "need transformers" in str(error)
+else:
+    raise AssertionError
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_seven_billion_parameters_take_seconds():
