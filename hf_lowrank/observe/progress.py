@@ -32,6 +32,7 @@ class FirstRefresh:
         self.optimizer, self.say = optimizer, say
         self.began = perf_counter()
         self.updating = False
+        self.stopped = False
         self.timer: Timer | None = None
 
     def start(self, *, updating: bool) -> None:
@@ -49,6 +50,7 @@ class FirstRefresh:
 
     def stop(self) -> None:
         """Fall silent."""
+        self.stopped = True
         if self.timer is not None:
             self.timer.cancel()
 
@@ -61,13 +63,13 @@ class FirstRefresh:
         elapsed = perf_counter() - self.began
         done, cost, total = self._progress()
         share = cost / total
-        if done or self.updating:
-            if looks and share == before:
-                return
+        begun = bool(done) or self.updating
+        if self.stopped or share == 1 or looks == self.LOOKS or (begun and looks and share == before):
+            return
+        if begun:
             rest = f", about {elapsed * (1 - share) / share:.0f} s to go" if share else ""
             self.say(f"first subspaces: {done} of {len(self._costs())} matrices after {elapsed:.0f} s{rest}")
-        if share < 1 and looks < self.LOOKS:
-            self._wait(elapsed, looks=looks + 1, before=share)
+        self._wait(elapsed, looks=looks + 1, before=share)
 
     def _costs(self) -> list[tuple[bool, float]]:
         """Return of every matrix whether it has its first basis, and the work of one."""

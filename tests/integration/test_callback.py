@@ -18,7 +18,16 @@ from processes import torchrun
 from transformers import TrainerCallback
 
 import hf_lowrank
-from hf_lowrank import METHODS, LowRankCallback, LowRankOptimizer, LowRankTrainer, Method, Reconstruction, Update
+from hf_lowrank import (
+    METHODS,
+    LowRankCallback,
+    LowRankOptimizer,
+    LowRankTrainer,
+    Method,
+    Reconstruction,
+    Subspace,
+    Update,
+)
 from hf_lowrank.hf import console
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.observe import metrics
@@ -359,6 +368,34 @@ def test_a_first_refresh_that_takes_long_says_how_far_it_is(monkeypatch):
     count = len(said)
     time.sleep(0.5)
     assert len(said) == count <= 2  # after 0.2 and 0.4 s, and nothing more once it has been stopped
+
+
+@dataclass(frozen=True)
+class Slow(Subspace):
+    """The dominant subspace, after a while."""
+
+    def choose(self, s, G, ctx):
+        time.sleep(0.05)
+        U, sigma, _ = torch.linalg.svd(G.float(), full_matrices=False)
+        return U[..., : s["basis"].shape[-1]], sigma
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_run_says_how_far_its_first_refresh_is_and_no_later_one(layerwise, tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(METHODS, "slow", Method(Slow(), "adam", "project", "slow", "-"))
+    monkeypatch.setattr(FirstRefresh, "AFTER", 0.25)
+    caplog.set_level("INFO", logger="hf_lowrank")
+    args, model = arguments(tmp_path, "adamw_torch", max_steps=4, max_grad_norm=0.0), tiny_llama()
+    options = {"rank": 4, "update_proj_gap": 3, "stagger": False, "layerwise": layerwise}
+    train(
+        args, model, optimizer_cls_and_kwargs=hf_lowrank.optimizer_cls_and_kwargs(model, "slow", args=args, **options)
+    )
+    said = [record.getMessage() for record in caplog.records if "subspaces" in record.getMessage()]
+    first = [i for i, text in enumerate(said) if text.startswith("first subspaces: ")]
+    refreshed = [i for i, text in enumerate(said) if "subspaces refreshed" in text]
+    assert 1 <= len(first) <= 2 and len(refreshed) == 2 and max(first) < min(refreshed)
+    # 14 matrices of 0.05 s each, the costliest first where they are refreshed together
+    assert re.fullmatch(r"first subspaces: \d+ of 14 matrices after 0 s, about \d s to go", said[first[0]])
 
 
 def test_a_first_refresh_that_is_quick_or_over_says_nothing_and_one_that_failed_falls_silent(monkeypatch):
