@@ -14,7 +14,7 @@ import torch
 
 import hf_lowrank
 from hf_lowrank import METHODS
-from hf_lowrank.methods import registry, resolve, tables
+from hf_lowrank.methods import papers, registry, resolve, tables
 
 
 FOLDER = "methods"
@@ -97,7 +97,7 @@ def page(name: str) -> str:
     made = resolve.parts(name, {})
     summary = row.summary[0].upper() + row.summary[1:]
     described = "\n\n".join(_part(kind, getattr(made, kind)) for kind in registry.KINDS)
-    paper = "" if row.paper == "-" else f"Paper: {_linked(row.paper)}. "
+    paper = "" if row.paper in ("", "-") else f"Paper: {papers.linked(row.paper)}. "
     return f"""# {name}
 
 {summary}. {paper}State per m x n matrix at rank r (m <= n): `{row.state}`.
@@ -155,7 +155,7 @@ optimizer.step()
 
 def _part(kind: str, part: Any) -> str:
     """Return the section on one part: its docstring, the first paragraph of which is the equation."""
-    names = [name for name, cls in type(part).registry.items() if cls is type(part)]
+    names = [name for name, cls in type(part).registry.items() if cls is type(part)] or [type(part).__name__]
     text = inspect.cleandoc(type(part).__doc__ or "")
     equation, *rest = re.split(r"\n\s*\n", text)
     body = "\n\n".join(_paragraph(paragraph) for paragraph in rest)
@@ -171,7 +171,7 @@ def _paragraph(text: str) -> str:
     for head in heads:
         text = re.sub(rf"^{head}", f"**{head}**", text)
     outside = re.split(r"(`[^`]*`)", text)
-    return _linked("".join(piece if piece.startswith("`") else _pretty(piece) for piece in outside))
+    return papers.linked("".join(piece if piece.startswith("`") else _pretty(piece) for piece in outside))
 
 
 def _pretty(text: str) -> str:
@@ -181,10 +181,6 @@ def _pretty(text: str) -> str:
     for signs, symbol in {"||": "‖", "<-": "←", "^T": "ᵀ", "^2": "²", "^-1": "⁻¹"}.items():
         text = text.replace(signs, symbol)
     return text
-
-
-def _linked(text: str) -> str:
-    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
 def _options(name: str) -> str:

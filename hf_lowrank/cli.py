@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from hf_lowrank import __version__
 from hf_lowrank.methods import registry, resolve, table
 from hf_lowrank.methods.options import split_assignments
+from hf_lowrank.planning.units import MIB
 
 
 try:
@@ -22,8 +23,6 @@ try:
 except ModuleNotFoundError as missing:  # the console script comes with the package, what it needs with an extra
     print(f"hf-lowrank needs the package {missing.name}: pip install 'hf_lowrank[cli]'", file=sys.stderr)
     sys.exit(2)
-
-MIB = 2**20
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -83,7 +83,7 @@ def test_targets_says_what_would_be_projected_and_what_it_saves(run, tmp_path):
     assert (query["count"], query["shape"], query["rank"]) == (2, [16, 16], 4)
     # basis 16 x 4 and two moments 4 x 16, in fp32; five counters of 8 bytes, three numbers of the last refresh
     assert query["state_bytes"] == 2 * (4 * (16 * 4 + 2 * 4 * 16) + 5 * 8 + 3 * 4)
-    assert query["adamw_bytes"] == 2 * 8 * 16 * 16
+    assert query["adamw_bytes"] == 2 * (8 * 16 * 16 + 4)
     assert rows["model.embed_tokens"]["rank"] is None and rows["lm_head"]["rank"] is None
     _, out, _ = run(*arguments)
     assert "14 matrices in a subspace, 7 parameters dense" in out and "model.layers.*.mlp.down_proj" in out

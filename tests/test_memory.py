@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowrank
+from hf_lowrank import LowRankOptimizer, param_groups
 from hf_lowrank.hf import models
-from hf_lowrank.planning import activations, memory
+from hf_lowrank.observe import describe
+from hf_lowrank.planning import activations, memory, targets
 from hf_lowrank.state import view
 
 
@@ -84,6 +87,48 @@ def test_adamw_is_counted_like_torch_allocates_it(dtype):
     assert estimate.gradients == sum(p.grad.nbytes for p in model.parameters()) == estimate.weights
 
 
+def mixed():
+    """A model whose head and norms are in fp32 and everything else in bf16, as some recipes keep them."""
+    model = tiny().to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if "norm" in name or name == "lm_head":
+            module.float()
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny, lambda: tiny().to(torch.bfloat16), mixed], ids=["fp32", "bf16", "mixed"])
+def test_all_say_the_same_of_adamw(make, tmp_path):
+    """The line at the start, `targets`, `memory`, the run's file and the report, beside what torch allocates."""
+    pytest.importorskip("matplotlib")
+    from hf_lowrank.observe.report.costs import bars
+    from hf_lowrank.observe.report.runs import Run
+
+    model = make()
+    adamw = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    adamw.step()
+    real = sum(view.nbytes(s) for s in adamw.state.values())
+    optimizer = LowRankOptimizer(param_groups(model, rank=16), "fira_adamw")
+    assert sum(row.adamw_bytes for row in targets.plan(make(), "fira_adamw", rank=16)) == real
+    assert memory.estimate_memory(make(), "adamw_torch", dtype="model").state == real
+    run = describe.described(optimizer, model)
+    assert run["memory"]["adamw_state"] == real
+    assert f"(AdamW: {real / 2**20:.1f} MiB)" in describe.summary(optimizer)
+    assert bars([Run(tmp_path, "ours", described=run)])["AdamW"]["dense_state"] == real
+    estimate = memory.estimate_memory(make(), "fira_adamw", rank=16, dtype="model")
+    for part in ("weights", "gradients", "low_rank_state", "dense_state"):
+        assert run["memory"][part] == getattr(estimate, part), part
+
+
+def test_what_layerwise_holds_is_counted_once():
+    model = mixed()
+    optimizer = LowRankOptimizer(param_groups(model, rank=16, layerwise=True), "galore_i3s_adamw")
+    estimate = memory.estimate_memory(mixed(), "galore_i3s_adamw", rank=16, dtype="model", layerwise=True)
+    held = describe.described(optimizer, model)["memory"]
+    assert held["gradients"] == estimate.gradients < held["adamw_gradients"] == estimate.weights
+
+
 def test_layerwise_gradients_are_what_is_alive_before_step():
     """All matrices have been projected: R in fp32 is left of them, and the gradients of everything else."""
     model = tiny()
@@ -93,11 +138,30 @@ def test_layerwise_gradients_are_what_is_alive_before_step():
     ids = torch.arange(64).view(2, 32)
     model(input_ids=ids, labels=ids).loss.backward()
     alive = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    alive += sum(unit.R.nbytes for unit in optimizer._held.values())
+    alive += sum(x.nbytes for unit in optimizer.layerwise.waiting.values() for x in unit.started[1].tensors)
     estimate = memory.estimate_memory(tiny(), "galore_dominant_adamw", rank=16, dtype="fp32", layerwise=True)
     largest = max(p.nbytes for group in optimizer.param_groups if "rank" in group for p in group["params"])
     assert estimate.gradients == alive + largest  # during backward one matrix's gradient is there as well
     assert estimate.layerwise
+
+
+@pytest.mark.processes
+def test_planning_needs_transformers_for_models_by_name_alone():
+    code = """
+import sys, torch
+sys.modules["transformers"] = None  # as where it is not installed
+from hf_lowrank.planning import activations, counting, memory, targets, units
+net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 32))
+assert memory.estimate_memory(net, "fira_adamw", rank=4).state > 0 and len(targets.plan(net, "ldadam", rank=4)) == 4
+try:
+    memory.estimate_memory("60m", "fira_adamw")
+except ValueError as error:
+    assert "need transformers" in str(error)
+else:
+    raise AssertionError
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_seven_billion_parameters_take_seconds():

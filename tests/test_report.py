@@ -17,9 +17,11 @@ from hf_lowrank.observe import records
 
 pytest.importorskip("matplotlib")
 from hf_lowrank.observe.report import write_report  # noqa: E402
-from hf_lowrank.observe.report.figures import _by_type  # noqa: E402
+from hf_lowrank.observe.report.curves import _compared  # noqa: E402
+from hf_lowrank.observe.report.page import summary_rows  # noqa: E402
 from hf_lowrank.observe.report.runs import read_run  # noqa: E402
 from hf_lowrank.observe.report.spectra import mean_spectrum, weight_change  # noqa: E402
+from hf_lowrank.observe.report.subspaces import by_type  # noqa: E402
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -204,7 +206,7 @@ def test_means_by_type_take_a_staggered_round_of_refreshes_together(tmp_path):
         for i, (step, energy) in enumerate(((10, 0.2), (20, 0.4)))
     ]
     records.append(run / records.REFRESH_FILE, rows)
-    assert _by_type(read_run(run), "energy") == {"q": [(15.0, pytest.approx(0.3))]}
+    assert by_type(read_run(run), "energy") == {"q": [(15.0, pytest.approx(0.3))]}
 
 
 def test_the_spectrum_is_that_of_the_difference_of_weights(tmp_path):
@@ -316,3 +318,82 @@ def test_values_that_no_run_writes_are_left_out(value, tmp_path):
         )
     report = write_report([run], tmp_path / "out", matrices=0)
     assert {"loss_steps", "energy", "step_times"} <= set(report.figures)
+
+
+def classifier(folder, *, ours=True, offset=0.0, named=True):
+    """Write the folder of a run on a GLUE task: losses, two metrics, and what the model is."""
+    folder.mkdir(parents=True)
+    rows = [{"step": s, "loss": 0.9 - 0.005 * s} for s in range(10, 101, 10)]
+    rows += [
+        {
+            "step": s,
+            "eval_loss": 0.8 - 0.003 * s,
+            "eval_accuracy": 0.5 + 0.004 * s + offset,
+            "eval_matthews_correlation": 0.1 + 0.005 * s,
+            "eval_runtime": 1.0,
+            "eval_samples_per_second": 100.0,
+            "eval_steps_per_second": 10.0,
+            "eval_model_preparation_time": 0.1,
+        }
+        for s in (50, 100)
+    ]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    if ours:
+        described = {"optimizer": "galore_i3s_adamw", "groups": [{"rank": 4}]}
+        described |= {"model": "RobertaForSequenceClassification"} if named else {}
+        (folder / records.RUN_FILE).write_text(json.dumps(described))
+    elif named:
+        (folder / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
+    return folder
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_classifiers_metrics_are_called_by_their_names(named, tmp_path):
+    runs = [
+        classifier(tmp_path / "adamw", ours=False, named=named),
+        classifier(tmp_path / "i3s", offset=0.1, named=named),
+    ]
+    assert [read_run(run).language_model for run in runs] == [False, False]
+    report = write_report(runs, tmp_path / "report")
+    page = report.page.read_text()
+    assert {"loss_steps", "metrics_steps", "accuracy_gap"} <= set(report.figures)
+    assert "erplexity" not in page and "nats per token" not in page
+    assert "Accuracy and matthews correlation against steps" in page
+    row = summary_rows([read_run(runs[1])])[0]
+    assert (row["accuracy"], row["matthews correlation"]) == ("1", "0.6")
+    assert "runtime" not in page and "per second" not in page.replace("ms per step", "")
+
+
+def test_a_gap_of_a_metric_is_its_difference(tmp_path):
+    runs = [
+        read_run(classifier(tmp_path / name, offset=offset, ours=False)) for name, offset in (("a", 0.0), ("b", 0.1))
+    ]
+    what, source, curves = _compared(runs)
+    assert (what, source) == ("accuracy", "validation")
+    assert [y - x for (_, x), (_, y) in zip(*curves, strict=True)] == pytest.approx([0.1, 0.1])
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint-100"])
+def test_a_language_model_that_is_also_scored_keeps_its_perplexity(place, tmp_path):
+    run = make_run(tmp_path / "clm", ours=False)
+    rows = [*history(), {"step": 100, "eval_accuracy": 0.4}]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    assert not read_run(run).language_model  # nothing says so
+    (run / place / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    assert read_run(run).language_model
+    report = write_report([run], tmp_path / "report", matrices=0)
+    assert {"perplexity_steps", "metrics_steps"} <= set(report.figures)
+    assert summary_rows([read_run(run)])[0].keys() >= {"perplexity", "accuracy"}
+
+
+def test_gauges_are_drawn_as_the_run_declares_them(tmp_path):
+    run = make_run(tmp_path / "run")
+    described = json.loads((run / records.RUN_FILE).read_text())
+    described["gauges"] = {"how_loud": {"help": "loudness of <it>", "counted": False}, "never_logged": {"help": "x"}}
+    (run / records.RUN_FILE).write_text(json.dumps(described))
+    rows = [*history(), *({"step": s, "loss": 1.0, "lowrank/how_loud": s / 50} for s in (10, 60, 110))]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    report = write_report([make_run(tmp_path / "adamw", ours=False), run], tmp_path / "report", matrices=0)
+    assert "gauges" in report.figures
+    page = report.page.read_text()
+    assert "how loud: loudness of &lt;it&gt;." in page and "never logged" not in page

@@ -146,10 +146,10 @@ def split_axis(weight: DTensor, plan: Plan, key: str) -> tuple[int, int] | None:
 
 
 def projected_bytes(plan: Plan, config: Config) -> int:
-    """Return the bytes of a matrix's projected gradient in fp32, which the layerwise mode keeps until `step`."""
+    """Return the bytes of this process's projected gradient in fp32, which the layerwise mode keeps until `step`."""
     layout = plan.layout
     if layout is None:
         return 0
-    lengths = {"r": plan.r, "n": layout.n}
+    lengths = {"r": plan.r, "n": layout.columns}
     axes = config.parts.subspace.projected.split()
-    return 4 * prod(layout.batch) * prod(int(axis) if axis.isdigit() else lengths[axis] for axis in axes)
+    return 4 * prod(layout.stack) * prod(int(axis) if axis.isdigit() else lengths[axis] for axis in axes)

@@ -14,7 +14,6 @@ from transformers.training_args import OptimizerNames as OptimizerNames
 from hf_lowrank.groups import param_groups
 from hf_lowrank.methods import resolve
 from hf_lowrank.methods.options import split_assignments
-from hf_lowrank.observe.describe import summary
 from hf_lowrank.optimizer import LowRankOptimizer
 
 
@@ -85,7 +84,6 @@ def _from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[t
         model, name_of(args), args=args, target_modules=args.optim_target_modules, **options
     )
     kwargs["share_refreshes"] = _replicated(args)
-    logger.info(summary(cls(**kwargs)))
     return cls, kwargs
 
 

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import __version__
 from hf_lowrank.hf.arguments import name_of
-from hf_lowrank.methods import resolve, table
+from hf_lowrank.methods import papers, resolve, table
 from hf_lowrank.observe.records import RUN_FILE
 from hf_lowrank.optimizer import LowRankOptimizer
 
@@ -36,28 +36,6 @@ logger = logging.getLogger("hf_lowrank")
 TAG = "hf-lowrank"
 BEGIN, END = "<!-- hf_lowrank: begin -->", "<!-- hf_lowrank: end -->"
 
-TITLES = {
-    "1804.04235": "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost",
-    "2307.02047": "CAME: Confidence-guided Adaptive Memory Efficient Optimization",
-    "2402.03293": "Flora: Low-Rank Adapters Are Secretly Gradient Compressors",
-    "2403.03507": "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
-    "2406.16793": "Adam-mini: Use Fewer Learning Rates To Gain More",
-    "2406.17660": "Grass: Compute Efficient Low-Memory LLM Training with Structured Sparse Gradients",
-    "2407.08296": "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank Gradients",
-    "2408.12857": "Memory-Efficient LLM Training with Online Subspace Descent",
-    "2410.01623": "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
-    "2410.11289": "Subspace Optimization for Large Language Models with Convergence Guarantees",
-    "2410.16029": "Natural GaLore: Accelerating GaLore for memory-efficient LLM Training and Fine-tuning",
-    "2410.16103": "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics",
-    "2412.05270": "APOLLO: SGD-like Memory, AdamW-level Performance",
-    "2501.07237": "Breaking Memory Limits: Gradient Wavelet Transform Enhances LLMs Training",
-    "2502.01586": "SubTrack++: Gradient Subspace Tracking for Scalable LLM Training",
-    "2502.05790": "I3S: Importance Sampling Subspace Selection for Low-Rank Optimization in LLM Pretraining",
-    "2512.07112": "FOAM: Folded Optimizer with Approximate Moment",
-}
-"""Titles of the papers, by arXiv number."""
-
-_MOMENTS = {"adafactor": "1804.04235", "adam_mini": "2406.16793", "came": "2307.02047"}
 _SHARED = ("method", "format", "param_names", "weight_decay", "lr", "initial_lr", "betas", "eps")
 
 
@@ -108,7 +86,7 @@ def section(run: dict[str, Any]) -> str:
     lines = [
         "## Optimizer",
         "",
-        f"Trained with `{name}` of [hf_lowrank](https://pypi.org/project/hf_lowrank/) {__version__}: {row.summary}.",
+        f"Trained with `{name}` of `hf_lowrank` {__version__}: {row.summary}.",
     ]
     groups = [group for group in run["groups"] if "rank" in group]
     if groups:
@@ -117,38 +95,13 @@ def section(run: dict[str, Any]) -> str:
         lines += ["", f"Options of the {counted} that were trained in a subspace:", ""]
         lines += ["| option | value |", "|---|---|"]
         lines += [f"| `{key}` | {_values(key, groups)} |" for key in sorted(groups[0]) if key not in _SHARED]
-    if cited := _papers(row, groups):
-        lines += ["", "If you use this model, please cite:", ""]
-        lines += [f"* {TITLES.get(number, 'arXiv')} ([{number}](https://arxiv.org/abs/{number}))" for number in cited]
-        lines += ["", "```bibtex", *(bibtex(number) for number in cited), "```"]
+    made = resolve.parts(groups[0]["method"], groups[0]) if groups else resolve.parts(resolve.split(name)[0], {})
+    if cited := papers.of(row.paper, made.subspace, made.moments, made.reconstruction):
+        lines += ["", "If you use this model, please cite:", "", *papers.listed(cited)]
+        lines += ["", "```bibtex", *map(papers.bibtex, cited), "```"]
     return "\n".join(lines)
 
 
 def _values(key: str, groups: list[dict[str, Any]]) -> str:
     """Return an option's value, or all of them where the groups differ."""
     return ", ".join(dict.fromkeys(str(group.get(key)) for group in groups))
-
-
-def _papers(row: table.Method, groups: list[dict[str, Any]]) -> list[str]:
-    """Return the arXiv numbers of a method and of its moments; of the parts, where they are chosen freely."""
-    sources = [row.paper]
-    if row.free and groups:
-        made = resolve.parts(groups[0]["method"], groups[0])
-        sources += [type(part).__doc__ or "" for part in (made.subspace, made.reconstruction)]
-    moments = groups[0].get("moments", row.moments) if groups else row.moments
-    numbers = re.findall(r"arXiv\s+(\d{4}\.\d{5})", "\n".join(sources))
-    return list(dict.fromkeys([*numbers, *filter(None, [_MOMENTS.get(str(moments))])]))
-
-
-def bibtex(number: str) -> str:
-    """Return a BibTeX entry for an arXiv number."""
-    title = TITLES.get(number, f"arXiv:{number}")
-    lines = [
-        f"@misc{{arxiv_{number},",
-        f"  title = {{{title}}},",
-        f"  eprint = {{{number}}},",
-        "  archivePrefix = {arXiv},",
-        f"  url = {{https://arxiv.org/abs/{number}}}",
-        "}",
-    ]
-    return "\n".join(lines)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, trainer, trainer_utils
 from transformers.training_args import OptimizerNames as OptimizerNames
 
-from hf_lowrank.hf import checkpoints, names
+from hf_lowrank.hf import checkpoints, console, names
 from hf_lowrank.hf.arguments import _from_arguments, logger, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.model_card import _describe_optimizer
@@ -43,6 +43,8 @@ def register() -> None:
         checkpoints.naming_what_is_wrong(Trainer._load_optimizer_and_scheduler),
     )
     _replace(Trainer, "create_model_card", _with_our_section(Trainer.create_model_card))
+    for printer in console.PRINTERS:
+        _replace(printer, "on_log", console.printing_less(printer.on_log))
     trainer.DEFAULT_CALLBACKS.append(LowRankCallback)
     _undo.append(lambda: trainer.DEFAULT_CALLBACKS.remove(LowRankCallback))
 
@@ -88,7 +90,7 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 def _show_our_messages() -> None:
     """Let the one summary line and the warnings be seen on the main process, as transformers does with its own."""
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = console.BesideBars()
         handler.setFormatter(logging.Formatter("[hf_lowrank] %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False

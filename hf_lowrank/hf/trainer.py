@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.training_args import OptimizerNames as OptimizerNames
 
+from hf_lowrank.hf import console
 from hf_lowrank.hf.arguments import _from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.model_card import _describe_optimizer
@@ -20,8 +21,10 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not any(isinstance(callback, LowRankCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(LowRankCallback)
+        callbacks = self.callback_handler.callbacks
+        if not any(isinstance(callback, LowRankCallback) for callback in callbacks):
+            callbacks.insert(1, LowRankCallback())  # behind what steers the loop, before all that report
+        console.shorten_printers(callbacks)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that `args.optim` names."""

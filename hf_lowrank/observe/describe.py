@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.planning.counting import adamw_bytes, component_bytes
+from hf_lowrank.planning.units import MIB
 
 
-MIB = 2**20
+def headline(found: Mapping[str, float], gauges: Mapping[str, Gauge]) -> str:
+    """Say in one line what the last refresh did.
 
-
-def headline(found: dict[str, float]) -> str:
-    """Say in one line what the last refresh did."""
+    Args:
+        found: the metrics of a log.
+        gauges: what the parts declare, by name.
+    """
     values = {key.removeprefix("lowrank/"): value for key, value in found.items()}
     text = [f"subspaces refreshed in {values['refresh_ms']:.0f} ms"]
     if "overlap" in values:
@@ -25,15 +33,30 @@ def headline(found: dict[str, float]) -> str:
         text.append(f"{values['energy']:.0%} of the gradient inside")
     if "stable_rank" in values:
         text.append(f"stable rank {values['stable_rank']:.1f}")
-    if "limited" in values:
-        text.append(f"limiter active in {values['limited']:.0%} of the steps")
+    text += [gauge_text(name, gauge, values[name]) for name, gauge in gauges.items() if name in values]
     return "; ".join(text)
 
 
-def resolved_options(optimizer: LowRankOptimizer) -> dict[str, Any]:
-    """Return every group's options and the names of its parameters, as plain data."""
+def gauge_text(name: str, gauge: Gauge, value: float) -> str:
+    """Say what a gauge shows."""
+    words = name.replace("_", " ")
+    return f"{words} in {value:.0%} of the steps" if gauge.counted else f"{words} {value:.3g}"
+
+
+def described(optimizer: LowRankOptimizer, model: nn.Module | None = None) -> dict[str, Any]:
+    """Return what a run is, as plain data: the options and names of every group, gauges, and bytes.
+
+    Args:
+        optimizer: the optimizer.
+        model: what it trains, if known.
+    """
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return {"optimizer": optimizer.defaults["method"], "groups": groups}
+    gauges = {name: {"help": gauge.help, "counted": gauge.counted} for name, gauge in optimizer.gauges().items()}
+    known = {"optimizer": optimizer.defaults["method"], "groups": groups, "gauges": gauges}
+    if model is None:
+        return known
+    memory = component_bytes(optimizer, model.parameters())
+    return {**known, "model": type(model).__name__, "memory": memory}
 
 
 def summary(optimizer: LowRankOptimizer) -> str:
@@ -41,7 +64,7 @@ def summary(optimizer: LowRankOptimizer) -> str:
     matrices = [one for one in optimizer.declared() if one.config.low_rank]
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     declared = optimizer.declared_bytes()
-    adamw = sum(8 * p.numel() for p in everything)
+    adamw = adamw_bytes(everything)
     ranks = sorted({one.plan.r for one in matrices})
     lr = optimizer.param_groups[0]["lr"]
     text = f"{optimizer.defaults['method']}: {len(matrices)} matrices at rank {_span(ranks)}"

@@ -1,15 +1,15 @@
 """How much memory a training run takes, before it starts: bytes from shapes alone, nothing is allocated.
 
 Weights, gradients and optimizer state are exact: the state is what the method's parts declare, which is what the
-first step allocates. Activations follow a simple rule, see `models.activation_bytes`. What a step allocates for a
+first step allocates. Activations follow a simple rule, see `activations.activation_bytes`. What a step allocates for a
 moment, the context of an accelerator (about 0.5 GB under CUDA) and fragmentation are not counted.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,21 @@ import torch
 from torch import nn
 
 from hf_lowrank import groups
-from hf_lowrank.engine.plan import projected_bytes
-from hf_lowrank.hf.models import load_model
+from hf_lowrank.engine.plan import Plan
 from hf_lowrank.methods import resolve
 from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.planning import counting as bytes_of
 from hf_lowrank.planning.activations import activation_bytes
-from hf_lowrank.state.slots import Buffer
+from hf_lowrank.planning.units import parse_bytes as parse_bytes
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+AS_MODEL = "model"
+"""In the place of a type: every parameter has the one that it has in the model."""
+
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Trainer's names of torch's AdamW, estimated for comparison."""
-
-UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 MODES: tuple[dict[str, Any], ...] = (
     {},
@@ -136,7 +137,8 @@ def estimate_memory(
         optim: a method's name, with or without `_8bit` and `_layerwise`, or "adamw_torch".
         rank: dimension of the subspace; None for the method's default.
         batch, seq: sequences of one step (of one micro-batch) and their tokens.
-        dtype: "bf16", "fp16" or "fp32": how weights, gradients and activations are kept.
+        dtype: "bf16", "fp16" or "fp32": how weights, gradients and activations are kept; "model": as the model has
+            them, parameter by parameter.
         checkpointing: whether activations are recomputed in the backward pass, layer by layer.
         layerwise: whether gradients are freed during backward; None as the name says.
         options: further options of the method, and `target_modules`.
@@ -147,8 +149,8 @@ def estimate_memory(
         ValueError: for an unknown model, method, option or dtype; the message lists what is valid.
     """
     _check(dtype, counting, batch, seq)
-    net, width = load_model(model), DTYPES[dtype].itemsize
-    given = {**(options or {}), **({} if layerwise is None else {"layerwise": layerwise})}
+    net = _load(model)
+    size = bytes_of.own_type if dtype == AS_MODEL else lambda _: DTYPES[dtype].itemsize
     blank = MemoryEstimate(
         model=str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         optim=optim,
@@ -160,21 +162,41 @@ def estimate_memory(
         layerwise=bool(layerwise),
         options=dict(options or {}),
         parameters=sum(p.numel() for p in net.parameters()),
-        weights=width * sum(p.numel() for p in net.parameters()),
+        weights=bytes_of.weight_bytes(net.parameters(), size),
         gradients=0,
         low_rank_state=0,
         dense_state=0,
-        activations=activation_bytes(net, batch=batch, seq=seq, itemsize=width, checkpointing=checkpointing),
+        activations=activation_bytes(
+            net, batch=batch, seq=seq, itemsize=_usual(net, size), checkpointing=checkpointing
+        ),
     )
-    trained = [p for _, p in groups.trainable(net)]
     if optim in ADAMW:
-        counts = (2 * width * p.numel() + 4 for p in trained)  # two moments in the weight's type; a step in fp32
-        return replace(blank, gradients=width * sum(p.numel() for p in trained), dense_state=sum(counts))
-    return _with_method(blank, build_optimizer(net, optim, rank, given), width, paper=counting == "bf16")
+        trained = [p for _, p in groups.trainable(net)]
+        gradients, state = bytes_of.weight_bytes(trained, size), bytes_of.adamw_bytes(trained, size)
+        return replace(blank, gradients=gradients, dense_state=state)
+    given = {**(options or {}), **({} if layerwise is None else {"layerwise": layerwise})}
+    return _with_method(blank, build_optimizer(net, optim, rank, given), size, paper=counting == "bf16")
+
+
+def _load(model: str | Path | nn.Module) -> nn.Module:
+    """Return a model, by name where transformers is installed."""
+    if isinstance(model, nn.Module):
+        return model
+    from hf_lowrank.hf.models import load_model
+
+    return load_model(model)
+
+
+def _usual(net: nn.Module, size: bytes_of.Size) -> int:
+    """Return the bytes of one number in the type that most numbers of a model have."""
+    found = Counter[int]()
+    for p in net.parameters():
+        found[size(p)] += p.numel()
+    return found.most_common(1)[0][0] if found else 4
 
 
 def _check(dtype: str, counting: str, batch: int, seq: int) -> None:
-    for what, value, valid in (("dtype", dtype, tuple(DTYPES)), ("counting", counting, ("stored", "bf16"))):
+    for what, value, valid in (("dtype", dtype, (*DTYPES, AS_MODEL)), ("counting", counting, ("stored", "bf16"))):
         if value not in valid:
             raise ValueError(f"{what} must be one of {', '.join(valid)}, got {value!r}")
     if batch < 1 or seq < 1:
@@ -190,35 +212,25 @@ def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mappi
     return LowRankOptimizer(split, optim)
 
 
-def _with_method(blank: MemoryEstimate, optimizer: LowRankOptimizer, width: int, *, paper: bool) -> MemoryEstimate:
+def _with_method(
+    blank: MemoryEstimate, optimizer: LowRankOptimizer, size: bytes_of.Size, *, paper: bool
+) -> MemoryEstimate:
     """Fill in what depends on the method."""
-    counts = {True: 0, False: 0}
-    dense, matrices, projected = 0, [0], 0
-    hook = layerwise = False
-    rank = blank.rank
-    for _, p, config, plan in optimizer.declared():
-        counts[config.low_rank] += paper_bytes(plan.kept.values()) if paper else plan.nbytes
-        if config.low_rank:
-            matrices.append(width * p.numel())
-            projected += projected_bytes(plan, config)
-            rank, layerwise = config.options["rank"], config.options["layerwise"]
-            hook = config.parts.needs_gradient
-        else:
-            dense += width * p.numel()
-    freed = dense + max(matrices) + (0 if hook else projected)
+    matrices = [group for group in optimizer.param_groups if "rank" in group]
+    low_rank, dense = bytes_of.state_bytes(optimizer, *([paper_bytes] if paper else []))
     return replace(
         blank,
-        rank=rank,
-        layerwise=layerwise,
-        gradients=freed if layerwise else dense + sum(matrices),
-        low_rank_state=counts[True],
-        dense_state=counts[False],
+        rank=matrices[0]["rank"] if matrices else blank.rank,
+        layerwise=any(group["layerwise"] for group in matrices),
+        gradients=bytes_of.gradient_bytes(optimizer, size),
+        low_rank_state=low_rank,
+        dense_state=dense,
     )
 
 
-def paper_bytes(buffers: Iterable[Buffer]) -> int:
+def paper_bytes(plan: Plan) -> int:
     """Count stored state as the papers do: two bytes a number, one for an 8-bit code, scales and counters free."""
-    counted = (buffer for buffer in buffers if buffer.slot.values != "exact")
+    counted = (buffer for buffer in plan.kept.values() if buffer.slot.values != "exact")
     return sum(buffer.numel * min(2, buffer.slot.dtype.itemsize) for buffer in counted)
 
 
@@ -247,7 +259,7 @@ def fit_budget(
     Returns:
         Estimates of at most `budget_bytes`; none where nothing fits.
     """
-    net = load_model(model)
+    net = _load(model)
     row = resolve.split(optim)[0]
     if ranks is None:
         width = max(min(p.shape[-2:]) for p in net.parameters() if p.dim() >= 2)
@@ -266,16 +278,3 @@ def fit_budget(
                 found[frozenset(mode)] = replace(estimate, model=shown)
                 break
     return list(found.values())
-
-
-def parse_bytes(text: str) -> int:
-    """Read "24GB" (10^9), "24GiB" (2^30) or a plain number of bytes.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = (match[2].upper() or "B") if match else ""
-    if match is None or unit not in UNITS:
-        raise ValueError(f"{text!r} is not an amount of memory; write for instance 24GB or 24GiB")
-    return int(float(match[1]) * UNITS[unit])

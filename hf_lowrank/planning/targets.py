@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from torch import nn
 
 from hf_lowrank import groups
 from hf_lowrank.optimizer import LowRankOptimizer
-
-
-ADAMW_BYTES = 8
-"""Bytes of state per element of torch.optim.AdamW over fp32 weights: two fp32 moments."""
+from hf_lowrank.planning.counting import adamw_bytes
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Row:
         shape: of one.
         rank: of the subspace, None where the parameter stays dense.
         state_bytes: of the method, over all of them.
-        adamw_bytes: what AdamW would keep for them.
+        adamw_bytes: what AdamW would keep for them, in the types that they have.
     """
 
     name: str
@@ -53,12 +49,12 @@ def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **
     """
     split = groups.param_groups(model, method=method, target_modules=target_modules, **options)
     optimizer = LowRankOptimizer(split, method)
-    found: dict[tuple[str, tuple[int, ...], int | None], list[int]] = defaultdict(list)
+    found: dict[tuple[str, tuple[int, ...], int | None], list[tuple[int, int]]] = defaultdict(list)
     for name, p, config, plan in optimizer.declared():
         rank = plan.r if config.low_rank else None
         key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank
-        found[key].append(plan.nbytes)
+        found[key].append((plan.nbytes, adamw_bytes([p])))
     return [
-        Row(name, len(sizes), shape, rank, sum(sizes), ADAMW_BYTES * prod(shape) * len(sizes))
+        Row(name, len(sizes), shape, rank, sum(ours for ours, _ in sizes), sum(adamw for _, adamw in sizes))
         for (name, shape, rank), sizes in found.items()
     ]

@@ -1,17 +1,39 @@
 """What the callback logs is what the optimizer did."""
 
+import io
 import json
+import logging
 import math
 import re
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import arguments, engine, tiny_llama, train
 from processes import torchrun
+from transformers import TrainerCallback
 
-from hf_lowrank import LowRankCallback, LowRankOptimizer
+import hf_lowrank
+from hf_lowrank import (
+    METHODS,
+    LowRankCallback,
+    LowRankOptimizer,
+    LowRankTrainer,
+    Method,
+    Reconstruction,
+    Subspace,
+    Update,
+)
+from hf_lowrank.hf import console
+from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.observe import metrics
+from hf_lowrank.observe.first import FirstSubspaces
+from hf_lowrank.observe.progress import FirstRefresh
+from hf_lowrank.observe.update_rank import UpdateRank
 from hf_lowrank.state import view
 
 
@@ -133,13 +155,13 @@ def test_the_overlap_with_the_first_subspace_is_that_of_the_bases(tmp_path):
 
     class Watch(LowRankCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            for name, _, _, s in metrics.matrices(kwargs["optimizer"].optimizer):
+            for name, _, s in metrics.matrices(kwargs["optimizer"].optimizer):
                 first.setdefault(name, s["basis"].clone())
 
     t = train(arguments(tmp_path, "galore_dominant_adamw", max_steps=7), callbacks=[Watch()])
     logged = {line["module"]: line["overlap_first"] for line in lines(tmp_path) if line["step"] == 7}
     assert len(logged) == 14
-    for name, _, _, s in metrics.matrices(engine(t)):
+    for name, _, s in metrics.matrices(engine(t)):
         direct = (s["basis"].mT @ first[name]).square().sum() / 4
         assert logged[name] == pytest.approx(direct.item(), abs=4e-3)  # entries of the first one are rounded to bf16
 
@@ -150,7 +172,7 @@ def test_the_sketch_of_the_first_subspace_estimates_its_overlap():
     first, second = (torch.linalg.qr(torch.randn(m, r, generator=gen))[0] for _ in range(2))
     half = torch.cat([first[:, : r // 2], second[:, r // 2 :]], 1)  # shares half of the first one
     half = torch.linalg.qr(half)[0]
-    firsts = metrics.FirstSubspaces()
+    firsts = FirstSubspaces()
     assert firsts.overlap("a", first) is None
     for basis in (first, second, half):
         exact = (basis.mT @ first).square().sum() / r
@@ -164,7 +186,7 @@ def test_the_effective_rank_is_exact_where_asked_and_near_where_estimated(shape)
     for k in (1, 4, min(shape)):
         change = U[:, :k] @ V[:, :k].T  # k equal singular values: effective rank k
         weights = {f"w{i}": torch.randn(shape, generator=gen) for i in range(8)}
-        exact, estimate = metrics.UpdateRank(exact=True), metrics.UpdateRank()
+        exact, estimate = UpdateRank(exact=True), UpdateRank()
         for measure in (exact, estimate):
             assert measure.measure(weights.items()) == {}
         changed = {name: W + change for name, W in weights.items()}
@@ -175,23 +197,225 @@ def test_the_effective_rank_is_exact_where_asked_and_near_where_estimated(shape)
         assert exact.measure(changed.items()) == {}  # nothing has changed since
 
 
-def test_the_limiter_is_seen_where_the_residual_grows():
-    gen = torch.Generator().manual_seed(0)
-    W = torch.nn.Parameter(torch.randn(8, 12, generator=gen))
-    groups = [{"params": [W], "rank": 2, "update_proj_gap": 100, "fira_form": "i3s"}]  # its residual is G - P R
-    optimizer = LowRankOptimizer(groups, "fira_adamw")
-    U, V = (torch.linalg.qr(torch.randn(n, 8, generator=gen))[0] for n in (8, 12))
-    inside, outside = 9 * U[:, :2] @ V[:, :2].T, U[:, 2:] @ V[:, 2:].T
-    activity = metrics.LimiterActivity()
-    for growth, expected in ((2.0, 1.0), (0.5, 0.0)):
-        for step in range(6):
-            W.grad = inside + growth ** (step if growth > 1 else step + 3) * outside
-            optimizer.step()
-            activity.look(optimizer)
-            if step == 0:
-                activity.share()
-        assert activity.share() == expected
-    assert activity.share() is None
+@dataclass(frozen=True)
+class Watched(Reconstruction):
+    """U = alpha P N, with two numbers for the log."""
+
+    gauges: ClassVar = {
+        "loudness": Gauge("the number of steps so far"),
+        "odd": Gauge("whether the step's number is odd", counted=True),
+    }
+
+    def combine(self, s, norms, R, N, c_t, ctx):
+        s["loudness"].fill_(ctx.step + 1)
+        s["odd"].add_((ctx.step + 1) % 2)
+        return Update(N, ctx.scale)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """A method of one's own, whose part declares gauges that nothing here has heard of."""
+    monkeypatch.setitem(METHODS, "watched", Method("dominant", "adam", Watched(), "a method to look at", "-"))
+    return "watched"
+
+
+def train_watched(folder, name, resume=None, **overrides):
+    model, args = tiny_llama(), arguments(folder, "adamw_torch", **overrides)
+    pair = hf_lowrank.optimizer_cls_and_kwargs(model, name, args=args, rank=4, update_proj_gap=3)
+    return train(args, model, resume=resume, optimizer_cls_and_kwargs=pair)
+
+
+def test_a_gauge_that_a_part_declares_is_in_log_lines_file_console_and_report(watched, tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_lowrank")
+    t = train_watched(tmp_path, watched, logging_steps=4)
+    logged = [row for row in t.state.log_history if "loss" in row]
+    assert [row["lowrank/loudness"] for row in logged] == [4, 8]  # the value at the last step
+    assert [row["lowrank/odd"] for row in logged] == [0.5, 0.5]  # of the steps since the last log
+    assert all(
+        {f"lowrank/{key}/{kind}" for key in ("loudness", "odd") for kind in TYPES} < row.keys() for row in logged
+    )
+    shown = {row["step"]: (row["loudness"], row["odd"]) for row in lines(tmp_path)}
+    assert shown == {1: (1, 1.0), 4: (4, pytest.approx(1 / 3, abs=1e-6)), 7: (7, pytest.approx(2 / 3, abs=1e-6))}
+    described = json.loads((tmp_path / "hf_lowrank.json").read_text())["gauges"]
+    assert described["odd"] == {"help": "whether the step's number is odd", "counted": True}
+    assert described["loudness"] == {"help": "the number of steps so far", "counted": False}
+    said = [record.getMessage() for record in caplog.records if "refreshed" in record.getMessage()]
+    assert said[0].endswith("; loudness 4; odd in 50% of the steps")
+    pytest.importorskip("matplotlib")
+    from hf_lowrank.observe.report import write_report
+
+    t.save_state()
+    report = write_report([tmp_path], tmp_path / "report", matrices=0)
+    page = report.page.read_text()
+    assert "gauges" in report.figures
+    assert "loudness: the number of steps so far; odd: whether the step&#x27;s number is odd" in page
+
+
+def test_a_counted_gauges_share_survives_a_resume_between_two_logs(watched, tmp_path):
+    rhythm = {"logging_steps": 3, "save_strategy": "steps", "save_steps": 1, "max_steps": 7}
+
+    def shares(trainer):
+        return [(row["step"], row["lowrank/odd"]) for row in trainer.state.log_history if "lowrank/odd" in row]
+
+    whole = train_watched(tmp_path / "whole", watched, **rhythm)
+    # steps 1 and 3 of three are odd, then step 5 alone
+    assert shares(whole) == [(3, pytest.approx(2 / 3, abs=1e-6)), (6, pytest.approx(1 / 3, abs=1e-6))]
+    for step in (1, 4, 5):
+        resumed = train_watched(
+            tmp_path / str(step), watched, resume=str(tmp_path / f"whole/checkpoint-{step}"), **rhythm
+        )
+        assert shares(resumed) == shares(whole)
+        ours = {(row["step"], row["module"]): row["odd"] for row in lines(tmp_path / str(step))}
+        theirs = {(row["step"], row["module"]): row["odd"] for row in lines(tmp_path / "whole")}
+        assert ours and all(theirs[key] == share for key, share in ours.items())
+
+
+class Crash(LowRankCallback):
+    """Fails in the middle of step 4, as a user's Ctrl-C does."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_lines_of_all_finished_steps_outlive_a_crash(error, tmp_path):
+    args = arguments(tmp_path, "galore_i3s_adamw", logging_steps=100)
+    with pytest.raises(error):
+        train(args, callbacks=[Crash(error())])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "hf_lowrank_steps.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert {row["step"] for row in lines(tmp_path)} == {1}
+
+
+def test_the_summary_line_is_said_once_when_training_begins(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_lowrank")
+    t = train(arguments(tmp_path, "galore_i3s_adamw", max_steps=1), callbacks=[LowRankCallback()])
+    said = [record.getMessage() for record in caplog.records if "matrices at rank" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("galore_i3s_adamw: 14 matrices at rank 4, lr 0.0025 (0.01 x scale 0.25)")
+    assert f"state {engine(t).declared_bytes() / 2**20:.1f} MiB" in said[0]
+
+
+def test_a_message_does_not_land_on_the_progress_bars_line():
+    tqdm = pytest.importorskip("tqdm.auto").tqdm
+    terminal = io.StringIO()
+    with tqdm(total=3, file=terminal) as bar:
+        bar.update(1)
+        record = logging.LogRecord("hf_lowrank", logging.INFO, "", 0, "step 1: %s", ("refreshed",), None)
+        console.BesideBars(terminal).handle(record)
+        bar.update(1)
+    text = terminal.getvalue()
+    assert re.search(r"\d/3 [^\r\n]*\r +\rstep 1: refreshed\n\r", text)  # the bar is wiped, and drawn anew below
+    assert any(isinstance(handler, console.BesideBars) for handler in logging.getLogger("hf_lowrank").handlers)
+
+
+@pytest.mark.parametrize("by_registering", [True, False])
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_console_shows_at_most_twelve_keys_and_reporters_get_all(bar, by_registering, tmp_path, capsys):
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    args = arguments(tmp_path, "fira_adamw", disable_tqdm=not bar, max_steps=4, logging_steps=4)
+    if not by_registering:
+        hf_lowrank.unregister()
+    t = train(args, trainer_class=LowRankTrainer, callbacks=[Reporter()])
+    out = capsys.readouterr()
+    printed = re.findall(
+        r"lowrank/[\w/]+", next(line for line in (out.out + out.err).splitlines() if "'loss'" in line)
+    )
+    whole = {key for key in t.state.log_history[0] if key.startswith("lowrank/")}
+    assert len(whole) > 30 and whole == {key for key in seen[0] if key.startswith("lowrank/")}
+    assert 0 < len(printed) <= 12 and not any(key.count("/") > 1 for key in printed)
+    assert {"lowrank/overlap", "lowrank/limited", "lowrank/residual_share", "lowrank/state_mib"} < set(printed)
+
+
+def test_unregistering_gives_the_printers_back():
+    before = [printer.on_log for printer in console.PRINTERS]
+    hf_lowrank.unregister()
+    after = [printer.on_log for printer in console.PRINTERS]
+    assert all(hasattr(f, "__wrapped__") for f in before) and not any(hasattr(f, "__wrapped__") for f in after)
+
+
+def first_refresh(said, sizes, **options):
+    weights = [torch.nn.Parameter(torch.randn(m, n)) for m, n in sizes]
+    groups = [{"params": weights, "rank": 2, **options}]
+    return weights, FirstRefresh(LowRankOptimizer(groups, "galore_dominant_adamw"), said.append)
+
+
+def test_a_first_refresh_that_takes_long_says_how_far_it_is(monkeypatch):
+    """Real steps of a few matrices, in a thread, that are made slow; the share of the work gives the estimate."""
+    monkeypatch.setattr(FirstRefresh, "AFTER", 0.2)
+    said = []
+    weights, watch = first_refresh(said, [(8, 16)] * 4)
+    watch.start(updating=True)
+    began = time.perf_counter()
+    for p in weights:  # one at a time: an optimizer leaves a weight without a gradient alone
+        p.grad = torch.randn_like(p)
+        watch.optimizer.step()
+        p.grad = None
+        time.sleep(0.15)
+    watch.stop()
+    assert time.perf_counter() - began > 0.5
+    assert re.fullmatch(r"first subspaces: [1-3] of 4 matrices after 0 s, about \d s to go", said[0])
+    count = len(said)
+    time.sleep(0.5)
+    assert len(said) == count <= 2  # after 0.2 and 0.4 s, and nothing more once it has been stopped
+
+
+@dataclass(frozen=True)
+class Slow(Subspace):
+    """The dominant subspace, after a while."""
+
+    def choose(self, s, G, ctx):
+        time.sleep(0.05)
+        U, sigma, _ = torch.linalg.svd(G.float(), full_matrices=False)
+        return U[..., : s["basis"].shape[-1]], sigma
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_run_says_how_far_its_first_refresh_is_and_no_later_one(layerwise, tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(METHODS, "slow", Method(Slow(), "adam", "project", "slow", "-"))
+    monkeypatch.setattr(FirstRefresh, "AFTER", 0.25)
+    caplog.set_level("INFO", logger="hf_lowrank")
+    args, model = arguments(tmp_path, "adamw_torch", max_steps=4, max_grad_norm=0.0), tiny_llama()
+    options = {"rank": 4, "update_proj_gap": 3, "stagger": False, "layerwise": layerwise}
+    train(
+        args, model, optimizer_cls_and_kwargs=hf_lowrank.optimizer_cls_and_kwargs(model, "slow", args=args, **options)
+    )
+    said = [record.getMessage() for record in caplog.records if "subspaces" in record.getMessage()]
+    first = [i for i, text in enumerate(said) if text.startswith("first subspaces: ")]
+    refreshed = [i for i, text in enumerate(said) if "subspaces refreshed" in text]
+    assert 1 <= len(first) <= 2 and len(refreshed) == 2 and max(first) < min(refreshed)
+    # 14 matrices of 0.05 s each, the costliest first where they are refreshed together
+    assert re.fullmatch(r"first subspaces: \d+ of 14 matrices after 0 s, about \d s to go", said[first[0]])
+
+
+def test_a_first_refresh_that_is_quick_or_over_says_nothing_and_one_that_failed_falls_silent(monkeypatch):
+    monkeypatch.setattr(FirstRefresh, "AFTER", 0.05)
+    said = []
+    weights, watch = first_refresh(said, [(8, 16)])
+    watch.start(updating=True)
+    watch.stop()
+    time.sleep(0.15)
+    assert said == []
+    weights[0].grad = torch.randn(8, 16)
+    watch.optimizer.step()
+    late = FirstRefresh(watch.optimizer, said.append)
+    late.start(updating=True)  # as in a resumed run
+    assert late.timer is None
+    _, failed = first_refresh(said, [(8, 16)])
+    failed.start(updating=True)
+    time.sleep(0.4)
+    assert said == ["first subspaces: 0 of 1 matrices after 0 s"]
+    assert not failed.timer.is_alive() and threading.active_count() < 50
 
 
 @pytest.mark.parametrize("name", ["fira_adamw", "apollo_random_adamw", "gwt_adamw"])
@@ -241,7 +465,7 @@ def test_the_run_file_has_the_bytes_of_every_component(tmp_path):
     memory = json.loads((tmp_path / "hf_lowrank.json").read_text())["memory"]
     weights = sum(p.nbytes for p in t.model.parameters())
     assert memory["weights"] == memory["gradients"] == weights
-    assert memory["adamw_state"] == 2 * weights
+    assert memory["adamw_state"] == 2 * weights + 4 * len(list(t.model.parameters()))
     assert memory["low_rank_state"] + memory["dense_state"] == engine(t).declared_bytes()
 
 
@@ -265,7 +489,7 @@ def test_a_refresh_is_one_line_on_the_console(tmp_path, caplog):
     assert re.fullmatch(
         r"step 4: subspaces refreshed in \d+ ms; overlap 0\.\d\d with the one before \(least: \w+ 0\.\d\d\), "
         r"0\.\d\d with the first; \d+% of the gradient inside; stable rank \d\.\d; "
-        r"limiter active in \d+% of the steps",
+        r"residual share \d\.\d+; limited in \d+% of the steps",
         said[1],
     )
 

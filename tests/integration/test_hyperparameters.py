@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import arguments, engine, tiny_data, tiny_llama, train
+from conftest import arguments, tiny_data, tiny_llama, train
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer
 
@@ -162,17 +162,3 @@ def test_accumulation_of_two_equals_one_batch_of_two(tmp_path):
     for a, b, zero in zip(whole.model.parameters(), halves.model.parameters(), start.parameters(), strict=True):
         # the gradients differ by the order of a sum (1e-7); refreshes and Adam amplify that to a few 1e-6
         assert (a - b).norm() <= 1e-4 * (a - zero).norm()
-
-
-def test_the_summary_line_says_what_was_taken(tmp_path, caplog):
-    import logging
-
-    logging.getLogger("hf_lowrank").propagate = True
-    try:
-        with caplog.at_level("INFO", logger="hf_lowrank"):
-            optimizer = built(tmp_path)
-    finally:
-        logging.getLogger("hf_lowrank").propagate = False
-    line = next(r.message for r in caplog.records if "matrices" in r.message)
-    assert "14 matrices at rank 4, lr 0.0025 (0.01 x scale 0.25); 7 dense parameters, lr 0.01" in line
-    assert engine(type("T", (), {"optimizer": optimizer})) is optimizer

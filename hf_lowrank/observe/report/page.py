@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from statistics import median
-from typing import Any
 
 from hf_lowrank import __version__
+from hf_lowrank.observe.report import curves
 from hf_lowrank.observe.report.figures import Figure
 from hf_lowrank.observe.report.runs import Run
 
+
+NOTHING = "–"
+"""In the table: not known."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1b1b1f; --soft: #5b5f66; --line: #d9dce1; --note: #fff6e5; }
@@ -69,26 +71,37 @@ def _figure(figure: Figure) -> str:
     )
 
 
-def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the numbers of the page's table, one row per run."""
-    rows = []
-    for run in runs:
-        training, validation = run.curve("loss"), run.curve("eval_loss")
-        state = run.curve("lowrank/state_mib")
-        times = [float(s["ms"]) for s in run.steps]
-        seconds = [y for _, y in run.curve("train_runtime")] or [y for _, y in run.measured()]
-        rows.append(
-            {
-                "run": run.name,
-                "optimizer": run.optimizer,
-                "rank": "–" if run.rank is None else f"{run.rank:g}",
-                "steps": f"{max((step for step, _ in [*training, *validation]), default=0):.0f}",
-                "training loss": f"{training[-1][1]:.4g}" if training else "–",
-                "best validation loss": f"{min(y for _, y in validation):.4g}" if validation else "–",
-                "perplexity": f"{math.exp(min(min(y for _, y in validation), 700.0)):.4g}" if validation else "–",
-                "state, MiB": f"{state[-1][1]:,.4g}" if state else "–",
-                "ms per step": f"{median(times):.3g}" if times else "–",
-                "seconds": f"{seconds[-1]:,.4g}" if seconds else "–",
-            }
-        )
-    return rows
+def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Return the numbers of the page's table, one row per run, without columns that no run fills."""
+    metrics = dict.fromkeys(name for run in runs for name in run.metrics())
+    rows = [_row(run, list(metrics)) for run in runs]
+    optional = ["perplexity", *map(curves.named, metrics)]
+    empty = [key for key in optional if all(row[key] == NOTHING for row in rows)]
+    return [{key: value for key, value in row.items() if key not in empty} for row in rows]
+
+
+def _row(run: Run, metrics: Sequence[str]) -> dict[str, str]:
+    """Return one run's numbers."""
+    training, validation = run.curve("loss"), run.curve("eval_loss")
+    best = min((y for _, y in validation), default=None)
+    state = run.curve("lowrank/state_mib")
+    times = [float(s["ms"]) for s in run.steps]
+    seconds = [y for _, y in run.curve("train_runtime")] or [y for _, y in run.measured()]
+    found = run.metrics()
+    return {
+        "run": run.name,
+        "optimizer": run.optimizer,
+        "rank": NOTHING if run.rank is None else f"{run.rank:g}",
+        "steps": f"{max((step for step, _ in [*training, *validation]), default=0):.0f}",
+        "training loss": _number(training[-1][1] if training else None),
+        "best validation loss": _number(best),
+        "perplexity": _number(None if best is None or not run.language_model else curves.perplexity(best)),
+        **{curves.named(name): _number(found[name][-1][1] if name in found else None) for name in metrics},
+        "state, MiB": _number(state[-1][1] if state else None),
+        "ms per step": f"{median(times):.3g}" if times else NOTHING,
+        "seconds": _number(seconds[-1] if seconds else None),
+    }
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.4g}"

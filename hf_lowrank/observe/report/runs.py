@@ -15,6 +15,13 @@ from hf_lowrank.observe import records
 
 STATE_FILE = "trainer_state.json"
 
+_LANGUAGE_MODEL = re.compile(r"LMHead|CausalLM|MaskedLM|Seq2SeqLM|ConditionalGeneration|PreTraining")
+_TASK = re.compile(r"For[A-Z]")
+"""In the names of transformers' classes: models with a language model's head, and with any."""
+
+_NO_METRIC = re.compile(r"(^|_)loss$|^runtime$|_per_second$|_time$|^mem_|^init_mem_")
+"""What Trainer logs of an evaluation that is no metric."""
+
 LARGEST = 1e100
 """Beyond it nothing is a measurement, and axes overflow."""
 
@@ -33,6 +40,7 @@ class Run:
         refreshes: one row per refresh of a matrix.
         steps: one row per step, with its milliseconds.
         described: resolved options and bytes, as in records.RUN_FILE; nothing for another optimizer.
+        model: name of the model's class, "" if unknown.
         checkpoints: (step, folder), in order.
         problems: what could not be read.
     """
@@ -43,6 +51,7 @@ class Run:
     refreshes: Rows = field(default_factory=list)
     steps: Rows = field(default_factory=list)
     described: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
     checkpoints: tuple[tuple[int, Path], ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -61,6 +70,29 @@ class Run:
         """The rank that was asked for."""
         groups = self.described.get("groups", ())
         return next((group["rank"] for group in groups if is_number(group.get("rank"))), None)
+
+    @property
+    def language_model(self) -> bool:
+        """Whether the loss is that of a language model, whose exp is a perplexity.
+
+        Its class says so; where that is not known, or says nothing, a run that has no metrics counts as one.
+        """
+        if _LANGUAGE_MODEL.search(self.model):
+            return True
+        return not (_TASK.search(self.model) or self.metrics())
+
+    @property
+    def gauges(self) -> dict[str, str]:
+        """What the parts of the method show, in words, by name."""
+        return {name: str(gauge.get("help", name)) for name, gauge in self.described.get("gauges", {}).items()}
+
+    def metrics(self) -> dict[str, Points]:
+        """Return what the run was evaluated by besides the loss, by name: accuracy, pearson ..."""
+        keys = dict.fromkeys(key for row in self.history for key in row)
+        names = (key.removeprefix("eval_") for key in keys if key.startswith("eval_"))
+        return {
+            name: points for name in names if not _NO_METRIC.search(name) and (points := self.curve(f"eval_{name}"))
+        }
 
     def curve(self, key: str) -> Points:
         """Return (step, value) of everything that was logged under a key and is a finite number."""
@@ -107,6 +139,7 @@ def read_run(folder: Path) -> Run:
         run,
         history=history,
         described=_well_formed(described),
+        model=_model(described, folder, checkpoints),
         refreshes=[row for row in rows[records.REFRESH_FILE] if "module" in row],
         steps=[row for row in rows[records.STEPS_FILE] if is_number(row.get("ms"))],
         checkpoints=checkpoints,
@@ -146,6 +179,18 @@ def _history(folder: Path, checkpoints: Sequence[tuple[int, Path]], problems: li
     return []
 
 
+def _model(described: Any, folder: Path, checkpoints: Sequence[tuple[int, Path]]) -> str:
+    """Return the class of the model, from our own file or from a configuration that was saved with the weights."""
+    if isinstance(described, dict) and isinstance(described.get("model"), str):
+        return str(described["model"])
+    for place in (folder, *(path for _, path in reversed(checkpoints))):
+        config = _json(place / "config.json", [])
+        names = config.get("architectures") if isinstance(config, dict) else None
+        if isinstance(names, list) and names:
+            return str(names[0])
+    return ""
+
+
 def _json(file: Path, problems: list[str]) -> Any:
     if not file.exists():
         return None
@@ -162,11 +207,12 @@ def _well_formed(described: Any) -> dict[str, Any]:
     """Return what can be used of a description of a run."""
     if not isinstance(described, dict):
         return {}
-    groups, memory = described.get("groups"), described.get("memory")
+    groups, memory, gauges = (described.get(key) for key in ("groups", "memory", "gauges"))
     return {
         **({"optimizer": described["optimizer"]} if isinstance(described.get("optimizer"), str) else {}),
         "groups": [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else [],
         "memory": {k: v for k, v in memory.items() if is_number(v)} if isinstance(memory, dict) else {},
+        "gauges": {k: v for k, v in gauges.items() if isinstance(v, dict)} if isinstance(gauges, dict) else {},
     }
 
 

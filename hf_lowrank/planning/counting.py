@@ -1,0 +1,82 @@
+"""The bytes that a process holds for its parameters: each is counted here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from hf_lowrank.engine.plan import Plan, projected_bytes
+from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.tensors.layout import local
+
+
+Size = Callable[[Tensor], int]
+"""Bytes of one number of a parameter."""
+
+ADAMW_STEP = 4
+"""Bytes of the count of steps that torch.optim.AdamW keeps with every parameter, a scalar in fp32."""
+
+
+def own_type(p: Tensor) -> int:
+    """Return the bytes of one number of a parameter as it is."""
+    return p.element_size()
+
+
+def weight_bytes(weights: Iterable[Tensor], size: Size = own_type) -> int:
+    """Return the bytes of this process's pieces of some parameters, or of their gradients."""
+    return sum(size(p) * local(p).numel() for p in weights)
+
+
+def adamw_bytes(weights: Iterable[Tensor], size: Size = own_type) -> int:
+    """Return what torch.optim.AdamW would keep: two moments in the weight's own type, and the count of steps."""
+    return sum(2 * weight_bytes([p], size) + ADAMW_STEP for p in weights)
+
+
+def gradient_bytes(optimizer: LowRankOptimizer, size: Size = own_type) -> int:
+    """Return the bytes of the gradients that are held at once, at most.
+
+    All of them, at the end of the backward pass. In the layerwise mode a matrix leaves its projected gradient, and
+    nothing where the method updates in the hook; the largest gradient is there as well while it is projected.
+    """
+    held = largest = 0
+    for _, p, config, plan in optimizer.declared():
+        whole = weight_bytes([p], size)
+        if config.low_rank and config.options["layerwise"]:
+            largest = max(largest, whole)
+            held += 0 if config.parts.needs_gradient else projected_bytes(plan, config)
+        else:
+            held += whole
+    return held + largest
+
+
+def state_bytes(
+    optimizer: LowRankOptimizer, count: Callable[[Plan], int] = lambda plan: plan.nbytes
+) -> tuple[int, int]:
+    """Return the bytes of the state of the matrices that have a subspace, and of everything else."""
+    low_rank = dense = 0
+    for _, _, config, plan in optimizer.declared():
+        if config.low_rank:
+            low_rank += count(plan)
+        else:
+            dense += count(plan)
+    return low_rank, dense
+
+
+def component_bytes(optimizer: LowRankOptimizer, model_weights: Iterable[Tensor]) -> dict[str, int]:
+    """Return what this process holds of weights, gradients and state, and what AdamW would hold.
+
+    Args:
+        optimizer: the optimizer.
+        model_weights: all parameters of the model, frozen ones too.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    low_rank, dense = state_bytes(optimizer)
+    return {
+        "weights": weight_bytes(model_weights),
+        "gradients": gradient_bytes(optimizer),
+        "low_rank_state": low_rank,
+        "dense_state": dense,
+        "adamw_gradients": weight_bytes(trained),
+        "adamw_state": adamw_bytes(trained),
+    }
