@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from time import perf_counter
 from typing import Any, NamedTuple, overload
 
@@ -92,6 +94,7 @@ class LowRankOptimizer(Optimizer):
         self._matrices: dict[Tensor, MatrixStep] = {}
         self._units: list[MatrixStep | DenseStep] = []
         self._state_of_units: Any = None
+        self._seen: dict[int, dict[str, Any]] = defaultdict(dict)  # of every group, but for lr
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "share_refreshes": self.share_refreshes}
@@ -171,12 +174,13 @@ class LowRankOptimizer(Optimizer):
         units = [unit for unit in self._units if unit.ready]
         with torch.autocast(units[0].device.type if units else "cpu", enabled=False):
             matrices = [unit for unit in units if isinstance(unit, MatrixStep)]
-            self._refresh([u for u in matrices if u.started is None and refresh.is_due(u, after=False)])
+            self._refresh([u for u in matrices if u.started is None and u.due(after=False)])
             if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
                 self.projected_grad_norm = step.clip_(units, max_norm)
             step.update_(units)
-            self._refresh([u for u in matrices if refresh.is_due(u, after=True)])
-        self.layerwise.forget()
+            self._refresh([u for u in matrices if u.due(after=True)])
+        if self.layerwise.waiting or self.layerwise.stepped:
+            self.layerwise.forget()
         return loss
 
     def _refresh(self, due: Sequence[MatrixStep]) -> None:
@@ -198,15 +202,23 @@ class LowRankOptimizer(Optimizer):
 
     def _prepare(self) -> None:
         """Look at the groups again, and see that every parameter has its state and its step."""
-        for i, (group, config) in enumerate(zip(self.param_groups, self.configs, strict=True)):
-            check_numbers(group)
-            now = edited(group, config, self._plans)
-            if now is not config:
-                self.configs[i] = now
-                self._state_of_units = None
+        for i, group in enumerate(self.param_groups):
+            if not 0 <= group["lr"] < inf or self._seen[i] != {
+                **group,
+                "lr": 0.0,
+            }:  # a schedule edits lr at every step
+                self._look_at(i, group)
         if self._state_of_units is not self.state or len(self.state) < len(self._plans):
             check_together(self.param_groups, self.configs)
             self._build()
+
+    def _look_at(self, i: int, group: Mapping[str, Any]) -> None:
+        """Check the values of a group that was edited."""
+        check_numbers(group)
+        now = edited(group, self.configs[i], self._plans)
+        if now is not self.configs[i]:
+            self.configs[i], self._state_of_units = now, None
+        self._seen[i] = {**group, "lr": 0.0, "params": list(group["params"])}
 
     def _build(self) -> None:
         """Create the state of every parameter that has none, with or without a gradient, and the steps of all."""

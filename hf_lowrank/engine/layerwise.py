@@ -14,7 +14,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_lowrank.engine import step
 from hf_lowrank.engine.matrix import MatrixStep
-from hf_lowrank.engine.refresh import is_due
 
 
 Take = Callable[[Tensor], None]
@@ -45,8 +44,8 @@ class Layerwise:
         Raises:
             RuntimeError: for a second gradient of a matrix that has been stepped.
         """
-        weight, in_hook = unit.weight, unit.config.parts.needs_gradient
-        due, first = is_due(unit, after=False), unit.stored["refreshes"] == 0
+        weight, in_hook = unit.weight, unit.keeps_gradient
+        due, first = unit.due(after=False), unit.stored["refreshes"] == 0
         if due and not first and not in_hook:
             return
         if weight in self.stepped:
@@ -58,7 +57,7 @@ class Layerwise:
             refresh_([unit])
         if in_hook:
             step.update_([unit])
-            if is_due(unit, after=True):
+            if unit.due(after=True):
                 refresh_([unit])
             self.stepped.add(weight)
         else:

@@ -43,6 +43,8 @@ class MatrixStep(Unit):
         self.view = View(held, plan.buffers, plan.encodings)
         exact = config.options.get("basis_format", "fp32") == "fp32"
         self.isometric = config.parts.subspace.orthonormal and exact
+        self.summed = "columns" if self.layout.along in ("rows", "columns") else ""  # axis of R that is split, or ""
+        self.keeps_gradient = config.parts.needs_gradient
         self.refreshed = False  # whether a refresh has looked at this gradient
         self.basis: Basis | None = None  # the one in use, if it is known; nothing is kept of one that is encoded
 
@@ -56,13 +58,18 @@ class MatrixStep(Unit):
     def ready(self) -> bool:
         return self.started is not None or has_gradient(self.weight)
 
+    def due(self, *, after: bool) -> bool:
+        """Tell whether the subspace is to be refreshed before this step, or after it for the next."""
+        late = self.config.parts.subspace.late and int(self.stored["refreshes"]) > 0
+        return late is after and int(self.stored["step"]) >= int(self.stored["refresh_at"])
+
     @override
     def step_(self) -> Work[None]:
         rules, ctx, basis = self.config.parts, self.context(), self.basis_in_use()
         G: Tensor | None
         G, fresh = yield from asking(rules.reconstruction.absorb(self.view, self.gradient, ctx), self.layout.along)
         R = basis.project(G)  # (..., r, n)
-        if not rules.needs_gradient:
+        if not self.keeps_gradient:
             G = None  # the layerwise mode frees it while this waits
         if not (yield Reading([R]))[0]:
             self._skip_()
@@ -118,11 +125,6 @@ class MatrixStep(Unit):
         self.refreshed = False
 
     # ---- the pieces -------------------------------------------------------------------------------------------------
-
-    @property
-    def summed(self) -> str:
-        """The axis of R that is split over processes, or ""."""
-        return "columns" if self.layout.along in ("rows", "columns") else ""
 
     def seen_wide(self, tensor: Tensor) -> Tensor:
         """Return this process's piece of a weight or gradient, short side first."""

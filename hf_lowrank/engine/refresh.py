@@ -23,12 +23,6 @@ UNKNOWN = -1.0
 """Entry of a report that the rule does not know."""
 
 
-def is_due(unit: MatrixStep, *, after: bool) -> bool:
-    """Tell whether a subspace is to be refreshed before this step, or after it for the next."""
-    late = unit.config.parts.subspace.late and int(unit.stored["refreshes"]) > 0
-    return late is after and int(unit.stored["step"]) >= int(unit.stored["refresh_at"])
-
-
 def refresh_(due: Sequence[MatrixStep], intervals: Mapping[MatrixStep, int], *, share: bool) -> int:
     """Choose new bases, each on one process where the work is shared, and carry the moments over.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
+from math import isfinite
+from types import GeneratorType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +24,8 @@ from hf_lowrank.tensors.sums import Rule, Sum
 SYNC_ELEMENTS = 2**26
 """Elements of projected gradients in one bucket on an accelerator, where many matrices share one finite check. Their
 moments, if decoded, and directions come on top."""
+
+LARGEST = torch.finfo(torch.float32).max
 
 T = TypeVar("T")
 
@@ -78,7 +82,7 @@ def has_gradient(p: Tensor) -> bool:
 
 def asking(rule: Rule[T], split: str) -> Work[T]:
     """Finish a rule: a sum along the axis that is split over processes is asked for, any other is whole here."""
-    if not isinstance(rule, Generator):
+    if not isinstance(rule, GeneratorType):
         return rule
     answer: Any = None
     while True:
@@ -88,6 +92,21 @@ def asking(rule: Rule[T], split: str) -> Work[T]:
             result: T = stop.value
             return result
         answer = (yield asked) if asked.over == split else asked.partial
+
+
+def finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Tell which tensors have a finite sum of squares, with one transfer to the host for all of them.
+
+    A sum of squares that overflows counts as not finite: it would overflow the second moment too.
+    """
+    norms = []
+    for x in tensors:  # accumulated in fp32: fp16 could not hold a norm, bf16 can
+        norms.append(torch.linalg.vector_norm(x, dtype=None if x.dtype == torch.bfloat16 else torch.float32))
+    if len(norms) == 1:
+        norm = float(norms[0])
+        return [isfinite(norm) and norm * norm < LARGEST]
+    together = [norm.float().to(norms[0].device) for norm in norms]
+    return torch.stack(together).square().isfinite().tolist() if together else []
 
 
 def start(units: Sequence[Unit]) -> list[Tensor]:
@@ -102,7 +121,7 @@ def start(units: Sequence[Unit]) -> list[Tensor]:
 
 def run(units: Sequence[Unit]) -> None:
     """Make the steps of units on one mesh: all flags travel in one collective, and so do all sums of a round."""
-    flags = iter(kernels.all_finite(start(units)))
+    flags = iter(finite(start(units)))
     if (group := group_of(units)) is not None:
         flags = iter(collectives.all_true(list(flags), group, units[0].device))
     work, answers = [], []
@@ -154,8 +173,8 @@ def clip_(work: Sequence[Unit], max_norm: float) -> float:
         some = start(units)
         if not some:
             continue
-        finite = kernels.all_finite(some)  # one that is not skips its parameter, and counts for nothing here
-        squares = [kernels.sum_of_squares(x).double() for x, good in zip(some, finite, strict=True) if good]
+        good = finite(some)  # one that is not skips its parameter, and counts for nothing here
+        squares = [kernels.sum_of_squares(x).double() for x, taken in zip(some, good, strict=True) if taken]
         device = some[0].device
         share = sum((square.to(device) for square in squares), torch.zeros((), device=device))
         if (group := group_of(units)) is not None:

@@ -7,7 +7,6 @@ k) · sigma singular values (..., k), descending. Every function accepts leading
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import isfinite
 
 import torch
 from torch import Tensor
@@ -56,19 +55,6 @@ def squared_norm(G: Tensor) -> Tensor:
     return column_squared_norms(G).sum(-1)
 
 
-def all_finite(tensors: list[Tensor]) -> list[bool]:
-    """Tell which tensors have a finite sum of squares, with one transfer to the host for all of them.
-
-    A sum of squares that overflows counts as not finite: it would overflow the second moment too.
-    """
-    if not tensors:
-        return []
-    if len(tensors) == 1:
-        return [isfinite(float(sum_of_squares(tensors[0])))]
-    sums = [sum_of_squares(x) for x in tensors]
-    return torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()
-
-
 def sum_of_squares(x: Tensor) -> Tensor:
     """Return the sum of squares of all elements in fp32, without a copy of x; of a bf16 x with 8 bits of precision."""
     if x.dtype == torch.float32 and x.numel() < 2**31:
@@ -101,7 +87,7 @@ def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
             U, sigma = (x.to(G) for x in attempt())
         except (RuntimeError, NotImplementedError, TypeError):  # not converged; no float64 on the device
             continue
-        if all_finite([U])[0] and bool(torch.isfinite(sigma).all()):  # squares of sigma may overflow
+        if bool(torch.isfinite(U).all() & torch.isfinite(sigma).all()):  # squares of sigma may overflow
             return U, sigma
     raise ValueError(f"no decomposition of a gradient of shape {tuple(G.shape)} succeeded; is it finite?")
 
