@@ -203,10 +203,8 @@ class LowRankOptimizer(Optimizer):
     def _prepare(self) -> None:
         """Look at the groups again, and see that every parameter has its state and its step."""
         for i, group in enumerate(self.param_groups):
-            if not 0 <= group["lr"] < inf or self._seen[i] != {
-                **group,
-                "lr": 0.0,
-            }:  # a schedule edits lr at every step
+            lr = group["lr"]  # a schedule edits it at every step, and nothing else
+            if self._seen[i] != {**group, "lr": 0.0} or not (isinstance(lr, float) and 0 <= lr < inf):
                 self._look_at(i, group)
         if self._state_of_units is not self.state or len(self.state) < len(self._plans):
             check_together(self.param_groups, self.configs)

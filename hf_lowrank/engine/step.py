@@ -83,7 +83,7 @@ def has_gradient(p: Tensor) -> bool:
 def asking(rule: Rule[T], split: str) -> Work[T]:
     """Finish a rule: a sum along the axis that is split over processes is asked for, any other is whole here."""
     if not isinstance(rule, GeneratorType):
-        return rule
+        return rule  # type: ignore[return-value]
     answer: Any = None
     while True:
         try:
