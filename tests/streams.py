@@ -12,7 +12,25 @@ from torch import Tensor
 from hf_lowrank import METHODS, LowRankOptimizer
 
 
+def names_covering(*kinds: tuple[str, ...]) -> list[str]:
+    """Rows of the table of which each has something new: parts of some kinds together, or an option's default.
+
+    A new row of old parts adds nothing here; a new part is in every sweep.
+    """
+    seen: set[Any] = set()
+    names = []
+    for name, row in METHODS.items():
+        has = {tuple((kind, str(getattr(row, kind))) for kind in together) for together in kinds}
+        has |= {("default", key, str(value)) for key, value in row.defaults.items()} | {("free", row.free)}
+        if has - seen:
+            names.append(name)
+        seen |= has
+    return names
+
+
 NAMES = sorted(METHODS)
+COVERING = sorted(names_covering(("subspace", "reconstruction"), ("moments",)))
+"""The rows for whatever is asked of every part: subspaces with each step that a row takes in them, and all moments."""
 PLAIN = [  # Adam in a stored basis that a refresh chooses from the gradient, or draws
     name
     for name in NAMES
@@ -28,13 +46,13 @@ def orthonormal(rows: int, columns: int, gen: torch.Generator) -> Tensor:
 
 
 def gradients(
-    shape: Sequence[int], steps: int, *, seed: int = 0, drift: float = 0.1, decay: float | None = None
+    shape: Sequence[int], steps: int, *, seed: int = 0, drift: float = 0.1, decay: float = 0.7
 ) -> list[Tensor]:
-    """A fixed stream: singular values k, k-1, ..., 1 times a varying size, both singular bases turning slowly.
+    """A fixed stream: singular values k, k d, k d^2, ... times a varying size, both singular bases turning slowly.
 
-    Squared singular values are at least 3 apart, so single vectors are known to fp32 accuracy from a Gram matrix
-    too; the bases turn by little within a few steps, so the sign rule across a refresh is never close to a tie. With
-    `decay` the singular values are its powers instead.
+    They decay as those of real gradients do, so that it matters which are taken, and neighbours are far enough apart
+    for single vectors to be known to fp32 accuracy from a Gram matrix too; the bases turn by little within a few
+    steps, so the sign rule across a refresh is never close to a tie.
     """
     if len(shape) == 3:
         slices = [gradients(shape[1:], steps, seed=seed + 100 * i, drift=drift, decay=decay) for i in range(shape[0])]
@@ -47,9 +65,7 @@ def gradients(
     turn_left, turn_right = turn_left - turn_left.T, turn_right - turn_right.T
     sizes = 1 + 0.6 * torch.rand(steps, generator=gen, dtype=torch.float64)
     sizes[0] = 2  # a large first residual: Fira's limiter acts later, not at every step
-    sigma = torch.arange(k, 0, -1, dtype=torch.float64)
-    if decay is not None:
-        sigma = decay ** torch.arange(k, dtype=torch.float64)
+    sigma = k * decay ** torch.arange(k, dtype=torch.float64)
     left, right = (torch.matrix_exp(drift * a / a.shape[0]) for a in (turn_left, 3 * turn_right))
     stream = []
     for size in sizes:

@@ -1,6 +1,6 @@
 """The loop that most references share: a basis, moments in it, the step. float64; imports nothing of the package.
 
-Notation of plain.py: W weight, G gradient, P basis (m, r), R = P^T G, M and V moments, C = P_new^T P_old, N
+Notation of the papers: W weight, G gradient, P basis (m, r), R = P^T G, M and V moments, C = P_new^T P_old, N
 direction before an outside bias correction c. Matrices are seen short side first (square ones transposed), decay comes
 first, then W <- W - lr U.
 """
@@ -14,14 +14,56 @@ from math import sqrt
 from typing import Any
 
 import torch
-from references.plain import TRANSPORTS, Choose, dominant
 from torch import Tensor
+
+
+Choose = Callable[[Tensor, int, "Tensor | None"], Tensor]
+"""(gradient, rank, basis before or None) -> basis."""
 
 
 def aligned(P: Tensor, old: Tensor | None) -> Tensor:
     """The package's signs: largest entries positive at first, then diag(P_new^T P_old) >= 0."""
     pivot = P.gather(0, P.abs().argmax(0, keepdim=True))[0] if old is None else (P.T @ old).diagonal()
     return P * torch.where(pivot < 0, -1.0, 1.0)
+
+
+def dominant(G: Tensor, r: int, old: Tensor | None) -> Tensor:
+    """GaLore Algorithm 2: U, S, V = SVD(G); P = U[:, :r]. Signs by the package's rule (the papers leave them open)."""
+    return aligned(torch.linalg.svd(G, full_matrices=False)[0][:, :r], old)
+
+
+def keep(C: Tensor, M: Tensor, V: Tensor, **_: float) -> tuple[Tensor, Tensor]:
+    """GaLore, Fira and I3S (Algorithm 1 runs on with V^(t-1), M^(t-1)) leave the moments as they are."""
+    return M, V
+
+
+def rotate(C: Tensor, M: Tensor, V: Tensor, **_: float) -> tuple[Tensor, Tensor]:
+    """I3S Algorithm 3, line 6: M <- P_t^T P_{t-1} M; it says nothing of V."""
+    return C @ M, V
+
+
+def rotate_variance(C: Tensor, M: Tensor, V: Tensor, *, beta1: float, beta2: float, t: int) -> tuple[Tensor, Tensor]:
+    """LDAdam Algorithm 1; t updates so far."""
+    c1, c2 = 1 - beta1**t, 1 - beta2**t
+    moved = C @ M
+    return moved, c2 * ((C * C) @ (V / c2 - (M / c1) ** 2) + (moved / c1) ** 2).abs()
+
+
+def rotate_variance_complete(
+    C: Tensor, M: Tensor, V: Tensor, *, beta1: float, beta2: float, t: int
+) -> tuple[Tensor, Tensor]:
+    """The same, and a new direction's share outside the old span gets the mean of V."""
+    moved, variance = rotate_variance(C, M, V, beta1=beta1, beta2=beta2, t=t)
+    lost = 1 - (C * C).sum(1, keepdim=True)
+    return moved, variance + lost * V.mean(0, keepdim=True)
+
+
+TRANSPORTS = {
+    "keep": keep,
+    "rotate": rotate,
+    "rotate_variance": rotate_variance,
+    "rotate_variance_complete": rotate_variance_complete,
+}
 
 
 def sampled(draw: Callable[[Tensor, int], Tensor]) -> Choose:
@@ -128,27 +170,40 @@ class LowRank(Matrix):
         super().__post_init__()
         self.rank = min(self.rank, *self.W.shape)
         self.P: Tensor | None = None
-        self.due = 0
+        self.due = self.t = 0  # t: updates of the moments since they were last zero
         self.fresh, self.moments = self.moments, copy(self.moments)
 
     def update(self, G: Tensor) -> Tensor:
+        seen = self.absorb(G)
+        self.observe(seen)
         if self.steps == self.due:
-            self.refresh(G)
+            self.refresh(seen)
             self.due += self.interval()
+        G = self.absorb(G)  # with what the change of basis has left out
         assert self.P is not None
         R = self.P.T @ G
         N, c = self.moments.update(R, self)
+        self.t += 1
         return self.combine(G, R, N, c)
 
+    def absorb(self, G: Tensor) -> Tensor:
+        """What takes the place of the gradient."""
+        return G
+
+    def observe(self, G: Tensor) -> None:
+        """Take note of a gradient."""
+
     def refresh(self, G: Tensor) -> None:
-        new = self.choose(G, self.rank, self.P)
+        self.move_to(self.choose(G, self.rank, self.P))
+
+    def move_to(self, new: Tensor) -> None:
         if self.P is not None:
             self.transport(new.T @ self.P)
         self.P = new
 
     def transport(self, C: Tensor) -> None:
         if self.on_refresh == "reset":
-            self.moments = copy(self.fresh)
+            self.moments, self.t = copy(self.fresh), 0
         else:
             self.moments.transport(self.on_refresh, C, self)
 
@@ -171,3 +226,16 @@ class LowRank(Matrix):
     def phi(self, N: Tensor, R: Tensor, eps: float) -> Tensor:
         """Fira eq. 12, one factor for every column: ||N_j|| / (||R_j|| + eps)."""
         return N.norm(dim=0) / (R.norm(dim=0) + eps)
+
+
+def adamw(
+    W: Tensor, gradients: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float, wd: float
+) -> Tensor:
+    """AdamW (arXiv 1711.05101, Algorithm 2, schedule 1) as torch documents it."""
+    W, M, V = W.double(), torch.zeros_like(W.double()), torch.zeros_like(W.double())
+    for t, gradient in enumerate(gradients, 1):
+        G = gradient.double()
+        M, V = betas[0] * M + (1 - betas[0]) * G, betas[1] * V + (1 - betas[1]) * G * G
+        W = W - lr * wd * W
+        W = W - lr * (M / (1 - betas[0] ** t)) / ((V / (1 - betas[1] ** t)).sqrt() + eps)
+    return W

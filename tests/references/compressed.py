@@ -6,11 +6,12 @@ A last axis that 2^level does not divide is filled up with zeros at its end; wha
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from math import sqrt
+from math import log2, sqrt
 from typing import Any
 
 import torch
 from references.base import Matrix, direction
+from references.case import Case, Entry
 from torch import Tensor
 
 
@@ -90,3 +91,26 @@ class FOAM(OwnAxis):
         rest = X - unfold(mean, l)
         N, c_t = direction(unfold(self.M, l) + c * rest, unfold(self.V, l) + (c * rest) ** 2, self.steps + 1, self)
         return c_t * self.scale * N[:, : G.shape[1]]
+
+
+def level(case: Case) -> int:
+    return round(-log2(case.options["rank"]))
+
+
+HAAR = Entry(GWT, lambda case: {"transposed": False, "level": level(case), "limiter": case.options["limiter"]})
+FOLD = Entry(
+    FOAM,
+    lambda case: {
+        "transposed": False,
+        "level": level(case),
+        "residual": case.options["residual_scale"],
+        "square_of_mean": case.options["fold_of"] == "gradient",
+    },
+)
+REFERENCES = {
+    ("subspace", "haar"): HAAR,
+    ("reconstruction", "details"): HAAR,
+    ("subspace", "fold"): FOLD,
+    ("moments", "folded_adam"): FOLD,
+    ("reconstruction", "unfold"): FOLD,
+}

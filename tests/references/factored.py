@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from math import sqrt
 from typing import Any
 
 from references.base import Adam
+from references.case import Case, Entry
 from torch import Tensor
 
 
@@ -109,3 +111,27 @@ class AdamMini(Adam):
             self.M = C @ self.M
             if self.by == "row":  # one per column is a mean over the rows and stays
                 self.V = (C * C) @ self.V
+
+
+def blocks(case: Case) -> str | int:
+    """Columns are neurons where the weight is seen transposed; heads of queries and keys if their size is known."""
+    head = case.options["head_dim"]
+    if not case.flip:
+        return "row"
+    attention = re.search(r"(q_proj|k_proj|query|key)\.weight$", case.name)
+    return head if head and attention and max(case.shape) % head == 0 else "column"
+
+
+def adafactor(case: Case) -> Adafactor:
+    return Adafactor(case.options["decay_rate"], case.options["clip_threshold"])
+
+
+def came(case: Case) -> CAME:
+    return CAME(case.options["beta3"], case.options["clip_threshold"], case.options["eps2"])
+
+
+REFERENCES = {
+    ("moments", "adafactor"): Entry(fields=lambda case: {"moments": adafactor(case)}),
+    ("moments", "came"): Entry(fields=lambda case: {"moments": came(case)}),
+    ("moments", "adam_mini"): Entry(fields=lambda case: {"moments": AdamMini(blocks(case), outside=True)}),
+}

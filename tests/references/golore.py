@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from itertools import count
+from math import ceil
+from typing import Any
 
 import torch
-from references.base import LowRank, aligned
+from references.base import LowRank, aligned, dominant
+from references.case import Case, Entry
 from torch import Tensor
 
 
@@ -30,3 +34,17 @@ class GoLore(LowRank):
         if self.steps >= self.switch:  # the flag is looked at at refreshes only
             self.choose = lambda G, r, old: aligned(self.draw(G.shape[0], r), old)
         super().refresh(G)
+
+
+def switched(case: Case) -> dict[str, Any]:
+    numbers, o = count(), case.options  # one number for every basis, drawn or not
+
+    def choose(G: Tensor, r: int, old: Tensor | None) -> Tensor:
+        next(numbers)
+        return dominant(G, r, old)
+
+    switch = ceil(o["switch_at"] * o["total_steps"]) if o["switch_at"] < 1 else 2**62
+    return {"switch": switch, "choose": choose, "draw": lambda m, r: case.stiefel(next(numbers), m, r)}
+
+
+REFERENCES = {("subspace", "golore"): Entry(GoLore, switched)}

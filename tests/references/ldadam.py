@@ -9,8 +9,8 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
-from references.base import LowRank, Matrix, aligned, direction
-from references.plain import dominant
+from references.base import LowRank, Matrix, aligned, direction, dominant
+from references.case import Entry
 from torch import Tensor
 
 
@@ -63,25 +63,49 @@ class LDAdam(Matrix):
 class ErrorFeedback(LowRank):
     """E <- (G + E) - P R, R = P^T (G + E), for any basis; at a refresh E <- E + b1 / (1 - b1) (P_old M_old - P M)."""
 
+    _: KW_ONLY
+    feedback: bool = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.E = torch.zeros_like(self.W)
 
+    def absorb(self, G: Tensor) -> Tensor:
+        return super().absorb(G + self.E)
+
     def momentum(self) -> Any:
         return 0.0 if self.P is None else self.P @ self.moments.M if torch.is_tensor(self.moments.M) else 0.0
 
-    def refresh(self, G: Tensor) -> None:
+    def move_to(self, new: Tensor) -> None:
         before = self.momentum()
-        super().refresh(G)
-        self.E = self.E + self.beta1 / (1 - self.beta1) * (before - self.momentum())
+        super().move_to(new)
+        if self.feedback:
+            self.E = self.E + self.beta1 / (1 - self.beta1) * (before - self.momentum())
 
-    def update(self, G: Tensor) -> Tensor:
-        if self.steps == self.due:
-            self.refresh(G + self.E)
-            self.due += self.interval()
-        assert self.P is not None
-        a = G + self.E
-        R = self.P.T @ a
-        self.E = a - self.P @ R
-        N, c = self.moments.update(R, self)
-        return c * self.scale * self.P @ N
+    def combine(self, G: Tensor, R: Tensor, N: Tensor, c: float) -> Tensor:
+        if self.feedback:
+            self.E = G - self.P @ R
+        return super().combine(G, R, N, c)
+
+
+@dataclass
+class BlockPower(LowRank):
+    """P <- QR(b b^T P), b = rho P M / c1 + (1 - rho) G, with any first moment M; the first basis is the dominant one."""
+
+    _: KW_ONLY
+    rho: float = 0.908
+
+    def refresh(self, G: Tensor) -> None:
+        if self.P is None:
+            return self.move_to(dominant(G, self.rank, None))
+        c1 = 1 - self.beta1**self.t if self.t else 1.0
+        b = self.rho * self.P @ self.moments.M / c1 + (1 - self.rho) * G
+        self.move_to(aligned(torch.linalg.qr(b @ (b.T @ self.P))[0], self.P))
+
+
+REFERENCES = {
+    ("subspace", "block_power"): Entry(BlockPower, lambda case: {"rho": case.options["rho"]}),
+    ("reconstruction", "error_feedback"): Entry(
+        ErrorFeedback, lambda case: {"feedback": case.options["error_feedback"] != "off"}
+    ),
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from references.case import Entry
 from torch import Tensor
 
 
@@ -19,3 +20,6 @@ class Momentum:
     def transport(self, how: str, C: Tensor, h: Any) -> None:
         if how != "keep":  # line 10 (hybrid, GoLore); I3S keeps
             self.M = C @ self.M
+
+
+REFERENCES = {("moments", "momentum"): Entry(fields=lambda case: {"moments": Momentum()})}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from references.base import Adam
+from references.case import Case, Entry
 from torch import Tensor
 
 
@@ -36,3 +37,12 @@ class NaturalAdam(Adam):
     def transport(self, how: str, C: Tensor, h: Any) -> None:
         super().transport(how, C, h)
         self.H = tuple(C @ X for X in self.H) if self.on_window == "rotate" else ()
+
+
+def windowed(case: Case) -> NaturalAdam:
+    o = case.options
+    kind = {"relative": False, "absolute": True}[o["damping_kind"]]
+    return NaturalAdam(o["history"], o["damping"], absolute=kind, on_window=o["window"])
+
+
+REFERENCES = {("moments", "natural_adam"): Entry(fields=lambda case: {"moments": windowed(case)})}

@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from references.base import LowRank
+from references.case import Entry
 from torch import Tensor
 
 
@@ -50,3 +51,11 @@ class OnlineSubspace(LowRank):
         self.basis_V = 0.999 * self.basis_V + 0.001 * D * D
         M, V = self.basis_M / (1 - 0.9**self.basis_t), self.basis_V / (1 - 0.999**self.basis_t)
         self.P = (1 - self.basis_decay * lr) * self.P - lr * M / (V.sqrt() + 1e-8)
+
+
+REFERENCES = {
+    ("subspace", "online"): Entry(
+        OnlineSubspace,
+        lambda case: {"gap": 1 / case.options["basis_lr"], "basis_decay": case.options["basis_weight_decay"]},
+    )
+}

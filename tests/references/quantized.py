@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
+import torch
 from references.base import LowRank
+from references.case import Case, Entry
 from torch import Tensor
 
 
@@ -58,3 +61,21 @@ class QGaLore(LowRank):
     def interval(self) -> int:
         lazy = intervals(self.overlaps, self.gap, threshold=self.threshold, keep=self.keep, cap=self.cap)
         return lazy[-1] if lazy else self.gap
+
+
+def four_bits(P: Tensor) -> Tensor:
+    """15 levels from -absmax to absmax of every 128 numbers in the order of the rows; under 4096 numbers as it is."""
+    if P.numel() < 4096:
+        return P
+    blocks = P.reshape(-1, 128)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    return (torch.round(7 * blocks / absmax) / 7 * absmax).reshape(P.shape)
+
+
+def lazy(case: Case) -> dict[str, Any]:
+    o = case.options
+    store = four_bits if o.get("basis_format") == "4bit" else lambda P: P
+    return {"store": store, "threshold": o["threshold"], "keep": o["queue_size"], "cap": o["longest"]}
+
+
+REFERENCES = {("subspace", "lazy"): Entry(QGaLore, lazy)}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
+from typing import Any
 
 import torch
-from references.plain import Choose
+from references.base import Choose
+from references.case import Case, Entry, with_replacement, without_replacement
 from torch import Tensor
 
 
@@ -29,3 +32,21 @@ def largest(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def weights(q: Tensor, index: Tensor) -> Tensor:
     """Rows drawn with replacement with probabilities q: rho_k = 1 / sqrt(r q_(sigma_k)) makes E[P P^T] = I."""
     return 1 / (len(index) * q[index]).sqrt()
+
+
+def by_rule(case: Case) -> dict[str, Any]:
+    numbers, rule = count(), case.options["rows"]
+
+    def draw(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        number, size = next(numbers), torch.ones(len(G)).double() if rule.startswith("uniform") else G.norm(dim=1)
+        if rule == "top":
+            return largest(G, r)
+        if rule.endswith("_without"):
+            return without_replacement(size, r, case.uniform(number, len(G))), torch.ones(r).double()
+        index = with_replacement(size, r, case.uniform(number, r))
+        return index, weights(size / size.sum(), index)
+
+    return {"choose": rows(draw)}
+
+
+REFERENCES = {("subspace", "rows"): Entry(fields=by_rule)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from references.base import LowRank
+from references.case import Case, Entry
 from torch import Tensor
 
 
@@ -22,3 +24,11 @@ class Apollo(LowRank):
         if self.scale_front:
             return c * self.limit(U * self.scale**0.5, 1e-8, self.limiter)
         return c * self.limit(U, 1e-8, self.limiter) * self.scale**0.5
+
+
+def scaling(case: Case) -> dict[str, Any]:
+    o = case.options
+    return {"by": o["scaling"], "scale_front": o["limit"] == "back", "limiter": o["limiter"]}
+
+
+REFERENCES = {("reconstruction", "scaled_gradient"): Entry(Apollo, scaling)}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from itertools import count
 from typing import Any
 
 from references.base import Matrix
+from references.case import Case, Entry
 from references.factored import Factored, clipped
 from torch import Tensor
 
@@ -44,3 +46,21 @@ class FLora(Matrix):
         U = (1 - b1) * u + b1 * (old.T @ M if self.late else self.A.T @ moved)  # the momentum before this step
         self.M = b1 * moved + (1 - b1) * self.A @ u
         return self.scale * clipped(U, self.threshold)
+
+
+def sketched(case: Case) -> dict[str, Any]:
+    numbers = count()
+    return {"choose": lambda G, r, old: case.sketch(next(numbers), len(G), r)}
+
+
+def flora(case: Case) -> dict[str, Any]:
+    o, m, r = case.options, case.m, case.rank
+    adafactor = {"decay": o["decay_rate"], "threshold": o["clip_threshold"]}
+    return {"sketch": lambda k: case.sketch(k, m, r).T, **adafactor}
+
+
+REFERENCES = {
+    ("subspace", "sketch"): Entry(fields=sketched),
+    ("moments", "sketched_momentum"): Entry(FLora, flora),
+    ("reconstruction", "flora"): Entry(FLora, flora),
+}

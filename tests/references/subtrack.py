@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from references.base import LowRank
+from references.case import Case, Entry
 from torch import Tensor
 
 
@@ -45,15 +46,21 @@ class SubTrack(LowRank):
         self.total: Any = 0.0
         self.count = 0
 
-    def update(self, G: Tensor) -> Tensor:
+    def observe(self, G: Tensor) -> None:
         self.total, self.count = self.total + G, self.count + 1  # eq. 2, the current gradient included
-        return super().update(G)
 
     def refresh(self, G: Tensor) -> None:
         seen = self.total / self.count if self.accumulate else G
         self.total, self.count = 0.0, 0
         if self.P is None:  # eq. 1
             return super().refresh(G)
-        new = geodesic(self.P, seen, rule=self.rule, eta=self.eta, direction=self.direction)
-        self.transport(new.T @ self.P)
-        self.P = new
+        self.move_to(geodesic(self.P, seen, rule=self.rule, eta=self.eta, direction=self.direction))
+
+
+def tracked(case: Case) -> dict[str, Any]:
+    o = case.options
+    way = {"descending": "descend", "printed": "printed"}[o["direction"]]
+    return {"rule": o["step"], "eta": o["eta"], "accumulate": o["accumulate"], "direction": way}
+
+
+REFERENCES = {("subspace", "grassmann"): Entry(SubTrack, tracked)}

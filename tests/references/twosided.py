@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from references.base import LowRank
-from references.plain import Choose, dominant
+from references.base import Choose, LowRank, dominant
 from torch import Tensor
 
 
@@ -44,3 +43,6 @@ class TwoSided(LowRank):
         assert self.P is not None and self.Q is not None
         N, c = self.moments.update(self.P.T @ G @ self.Q, self)
         return c * self.scale * self.P @ N @ self.Q.T
+
+
+
