@@ -9,10 +9,11 @@ import importlib
 import pkgutil
 from typing import Any
 
+from torch import Tensor
+
 from references.base import Matrix
 from references.case import Case, Entry, assemble
 from references.twosided import TwoSided
-from torch import Tensor
 
 
 KINDS = ("subspace", "moments", "reconstruction")

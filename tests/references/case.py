@@ -13,8 +13,9 @@ from itertools import count
 from typing import Any
 
 import torch
-from references.base import Choose, LowRank, Matrix, aligned
 from torch import Tensor
+
+from references.base import Choose, LowRank, Matrix, aligned
 
 
 BASES, SKETCHES = 0, 3

@@ -10,9 +10,10 @@ from math import log2, sqrt
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from references.base import Matrix, direction
 from references.case import Case, Entry
-from torch import Tensor
 
 
 def padded(X: Tensor, level: int) -> Tensor:

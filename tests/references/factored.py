@@ -6,9 +6,10 @@ import re
 from math import sqrt
 from typing import Any
 
+from torch import Tensor
+
 from references.base import Adam
 from references.case import Case, Entry
-from torch import Tensor
 
 
 def rms(X: Tensor) -> float:

@@ -9,9 +9,10 @@ from math import ceil
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from references.base import LowRank, aligned, dominant
 from references.case import Case, Entry
-from torch import Tensor
 
 
 def uniform_stiefel(Z: Tensor) -> Tensor:

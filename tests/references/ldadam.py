@@ -9,9 +9,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from references.base import LowRank, Matrix, aligned, direction, dominant
 from references.case import Entry
-from torch import Tensor
 
 
 @dataclass
@@ -90,7 +91,7 @@ class ErrorFeedback(LowRank):
 
 @dataclass
 class BlockPower(LowRank):
-    """P <- QR(b b^T P), b = rho P M / c1 + (1 - rho) G, with any first moment M; the first basis is the dominant one."""
+    """P <- QR(b b^T P), b = rho P M / c1 + (1 - rho) G, M any first moment; the first basis is dominant."""
 
     _: KW_ONLY
     rho: float = 0.908

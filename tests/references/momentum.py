@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from references.case import Entry
 from torch import Tensor
+
+from references.case import Entry
 
 
 class Momentum:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from references.base import Adam
 from references.case import Case, Entry
-from torch import Tensor
 
 
 class NaturalAdam(Adam):

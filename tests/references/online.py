@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from references.base import LowRank
 from references.case import Entry
-from torch import Tensor
 
 
 def error_gradient(P: Tensor, G: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from references.base import LowRank
 from references.case import Case, Entry
-from torch import Tensor
 
 
 def intervals(

@@ -7,9 +7,10 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from references.base import Choose
 from references.case import Case, Entry, with_replacement, without_replacement
-from torch import Tensor
 
 
 def rows(draw: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Choose:

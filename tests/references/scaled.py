@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from references.base import LowRank
 from references.case import Case, Entry
-from torch import Tensor
 
 
 @dataclass

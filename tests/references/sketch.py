@@ -7,10 +7,11 @@ from dataclasses import KW_ONLY, dataclass
 from itertools import count
 from typing import Any
 
+from torch import Tensor
+
 from references.base import Matrix
 from references.case import Case, Entry
 from references.factored import Factored, clipped
-from torch import Tensor
 
 
 @dataclass

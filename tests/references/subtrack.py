@@ -7,9 +7,10 @@ from math import atan2, cos, sin
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from references.base import LowRank
 from references.case import Case, Entry
-from torch import Tensor
 
 
 def geodesic(P: Tensor, G: Tensor, *, rule: str, eta: float, direction: str = "descend") -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from references.base import Choose, LowRank, dominant
 from torch import Tensor
+
+from references.base import Choose, LowRank, dominant
 
 
 @dataclass
@@ -43,6 +44,3 @@ class TwoSided(LowRank):
         assert self.P is not None and self.Q is not None
         N, c = self.moments.update(self.P.T @ G @ self.Q, self)
         return c * self.scale * self.P @ N @ self.Q.T
-
-
-

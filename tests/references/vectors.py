@@ -6,9 +6,10 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from references.base import Adam, aligned, dominant
 from references.case import Case, Entry, vectors, without_replacement
-from torch import Tensor
 
 
 def importance(case: Case) -> dict[str, Any]:
