@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from hf_lowrank import __version__
 from hf_lowrank.methods import registry, resolve, table
 from hf_lowrank.methods.options import split_assignments
-from hf_lowrank.planning.units import MIB
+from hf_lowrank.observe.units import MIB
 
 
 try:

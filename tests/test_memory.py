@@ -150,7 +150,8 @@ def test_planning_needs_transformers_for_models_by_name_alone():
     code = """
 import sys, torch
 sys.modules["transformers"] = None  # as where it is not installed
-from hf_lowrank.planning import activations, counting, memory, targets, units
+from hf_lowrank.observe import counting, units
+from hf_lowrank.planning import activations, memory, targets
 net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 32))
 assert memory.estimate_memory(net, "fira_adamw", rank=4).state > 0 and len(targets.plan(net, "ldadam", rank=4)) == 4
 try:

@@ -9,8 +9,8 @@ from typing import Any
 from hf_lowrank.observe import metrics
 from hf_lowrank.observe.first import Firsts
 from hf_lowrank.observe.metrics import REPORT, Gauges, Matrix
+from hf_lowrank.observe.units import MIB
 from hf_lowrank.optimizer import LowRankOptimizer
-from hf_lowrank.planning.units import MIB
 from hf_lowrank.state import view
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.methods.registry import Gauge
+from hf_lowrank.observe.counting import adamw_bytes, component_bytes
+from hf_lowrank.observe.units import MIB
 from hf_lowrank.optimizer import LowRankOptimizer
-from hf_lowrank.planning.counting import adamw_bytes, component_bytes
-from hf_lowrank.planning.units import MIB
 
 
 def headline(found: Mapping[str, float], gauges: Mapping[str, Gauge]) -> str:

@@ -20,10 +20,10 @@ from torch import nn
 from hf_lowrank import groups
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.methods import resolve
+from hf_lowrank.observe import counting as bytes_of
+from hf_lowrank.observe.units import parse_bytes as parse_bytes
 from hf_lowrank.optimizer import LowRankOptimizer
-from hf_lowrank.planning import counting as bytes_of
 from hf_lowrank.planning.activations import activation_bytes
-from hf_lowrank.planning.units import parse_bytes as parse_bytes
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank import groups
+from hf_lowrank.observe.counting import adamw_bytes
 from hf_lowrank.optimizer import LowRankOptimizer
-from hf_lowrank.planning.counting import adamw_bytes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from statistics import median
 from hf_lowrank.observe.report import style
 from hf_lowrank.observe.report.drawing import Drawing
 from hf_lowrank.observe.report.runs import Run
-from hf_lowrank.planning.units import MIB
+from hf_lowrank.observe.units import MIB
 
 
 COMPONENTS = {
