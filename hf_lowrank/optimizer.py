@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from time import perf_counter
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -14,26 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lowrank.engine import refresh, step
-from hf_lowrank.engine.checkpoint import FORMAT_VERSION, check_checkpoint, merge_options, warn_changed
-from hf_lowrank.engine.checks import TORCH_KEYS, check_numbers, check_parameters, check_together, edited
-from hf_lowrank.engine.dense import DenseStep
+from hf_lowrank.engine.checkpoint import FORMAT_VERSION, check_checkpoint, load_states, merge_options, warn_changed
+from hf_lowrank.engine.checks import TORCH_KEYS, check_numbers, check_parameters, check_together, config_of, edited
 from hf_lowrank.engine.layerwise import Layerwise
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.plan import Plan
-from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
-from hf_lowrank.engine.sharding import adopt, allocate, check_weight, whole_if_needed
-from hf_lowrank.methods.registry import KINDS, Gauge
+from hf_lowrank.engine.work import Declared, Work, declared, first_intervals
+from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.resolve import Config, split
-from hf_lowrank.state import view
-
-
-class Declared(NamedTuple):
-    """What is known of a parameter before its first step; the name is "" if unknown."""
-
-    name: str
-    weight: Tensor
-    config: Config
-    plan: Plan
 
 
 class LowRankOptimizer(Optimizer):
@@ -90,10 +78,7 @@ class LowRankOptimizer(Optimizer):
         self.projected_grad_norm: float | None = None
         self.layerwise = Layerwise()
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
-        self._plans: dict[Tensor, Plan] = {}
-        self._matrices: dict[Tensor, MatrixStep] = {}
-        self._units: list[MatrixStep | DenseStep] = []
-        self._state_of_units: Any = None
+        self._work: Work | None = None  # on the state and options as they are
         self._seen: dict[int, dict[str, Any]] = defaultdict(dict)  # of every group, but for lr
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +87,7 @@ class LowRankOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._begin()
-        self.configs = [_config_of(group) for group in self.param_groups]
+        self.configs = [config_of(group) for group in self.param_groups]
 
     # ---- groups -----------------------------------------------------------------------------------------------------
 
@@ -122,7 +107,7 @@ class LowRankOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self.configs.append(config)
-        self._state_of_units = None
+        self._work = None
 
     def tell(self, **facts: Any) -> None:
         """Set the options that are a fact of the run, such as total_steps, where a method has them."""
@@ -134,22 +119,17 @@ class LowRankOptimizer(Optimizer):
         return {name: gauge for config in self.configs if config.low_rank for name, gauge in config.gauges.items()}
 
     def declared(self) -> Iterator[Declared]:
-        """Yield what is known of every parameter, in group order."""
-        for group, config in zip(self.param_groups, self.configs, strict=True):
-            yield from self._declared(group, config)
+        """Return what is known of every parameter, in group order."""
+        return declared(self.param_groups, self.configs)
 
     def plan(self, p: Tensor) -> Plan:
         """Return what is known of a parameter that has been stepped."""
-        return self._plans[p]
+        assert self._work is not None
+        return self._work.plans[p]
 
     def declared_bytes(self) -> int:
         """Return the bytes that this process's state takes, known before the first step."""
         return sum(plan.nbytes for *_, plan in self.declared())
-
-    def _declared(self, group: Mapping[str, Any], config: Config) -> Iterator[Declared]:
-        names = group.get("param_names") or [""] * len(group["params"])
-        for name, p in zip(names, group["params"], strict=True):
-            yield Declared(name, p, config, Plan.of(p, config, name))
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -170,8 +150,7 @@ class LowRankOptimizer(Optimizer):
             raise ValueError(
                 "layerwise projects gradients before GradScaler has unscaled them: use bf16, or no layerwise"
             )
-        self._prepare()
-        units = [unit for unit in self._units if unit.ready]
+        units = [unit for unit in self._prepared().units if unit.ready]
         with torch.autocast(units[0].device.type if units else "cpu", enabled=False):
             matrices = [unit for unit in units if isinstance(unit, MatrixStep)]
             self._refresh([u for u in matrices if u.started is None and u.due(after=False)])
@@ -186,59 +165,28 @@ class LowRankOptimizer(Optimizer):
     def _refresh(self, due: Sequence[MatrixStep]) -> None:
         if due:
             start = perf_counter()
-            intervals = {unit: first for unit in due if (first := self._first_interval(unit)) is not None}
+            intervals = first_intervals(due, share=self.share_refreshes)
             self.refreshes_here += refresh.refresh_(due, intervals, share=self.share_refreshes)
             self.refresh_seconds += perf_counter() - start
 
-    def _first_interval(self, unit: MatrixStep) -> int | None:
-        """Return the steps from the first refresh to the second, where refreshes are spread over the interval."""
-        options = unit.config.options
-        if not options.get("stagger") or unit.stored["refreshes"] > 0:
-            return None
-        weights = unit.group["params"]
-        world = refresh.team(unit.mesh, share=self.share_refreshes)[1]
-        intervals = staggered_intervals([refresh_cost(p) for p in weights], options["update_proj_gap"], world)
-        return next(first for p, first in zip(weights, intervals, strict=True) if p is unit.weight)
-
-    def _prepare(self) -> None:
-        """Look at the groups again, and see that every parameter has its state and its step."""
+    def _prepared(self) -> Work:
+        """Look at the groups again; return the steps of all parameters."""
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]  # a schedule edits it at every step, and nothing else
             if self._seen[i] != {**group, "lr": 0.0} or not (isinstance(lr, float) and 0 <= lr < inf):
                 self._look_at(i, group)
-        if self._state_of_units is not self.state or len(self.state) < len(self._plans):
+        if self._work is None or not self._work.holds(self.state):
             check_together(self.param_groups, self.configs)
-            self._build()
+            self._work = Work(self.param_groups, self.configs, self.state)
+        return self._work
 
     def _look_at(self, i: int, group: Mapping[str, Any]) -> None:
         """Check the values of a group that was edited."""
         check_numbers(group)
-        now = edited(group, self.configs[i], self._plans)
+        now = edited(group, self.configs[i], {} if self._work is None else self._work.plans)
         if now is not self.configs[i]:
-            self.configs[i], self._state_of_units = now, None
+            self.configs[i], self._work = now, None
         self._seen[i] = {**group, "lr": 0.0, "params": list(group["params"])}
-
-    def _build(self) -> None:
-        """Create the state of every parameter that has none, with or without a gradient, and the steps of all."""
-        self._units, self._matrices, index = [], {}, 0
-        for group, config in zip(self.param_groups, self.configs, strict=True):
-            dense: dict[Any, list[tuple[int, Tensor]]] = {}
-            for _, p, _, plan in self._declared(group, config):
-                self._plans[p] = plan
-                if not self.state[p]:
-                    check_weight(p, config)
-                    self.state[p] = allocate(p, plan)
-                if config.low_rank:
-                    self._matrices[p] = MatrixStep(p, self.state[p], config, plan, group, index)
-                    self._units.append(self._matrices[p])
-                else:
-                    dense.setdefault(getattr(p, "device_mesh", None), []).append((index, p))
-                index += 1
-            for members in dense.values():
-                indices, weights = zip(*members, strict=True)
-                stored, plans = [self.state[p] for p in weights], [self._plans[p] for p in weights]
-                self._units.append(DenseStep(weights, stored, config, plans, group, indices))
-        self._state_of_units = self.state
 
     # ---- the layerwise mode -----------------------------------------------------------------------------------------
 
@@ -270,10 +218,10 @@ class LowRankOptimizer(Optimizer):
     @torch.no_grad()
     def take_gradient(self, p: Tensor) -> None:
         """Project (or apply) one matrix's gradient and free it; one whose refresh is due is left for `step`."""
-        self._prepare()
-        if p in self._matrices:
+        matrices = self._prepared().matrices
+        if p in matrices:
             with torch.autocast(p.device.type, enabled=False):
-                self.layerwise.take_(self._matrices[p], self._refresh)
+                self.layerwise.take_(matrices[p], self._refresh)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -297,41 +245,11 @@ class LowRankOptimizer(Optimizer):
             merge_options(saved, now, config)
             for saved, now, config in zip(state_dict["param_groups"], given, self.configs, strict=True)
         ]
-        configs = [_config_of(group) for group in groups]
-        loaded = dict(self._load_states(state_dict["state"], groups, configs))
+        configs = [config_of(group) for group in groups]
+        loaded = dict(load_states(state_dict["state"], groups, list(declared(self.param_groups, configs))))
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(loaded)
-        self.configs, self._state_of_units = configs, None
+        self.configs, self._work = configs, None
         self.layerwise.forget()
         for now, old, config in zip(self.param_groups, given, configs, strict=True):
             warn_changed(now, old, config)
-
-    def _load_states(
-        self,
-        saved_states: Mapping[Any, Mapping[str, Any]],
-        groups: Sequence[Mapping[str, Any]],
-        configs: Sequence[Config],
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Yield every parameter with its saved state, checked against the declared one."""
-        if not saved_states:  # before the first step
-            return
-        saved_ids = [i for group in groups for i in group["params"]]
-        declared = [one for g, c in zip(self.param_groups, configs, strict=True) for one in self._declared(g, c)]
-        for saved_id, (name, p, _, plan) in zip(saved_ids, declared, strict=True):
-            saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
-            fresh = allocate(p, plan)
-            for key, buffer in plan.buffers.items():  # an older checkpoint may lack what is kept for the log alone
-                if buffer.slot.lifetime == "gauge" and saved:
-                    saved.setdefault(key, fresh[key])
-            if difference := view.mismatch(fresh, saved):
-                what = name or f"parameter {saved_id}"
-                raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
-            yield p, {key: adopt(saved[key], fresh[key]) for key in fresh}
-
-
-def _config_of(group: Mapping[str, Any]) -> Config:
-    """Return the options of a group that was completed before; other keys are a schedule's own."""
-    named = {kind: group[kind] for kind in KINDS if kind in group}
-    config = Config.of(group["method"], named, low_rank="rank" in group)
-    given = {key: group[key] for key in config.options if key in group}
-    return Config.of(group["method"], given, low_rank="rank" in group)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from hf_lowrank.engine.sharding import adopt, allocate, whole_if_needed
+from hf_lowrank.engine.work import Declared
 from hf_lowrank.methods.resolve import Config
+from hf_lowrank.state import view
 
 
 FORMAT_VERSION = 1
@@ -64,3 +69,22 @@ def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Co
                 f"{key}={given[key]} was given, the checkpoint has {loaded[key]}: the checkpoint's value is used",
                 stacklevel=3,
             )
+
+
+def load_states(
+    saved_states: Mapping[Any, Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]], known: Sequence[Declared]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield every parameter with its saved state, checked against the declared one."""
+    if not saved_states:  # before the first step
+        return
+    saved_ids = [i for group in saved_groups for i in group["params"]]
+    for saved_id, (name, p, _, plan) in zip(saved_ids, known, strict=True):
+        saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
+        fresh = allocate(p, plan)
+        for key, buffer in plan.buffers.items():  # an older checkpoint may lack what is kept for the log alone
+            if buffer.slot.lifetime == "gauge" and saved:
+                saved.setdefault(key, fresh[key])
+        if difference := view.mismatch(fresh, saved):
+            what = name or f"parameter {saved_id}"
+            raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
+        yield p, {key: adopt(saved[key], fresh[key]) for key in fresh}

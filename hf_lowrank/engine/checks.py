@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_lowrank.engine.checkpoint import STRUCTURE
 from hf_lowrank.engine.plan import Plan
+from hf_lowrank.methods.registry import KINDS
 from hf_lowrank.methods.resolve import Config
 
 
@@ -62,6 +63,14 @@ def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config
     along = [config.method for config in configs if config.low_rank and config.parts.needs_gradient]
     if norms and along:
         raise ValueError(f"{along[0]} steps along the gradient itself, which is not clipped: set max_grad_norm=0")
+
+
+def config_of(group: Mapping[str, Any]) -> Config:
+    """Return the options of a group that was completed before; other keys are a schedule's own."""
+    named = {kind: group[kind] for kind in KINDS if kind in group}
+    config = Config.of(group["method"], named, low_rank="rank" in group)
+    given = {key: group[key] for key in config.options if key in group}
+    return Config.of(group["method"], given, low_rank="rank" in group)
 
 
 def edited(group: Mapping[str, Any], config: Config, plans: Mapping[Tensor, Plan]) -> Config:

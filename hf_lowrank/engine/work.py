@@ -1,0 +1,94 @@
+"""What there is to do: every parameter's plan, its state, and the steps that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hf_lowrank.engine.dense import DenseStep
+from hf_lowrank.engine.matrix import MatrixStep
+from hf_lowrank.engine.plan import Plan
+from hf_lowrank.engine.refresh import team
+from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
+from hf_lowrank.engine.sharding import allocate, check_weight
+from hf_lowrank.methods.resolve import Config
+
+
+class Declared(NamedTuple):
+    """What is known of a parameter before its first step; the name is "" if unknown."""
+
+    name: str
+    weight: Tensor
+    config: Config
+    plan: Plan
+
+
+def declared(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> Iterator[Declared]:
+    """Yield what is known of every parameter, in group order."""
+    for group, config in zip(groups, configs, strict=True):
+        names = group.get("param_names") or [""] * len(group["params"])
+        for name, p in zip(names, group["params"], strict=True):
+            yield Declared(name, p, config, Plan.of(p, config, name))
+
+
+class Work:
+    """The steps of all parameters, which last as long as options and state do.
+
+    Creates the state of every parameter that has none, with or without a gradient.
+
+    Args:
+        groups: the parameter groups.
+        configs: what each was resolved to.
+        state: the optimizer's state.
+    """
+
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], configs: Sequence[Config], state: MutableMapping[Tensor, Any]
+    ) -> None:
+        self.state = state
+        self.plans: dict[Tensor, Plan] = {}
+        self.matrices: dict[Tensor, MatrixStep] = {}
+        self.units: list[MatrixStep | DenseStep] = []
+        for group, config in zip(groups, configs, strict=True):
+            first, members = len(self.plans), list(declared([group], [config]))
+            for _, p, _, plan in members:
+                self.plans[p] = plan
+                if not state[p]:
+                    check_weight(p, config)
+                    state[p] = allocate(p, plan)
+            if config.low_rank:
+                steps = [
+                    MatrixStep(p, state[p], config, plan, group, first + i)
+                    for i, (_, p, _, plan) in enumerate(members)
+                ]
+                self.matrices |= {unit.weight: unit for unit in steps}
+                self.units += steps
+                continue
+            for mesh in dict.fromkeys(getattr(one.weight, "device_mesh", None) for one in members):
+                here = [
+                    (first + i, one)
+                    for i, one in enumerate(members)
+                    if getattr(one.weight, "device_mesh", None) == mesh
+                ]
+                weights, plans = [one.weight for _, one in here], [one.plan for _, one in here]
+                self.units.append(
+                    DenseStep(weights, [state[p] for p in weights], config, plans, group, [i for i, _ in here])
+                )
+
+    def holds(self, state: Any) -> bool:
+        """Tell whether this is the work on all of a state, as it is now."""
+        return self.state is state and len(state) == len(self.plans)
+
+
+def first_intervals(due: Sequence[MatrixStep], *, share: bool) -> dict[MatrixStep, int]:
+    """Return the steps from the first refresh to the second, where refreshes are spread over the interval."""
+    found = {}
+    for unit in due:
+        options = unit.config.options
+        if options.get("stagger") and unit.stored["refreshes"] == 0:
+            weights, world = unit.group["params"], team(unit.mesh, share=share)[1]
+            intervals = staggered_intervals([refresh_cost(p) for p in weights], options["update_proj_gap"], world)
+            found[unit] = next(first for p, first in zip(weights, intervals, strict=True) if p is unit.weight)
+    return found
