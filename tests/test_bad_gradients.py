@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from fitting import fitting
-from streams import NAMES, PLAIN, STACK, TALL, WIDE, displacement, finish, gradients, optimizer, run, weight, wide
+from streams import (
+    COVERING,
+    NAMES,
+    PLAIN,
+    STACK,
+    TALL,
+    WIDE,
+    displacement,
+    finish,
+    gradients,
+    optimizer,
+    run,
+    weight,
+    wide,
+)
 
 from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.methods import resolve
@@ -53,7 +67,7 @@ def poisoned(G, kind):
 # ---- not finite -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("shape, rank", KINDS)
 @pytest.mark.parametrize("kind", ["nan", "inf", "all nan", "huge"])
 def test_a_run_with_bad_gradients_equals_the_run_that_never_saw_them(name, shape, rank, kind):
@@ -78,7 +92,7 @@ def test_a_stack_whose_slices_overflow_only_together_is_not_refreshed_either(nam
     assert_same(snapshot(p, opt), snapshot(q, other), but=("skipped",))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("shape, rank", KINDS)
 @pytest.mark.parametrize("when", [0, 2, GAP])
 @pytest.mark.parametrize("kind", ["outside the first axes", "just under overflow", "just over overflow"])
@@ -96,7 +110,7 @@ def test_an_enormous_finite_gradient_leaves_everything_finite(name, shape, rank,
         assert torch.isfinite(value).all(), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [3, None])
 def test_a_skipped_step_leaves_the_rounding_of_later_ones_alone(name, dtype, rank):
@@ -107,7 +121,7 @@ def test_a_skipped_step_leaves_the_rounding_of_later_ones_alone(name, dtype, ran
     assert_same(snapshot(p, opt), snapshot(q, other), but=("skipped",))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [3, None])
 def test_a_gradient_whose_squares_overflow_its_own_dtype_only_is_a_good_one(name, dtype, rank):
@@ -118,7 +132,7 @@ def test_a_gradient_whose_squares_overflow_its_own_dtype_only_is_a_good_one(name
     assert int(opt.state[p]["step"]) == 3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 def test_one_bad_gradient_does_not_hold_up_the_other_parameters(name):
     ps = [weight(WIDE), weight(TALL), weight((5,)), weight((4,))]
     groups = [{"params": ps[:2], **fitting(name, {"rank": 2})}, {"params": ps[2:]}]
@@ -131,7 +145,7 @@ def test_one_bad_gradient_does_not_hold_up_the_other_parameters(name):
     assert [int(opt.state[p]["skipped"]) for p in ps] == [1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("last_expert", [False, True])
 def test_a_bad_slice_skips_its_whole_parameter(name, last_expert):
     stream, p = gradients(STACK, 6), weight(STACK)
@@ -235,7 +249,7 @@ def test_an_expert_that_is_idle_from_the_start_has_axes_and_wakes_up(name):
     assert step[1] > 0.1 * step[0]  # five live steps against nine
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if METHODS[n].subspace == "dominant"])
+@pytest.mark.parametrize("name", [n for n in COVERING if METHODS[n].subspace == "dominant"])
 def test_a_power_step_that_finds_nothing_leaves_everything_finite(name):
     """The new gradient is orthogonal to the old basis: G^T P = 0, and a power step from there sees none of it."""
     first, second = torch.zeros(WIDE), torch.zeros(WIDE)
@@ -266,7 +280,7 @@ def test_a_projection_that_is_rounding_noise_does_not_scale_the_residual(subspac
 # ---- missing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("shape, rank", KINDS)
 def test_a_parameter_without_gradient_is_left_alone(name, shape, rank):
     good = gradients(shape, 6)
@@ -276,7 +290,7 @@ def test_a_parameter_without_gradient_is_left_alone(name, shape, rank):
     assert int(other.state[q]["skipped"]) == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 def test_state_exists_for_every_parameter_from_the_first_step(name):
     ps = [weight(WIDE), weight(TALL), weight((5,))]
     opt = LowRankOptimizer([{"params": ps[:2], **fitting(name, {"rank": 2})}, {"params": ps[2:]}], name)
@@ -286,7 +300,7 @@ def test_state_exists_for_every_parameter_from_the_first_step(name):
     assert all(isinstance(value, torch.Tensor) for p in ps for value in opt.state[p].values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("shape, rank", KINDS)
 def test_a_learning_rate_of_zero_changes_nothing_but_the_moments(name, shape, rank):
     p, opt = train(name, shape, rank, gradients(shape, 6), lr=0.0)
@@ -298,7 +312,7 @@ def test_a_learning_rate_of_zero_changes_nothing_but_the_moments(name, shape, ra
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("shape", [WIDE, TALL, STACK, (1, 7), (7, 1), (1, 1)])
 def test_a_rank_above_the_short_side_is_clamped_to_it(name, shape):
     short = min(shape[-2:])
@@ -319,7 +333,7 @@ def test_a_rank_below_one_is_a_fraction_of_the_short_side(rank, r):
 # ---- refused --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("rank", [3, None])
 def test_sparse_gradients_are_refused_before_anything_moves(name, rank):
     p, other = weight(WIDE), weight(WIDE)
@@ -467,7 +481,7 @@ def test_an_unknown_method_is_refused_with_the_nearest_one():
         optimizer(weight(WIDE), "zzz")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 def test_options_come_as_text_too(name):
     p, q = weight(WIDE), weight(WIDE)
     a = finish(optimizer(p, name, rank=3, update_proj_gap=2, scale=0.5, stagger=True), p, gradients(WIDE, 6))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from fitting import fitting
+from streams import COVERING
 from torch import nn
 
-from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank import LowRankOptimizer
 from hf_lowrank.state import view
 from hf_lowrank.state.formats import FORMATS
 from hf_lowrank.state.slots import Buffer, Slot
@@ -80,7 +81,7 @@ def step(optimizer, params, i):
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", COVERING)
 def test_eight_bit_names_store_codes_and_the_declared_bytes(name):
     optimizer, w, b = build(name + "_8bit")
     declared = optimizer.declared_bytes()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fitting import fitting
 from streams import (
+    COVERING,
     NAMES,
     PLAIN,
     SQUARE,
@@ -15,6 +16,7 @@ from streams import (
     displacement,
     finish,
     gradients,
+    names_covering,
     optimizer,
     run,
     weight,
@@ -27,11 +29,11 @@ from hf_lowrank.tensors import kernels
 
 
 GAP = 5
-ADAM = [n for n in NAMES if METHODS[n].moments == "adam"]
+ADAM = [n for n in COVERING if METHODS[n].moments == "adam"]
 BY_AXIS = [  # rules that tell outputs from inputs
     n for n in NAMES if METHODS[n].moments == "adam_mini" or METHODS[n].subspace in ("haar", "fold")
 ]
-WITH_BASIS = [n for n in NAMES if "basis" in resolve.parts(n, {}).subspace.slots()]
+WITH_BASIS = [n for n in names_covering(("subspace",)) if "basis" in resolve.parts(n, {}).subspace.slots()]
 
 
 def composable(name):
@@ -51,7 +53,7 @@ ORTHONORMAL = [n for n in WITH_BASIS if resolve.parts(n, {}).subspace.orthonorma
 REFRESHES = [
     (n, how) for n in ORTHONORMAL for how in ("gram", "svd", "randomized", "power") if accepts(n, "refresh", how)
 ] + [(n, None) for n in ORTHONORMAL if not accepts(n, "refresh", "gram")]
-HAVE_BOTH = [n for n in NAMES if (n, "gram") in REFRESHES and (n, "svd") in REFRESHES]
+HAVE_BOTH = [n for n in ORTHONORMAL if (n, "gram") in REFRESHES and (n, "svd") in REFRESHES]
 INEXACT = [(n, how) for n, how in REFRESHES if how in ("randomized", "power")]
 
 
@@ -122,7 +124,7 @@ def test_a_dense_parameter_stored_column_by_column_trains_like_any_other(name, c
 # ---- symmetries -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in BY_AXIS])
+@pytest.mark.parametrize("name", [n for n in COVERING if n not in BY_AXIS])
 @pytest.mark.parametrize("shape", [WIDE, TALL, STACK])
 def test_transposing_a_weight_transposes_the_run(name, shape):
     stream = gradients(shape, 16)
@@ -144,7 +146,7 @@ def test_the_gradients_size_does_not_matter_to_adam(name, factor):
     assert displacement(a, b, weight(WIDE)) < 3e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 def test_memory_layout_does_not_matter(name):
     stream = gradients(WIDE, 8)
     p, q = weight(WIDE), torch.nn.Parameter(weight(WIDE).detach().T.contiguous().T)  # q is stored column by column
@@ -271,7 +273,7 @@ def test_the_free_form_makes_every_row_of_named_parts(name):
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 def test_a_run_repeats_bit_for_bit_and_its_seed_matters_only_to_what_is_drawn(name):
     def train(seed):
         p = weight(WIDE)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
-from references.base import Adam, LowRank, Matrix, sampled
+from references.base import Adam, LowRank, Matrix, dominant, sampled
 from references.compressed import FOAM, GWT, fold, haar, inverse_haar, unfold
 from references.factored import CAME, Adafactor, AdamMini
 from references.golore import GoLore, uniform_stiefel
-from references.ldadam import LDAdam
+from references.ldadam import BlockPower, ErrorFeedback, LDAdam
 from references.momentum import Momentum
 from references.natural import NaturalAdam
 from references.online import OnlineSubspace, error_gradient
-from references.plain import LowRankAdam, dominant
 from references.quantized import QGaLore, intervals
 from references.rows import largest, rows, weights
 from references.scaled import Apollo
@@ -26,18 +27,6 @@ SETTING = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "beta1": 0.8, "beta2": 
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", ["galore", "released", "i3s", "paper"])
-@pytest.mark.parametrize("how", ["keep", "rotate", "rotate_variance", "rotate_variance_complete", "reset"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_shared_loop_with_adam_is_the_first_reference(form, how, shape):
-    options = {"rank": 3, "gap": 4, "form": form, "on_refresh": how, "scale": 0.5, **SETTING}
-    W, gradients = randn(*shape, seed=9), stream(shape)
-    for correct_bias in (True, False):
-        one = LowRankAdam(W, correct_bias=correct_bias, **options)
-        two = LowRank(W, correct_bias=correct_bias, **options)
-        same(finish(one, gradients), finish(two, gradients))
 
 
 def test_options_are_shared_by_no_two_references():
@@ -243,6 +232,19 @@ def test_without_error_feedback_it_is_galore_adam_in_its_bases_with_both_moments
         bases.append(lda.P)
         loop.step(G)
         same(lda.weight, loop.weight)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("feedback", [True, False])
+def test_its_two_parts_about_the_common_loop_are_its_printed_algorithm(shape, feedback):
+    @dataclass
+    class Parts(ErrorFeedback, BlockPower):
+        pass
+
+    W, gradients = randn(*shape), stream(shape)
+    parts = Parts(W, rank=2, gap=1, on_refresh="rotate_variance", rho=0.7, **SETTING)
+    parts.feedback = feedback
+    same(finish(parts, gradients), finish(LDAdam(W, rank=2, rho=0.7, error_feedback=feedback, **SETTING), gradients))
 
 
 def test_without_error_feedback_the_error_stays_zero_and_the_bases_differ():

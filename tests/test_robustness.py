@@ -6,9 +6,10 @@ import io
 import pytest
 import torch
 from distributed import models
+from streams import COVERING
 from torch import nn
 
-from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank import LowRankOptimizer
 from hf_lowrank.tensors import kernels
 
 
@@ -40,7 +41,7 @@ def test_moments_that_know_no_bound_stay_finite(how, betas):
     assert torch.isfinite(w).all() and finite(opt)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", COVERING)
 def test_a_copy_goes_on_as_the_original(name):
     net = models.model(experts=2)
     opt = models.optimizer(net, name)
@@ -178,7 +179,7 @@ def test_another_order_of_the_same_parameters_is_refused():
         second.load_state_dict(first.state_dict())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", COVERING)
 def test_a_step_inside_autocast_is_a_step_outside(name):
     nets = []
     for inside in (False, True):

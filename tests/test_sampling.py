@@ -8,7 +8,7 @@ from math import sqrt
 import pytest
 import torch
 from fitting import fitting
-from streams import NAMES, STACK, WIDE, finish, gradients, optimizer, orthonormal, run, weight
+from streams import COVERING, STACK, WIDE, finish, gradients, optimizer, orthonormal, run, weight
 
 from hf_lowrank import LowRankOptimizer
 from hf_lowrank.tensors import random, rounding
@@ -251,7 +251,7 @@ def test_a_decay_far_under_the_spacing_works_in_the_mean(dtype, rank):
     assert float(p.detach().float().mean()) == pytest.approx(0.998, abs=7e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [3, None])
 def test_an_update_of_zero_leaves_low_precision_weights_alone(name, dtype, rank):
@@ -264,7 +264,7 @@ def test_an_update_of_zero_leaves_low_precision_weights_alone(name, dtype, rank)
 # ---- the global generator -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COVERING)
 def test_a_run_neither_reads_nor_moves_the_global_generators(name):
     def train():
         ps = [

@@ -91,7 +91,7 @@ class ErrorFeedback(LowRank):
 
 @dataclass
 class BlockPower(LowRank):
-    """P <- QR(b b^T P), b = rho P M / c1 + (1 - rho) G, M any first moment; the first basis is dominant."""
+    """P <- QR(b b^T P), b = rho P M / c1 + (1 - rho) G, for any first moment M; the first basis is dominant."""
 
     _: KW_ONLY
     rho: float = 0.908

@@ -41,7 +41,7 @@ class OnlineSubspace(LowRank):
         first, self.lr0 = self.steps == 0, self.lr if self.lr0 is None else self.lr0
         super().step(gradient)
         if not first or self.from_first:
-            self.move(self.wide(gradient))
+            self.move(self.absorb(self.wide(gradient)))
 
     def move(self, G: Tensor) -> None:
         """AdamW with torch's defaults: betas 0.9 and 0.999, eps 1e-8, weight decay 0.01; lr = lr_t / lr_0 / gap."""
@@ -51,7 +51,7 @@ class OnlineSubspace(LowRank):
         self.basis_M = 0.9 * self.basis_M + 0.1 * D
         self.basis_V = 0.999 * self.basis_V + 0.001 * D * D
         M, V = self.basis_M / (1 - 0.9**self.basis_t), self.basis_V / (1 - 0.999**self.basis_t)
-        self.P = (1 - self.basis_decay * lr) * self.P - lr * M / (V.sqrt() + 1e-8)
+        self.move_to((1 - self.basis_decay * lr) * self.P - lr * M / (V.sqrt() + 1e-8))
 
 
 REFERENCES = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from references.base import Matrix
 from torch import Tensor
+
+from references.base import Matrix
 
 
 WIDE, TALL, SQUARE = (6, 11), (11, 6), (7, 7)
