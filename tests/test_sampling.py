@@ -102,7 +102,7 @@ def test_a_whole_step_samples_singular_vectors_by_the_law(name, options, law):
 
 @pytest.mark.parametrize("name", ["galore_i3s_adamw", "galore_uniform_adamw", "galore_random_adamw"])
 def test_every_parameter_refresh_and_seed_has_a_stream_of_its_own(name):
-    stream, bases = gradients((16, 24), 2, drift=0.0), []
+    stream, bases = gradients((16, 24), 2, drift=0.0, decay=0.97), []
     for seed in (0, 1):
         ps = [weight((16, 24)) for _ in range(2)]
         opt = LowRankOptimizer([{"params": ps, "rank": 4, "update_proj_gap": 1}], name, seed=seed)

@@ -1,0 +1,197 @@
+"""Options and parameters that cannot be meant are refused in one sentence, with what is valid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from streams import (
+    COVERING,
+    NAMES,
+    PLAIN,
+    WIDE,
+    finish,
+    gradients,
+    optimizer,
+    weight,
+)
+
+from hf_lowrank import LowRankOptimizer
+from hf_lowrank.methods import resolve
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+# ---- refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COVERING)
+@pytest.mark.parametrize("rank", [3, None])
+def test_sparse_gradients_are_refused_before_anything_moves(name, rank):
+    p, other = weight(WIDE), weight(WIDE)
+    opt = optimizer([other, p], name, rank=rank)
+    p.grad, other.grad = torch.zeros(WIDE).to_sparse(), torch.ones(WIDE)
+    with pytest.raises(ValueError, match="sparse"):
+        opt.step()
+    assert torch.equal(other, weight(WIDE))
+
+
+@pytest.mark.parametrize("rank", [3, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_other_number_formats_are_refused_by_name(rank, dtype):
+    p = torch.nn.Parameter(torch.zeros(WIDE, dtype=dtype))
+    with pytest.raises(ValueError, match=str(dtype)):
+        optimizer(p, "galore_dominant_adamw", rank=rank)
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (2, 3, 4, 5), (0, 4)])
+def test_only_matrices_and_stacks_of_them_are_projected(shape):
+    with pytest.raises(ValueError, match="rank"):
+        optimizer(torch.nn.Parameter(torch.zeros(shape)), "galore_dominant_adamw")
+    optimizer(torch.nn.Parameter(torch.zeros(shape)), "galore_dominant_adamw", rank=None)
+
+
+def test_a_parameter_in_two_groups_is_refused_and_nothing_is_added():
+    p = weight(WIDE)
+    opt = optimizer(p, "galore_dominant_adamw")
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        opt.add_param_group({"params": [p]})
+    with pytest.raises(ValueError, match="only matrices"):
+        opt.add_param_group({"params": [weight((5,))], "rank": 2})
+    assert len(opt.param_groups) == 1
+
+
+ZERO_UP = r"(>= 0|\[0, inf\))"
+BAD = [
+    ("lr", -1e-3, ZERO_UP),
+    ("lr", NAN, ZERO_UP),
+    ("lr", INF, ZERO_UP),
+    ("lr", "fast", ZERO_UP),
+    ("lr", None, ZERO_UP),
+    ("eps", -1.0, ZERO_UP),
+    ("eps", NAN, ZERO_UP),
+    ("eps", "small", ZERO_UP),
+    ("weight_decay", -0.1, ZERO_UP),
+    ("weight_decay", INF, ZERO_UP),
+    ("weight_decay", "some", ZERO_UP),
+    ("betas", (0.9, 1.0), r"\[0, 1\)"),
+    ("betas", (-0.1, 0.9), r"\[0, 1\)"),
+    ("betas", (NAN, 0.9), r"\[0, 1\)"),
+    ("betas", (0.9,), r"\[0, 1\)"),
+    ("betas", (0.9, 0.99, 0.999), r"\[0, 1\)"),
+    ("betas", 0.9, r"\[0, 1\)"),
+    ("betas", ("high", 0.9), r"\[0, 1\)"),
+    ("betas", None, r"\[0, 1\)"),
+    ("rank", 0, "integer >= 1"),
+    ("rank", -4, "integer >= 1"),
+    ("rank", 2.5, "integer >= 1"),
+    ("rank", NAN, "integer >= 1"),
+    ("rank", INF, "integer >= 1"),
+    ("rank", "many", "integer >= 1"),
+    ("rank", True, "integer >= 1"),
+    ("rank", None, "integer >= 1"),
+    ("update_proj_gap", 0, "integer >= 1"),
+    ("update_proj_gap", -5, "integer >= 1"),
+    ("update_proj_gap", 2.5, "integer >= 1"),
+    ("update_proj_gap", NAN, "integer >= 1"),
+    ("update_proj_gap", "often", "integer >= 1"),
+    ("update_proj_gap", None, "integer >= 1"),
+    ("scale", 0.0, "> 0"),
+    ("scale", -1.0, "> 0"),
+    ("scale", NAN, "> 0"),
+    ("scale", INF, "> 0"),
+    ("scale", "large", "> 0"),
+    ("proj_type", "both", "std, paper, reverse_std, left, right"),
+    ("on_refresh", "forget", "keep, rotate"),
+    ("stagger", "perhaps", "true or false"),
+    ("stagger", 2, "true or false"),
+    ("correct_bias", "maybe", "true or false"),
+    ("seed", -1, "integer >= 0"),
+    ("seed", "dice", "integer >= 0"),
+]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("option, value, valid", BAD)
+def test_a_bad_value_is_refused_with_what_is_valid(name, option, value, valid):
+    with pytest.raises(ValueError, match=f"(?s){option}.*{valid}"):
+        LowRankOptimizer([{"params": [weight(WIDE)], "rank": 3, option: value}], name)
+
+
+@pytest.mark.parametrize(
+    "option, value, valid", [case for case in BAD if case[0] in ("lr", "eps", "weight_decay", "betas")]
+)
+def test_a_bad_value_is_refused_for_dense_groups_and_as_an_argument_too(option, value, valid):
+    with pytest.raises(ValueError, match=f"(?s){option}.*{valid}"):
+        LowRankOptimizer([{"params": [weight(WIDE)], option: value}], "galore_dominant_adamw")
+    with pytest.raises(ValueError, match=f"(?s){option}.*{valid}"):
+        LowRankOptimizer([weight(WIDE)], "galore_dominant_adamw", **{option: value})
+
+
+@pytest.mark.parametrize("name, option, value, valid", [
+    ("galore_dominant_adamw", "refresh", "magic", "gram, svd, randomized, power"),
+    ("galore_i3s_adamw", "refresh", "randomized", "gram, svd"),
+    ("galore_i3s_adamw", "refresh", "power", "gram, svd"),
+    ("galore_hybrid_adamw", "r0", -1, "integer >= 0"),
+    ("galore_hybrid_adamw", "r0", "half", "integer >= 0"),
+    ("fira_adamw", "limiter", 1.0, "> 1"),
+    ("fira_adamw", "limiter", NAN, "> 1"),
+    ("fira_adamw", "fira_form", "other", "released, i3s, paper"),
+    ("lowrank", "subspace", "dominnat", "dominant, golore, grassmann, hybrid, i3s"),
+    ("lowrank", "moments", "atom", "adafactor, adam"),
+    ("lowrank", "reconstruction", "fire", "error_feedback, fira, project"),
+])  # fmt: skip
+def test_a_bad_value_of_a_part_is_refused_with_what_is_valid(name, option, value, valid):
+    with pytest.raises(ValueError, match=f"{option}.*{valid}"):
+        LowRankOptimizer([{"params": [weight(WIDE)], "rank": 3, option: value}], name)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("typo, meant", [
+    ("update_proj_gpa", "update_proj_gap"), ("scal", "scale"), ("on_refesh", "on_refresh"), ("proj_typ", "proj_type"),
+    ("corect_bias", "correct_bias"), ("stager", "stagger"),
+])  # fmt: skip
+def test_an_unknown_option_is_refused_with_the_nearest_one(name, typo, meant):
+    with pytest.raises(ValueError, match=f"no option '{typo}'; did you mean '{meant}'"):
+        optimizer(weight(WIDE), name, **{typo: 1})
+
+
+def test_an_option_of_another_method_is_refused():
+    for option, value in (("r0", 2), ("limiter", 1.1), ("fira_form", "paper")):
+        with pytest.raises(ValueError, match=f"no option '{option}'"):
+            optimizer(weight(WIDE), "galore_dominant_adamw", **{option: value})
+    with pytest.raises(ValueError, match="no option 'refresh'"):
+        optimizer(weight(WIDE), "galore_random_adamw", refresh="gram")
+    with pytest.raises(ValueError, match="no option 'scale'"):  # a dense group has none
+        optimizer(weight(WIDE), "galore_dominant_adamw", rank=None, scale=1.0)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_one():
+    with pytest.raises(ValueError, match="did you mean 'galore_i3s_adamw'"):
+        optimizer(weight(WIDE), "galore_i3_adamw")
+    with pytest.raises(ValueError, match="Valid: .*galore_dominant_adamw"):
+        optimizer(weight(WIDE), "zzz")
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_options_come_as_text_too(name):
+    p, q = weight(WIDE), weight(WIDE)
+    a = finish(optimizer(p, name, rank=3, update_proj_gap=2, scale=0.5, stagger=True), p, gradients(WIDE, 6))
+    b = finish(optimizer(q, name, rank="3", update_proj_gap="2", scale="0.5", stagger="true"), q, gradients(WIDE, 6))
+    assert torch.equal(a, b)
+
+
+def test_defaults_are_the_documented_ones():
+    group = resolve.complete("galore_dominant_adamw", {})
+    assert (group["rank"], group["update_proj_gap"], group["proj_type"], group["scale"]) == (128, 200, "std", 0.25)
+    how = {name: resolve.complete(name, {}).get("on_refresh") for name in NAMES}
+    assert {how[name] for name in PLAIN if "hybrid" not in name} == {"keep"}
+    assert {how[name] for name in NAMES if "hybrid" in name or "golore" in name} == {"rotate"}
+    assert {how[name] for name in ("subtrack_pp_adamw", "ldadam")} == {"rotate_variance"}
+    assert how["grass_adamw"] == "reset"
+    assert {how[name] for name in NAMES if "apollo" in name} == {"keep"}
+    scale = {name: resolve.complete(name, {})["scale"] for name in NAMES}
+    ones = {"ldadam", "flora_adafactor", "apollo_random_adamw", "apollo_dominant_adamw"}
+    assert {name for name in NAMES if scale[name] == 1.0} == ones | {name for name in NAMES if "msgd" in name}
+    assert scale["apollo_mini_adamw"] == 128.0
+    assert set(scale.values()) == {0.25, 1.0, 128.0}
