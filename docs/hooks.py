@@ -121,6 +121,10 @@ moments.
 
 {_options(name)}
 
+## In the log
+
+{_gauges(name)}
+
 ## What it cannot do
 
 {_limits(name)}
@@ -206,6 +210,13 @@ def _parts_named(kind: str) -> str:
     """Return the names of the parts that may be combined freely."""
     registry = {"subspace": hf_lowrank.Subspace, "moments": hf_lowrank.Moments}.get(kind, hf_lowrank.Reconstruction)
     return "one of " + ", ".join(sorted(name for name, part in registry.registry.items() if part.composable))
+
+
+def _gauges(name: str) -> str:
+    """Return what the method's parts add to the log, as they declare it."""
+    gauges = resolve.Config.of(name, {}).gauges
+    lines = [f"* `lowrank/{key}`: {gauge.help}" for key, gauge in gauges.items()]
+    return "\n".join(lines) or "What [every method](../trainer.md#what-you-see) has."
 
 
 def _limits(name: str) -> str:

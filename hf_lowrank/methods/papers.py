@@ -79,6 +79,12 @@ def listed(cited: Iterable[str]) -> list[str]:
     return [f"* {title(number)} ([{number}]({url(number)}))" for number in cited]
 
 
+def table() -> str:
+    """Return all papers as a Markdown table, the oldest first."""
+    rows = [f"| {title} | [{number}]({url(number)}) |" for number, title in sorted(TITLES.items())]
+    return "\n".join(["| title | arXiv |", "|---|---|", *rows])
+
+
 def bibtex(number: str) -> str:
     """Return a BibTeX entry."""
     lines = [

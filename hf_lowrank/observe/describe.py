@@ -43,20 +43,26 @@ def gauge_text(name: str, gauge: Gauge, value: float) -> str:
     return f"{words} in {value:.0%} of the steps" if gauge.counted else f"{words} {value:.3g}"
 
 
+def resolved_options(optimizer: LowRankOptimizer) -> dict[str, Any]:
+    """Return every group's options and the names and shapes of its parameters, as plain data."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    shapes = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+    return {"optimizer": optimizer.defaults["method"], "groups": groups, "shapes": shapes}
+
+
 def described(optimizer: LowRankOptimizer, model: nn.Module | None = None) -> dict[str, Any]:
-    """Return what a run is, as plain data: the options and names of every group, gauges, and bytes.
+    """Return what a run is, as plain data: options, shapes, gauges and, if the model is known, its class and bytes.
 
     Args:
         optimizer: the optimizer.
-        model: what it trains, if known.
+        model: what it trains.
     """
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    gauges = {name: {"help": gauge.help, "counted": gauge.counted} for name, gauge in optimizer.gauges().items()}
-    known = {"optimizer": optimizer.defaults["method"], "groups": groups, "gauges": gauges}
-    if model is None:
-        return known
-    memory = component_bytes(optimizer, model.parameters())
-    return {**known, "model": type(model).__name__, "memory": memory}
+    known = resolved_options(optimizer)
+    known["gauges"] = {name: {"help": one.help, "counted": one.counted} for name, one in optimizer.gauges().items()}
+    if model is not None:
+        known["model"] = type(getattr(model, "_orig_mod", model)).__name__  # below torch.compile
+        known["memory"] = component_bytes(optimizer, model.parameters())
+    return known
 
 
 def summary(optimizer: LowRankOptimizer) -> str:

@@ -337,6 +337,15 @@ def test_the_console_shows_at_most_twelve_keys_and_reporters_get_all(bar, by_reg
     assert {"lowrank/overlap", "lowrank/limited", "lowrank/residual_share", "lowrank/state_mib"} < set(printed)
 
 
+def test_a_method_with_many_gauges_does_not_flood_the_console():
+    ours = {f"lowrank/{i}": i for i in range(20)} | {"lowrank/0/q": 1.0}
+    assert console.shortened({"loss": 1.0, **ours, "epoch": 2.0}) == {
+        "loss": 1.0,
+        **{f"lowrank/{i}": i for i in range(12)},
+        "epoch": 2.0,
+    }
+
+
 def test_unregistering_gives_the_printers_back():
     before = [printer.on_log for printer in console.PRINTERS]
     hf_lowrank.unregister()
