@@ -44,15 +44,16 @@ def gauge_text(name: str, gauge: Gauge, value: float) -> str:
 
 
 def described(optimizer: LowRankOptimizer, model: nn.Module | None = None) -> dict[str, Any]:
-    """Return what a run is, as plain data: the options and names of every group, gauges, and bytes.
+    """Return what a run is, as plain data: options, names and shapes of every group, gauges, and bytes.
 
     Args:
         optimizer: the optimizer.
         model: what it trains, if known.
     """
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    shapes = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
     gauges = {name: {"help": gauge.help, "counted": gauge.counted} for name, gauge in optimizer.gauges().items()}
-    known = {"optimizer": optimizer.defaults["method"], "groups": groups, "gauges": gauges}
+    known = {"optimizer": optimizer.defaults["method"], "groups": groups, "shapes": shapes, "gauges": gauges}
     if model is None:
         return known
     memory = component_bytes(optimizer, model.parameters())
