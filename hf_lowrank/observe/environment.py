@@ -6,8 +6,8 @@ import json
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterable
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +60,24 @@ def run(folder: Path) -> dict[str, Any]:
     try:
         written = json.loads(file.read_text())
         groups = written["groups"]
+        shapes = written.get("shapes") or [[]] * len(groups)
         main = next((group for group in groups if "rank" in group), groups[0])
-        return {"method": written["optimizer"], "options": _options(main), "parameters": _parameters(groups)}
+        return {"method": written["optimizer"], "options": _options(main), "parameters": _parameters(groups, shapes)}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
-    left_out = ("param_names", "shapes", "method", "format", "initial_lr")
+    left_out = ("param_names", "method", "format", "initial_lr")
     return {key: value for key, value in group.items() if key not in left_out}
 
 
-def _parameters(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _parameters(groups: list[dict[str, Any]], shapes: list[list[list[int]]]) -> list[dict[str, Any]]:
     """Return a row for parameters of the same name (numbers of layers aside), shape and group."""
     counted: Counter[tuple[str, str, Any]] = Counter()
-    for group in groups:
-        names = group.get("param_names") or []
-        shapes = group.get("shapes") or [[]] * len(names)
-        for name, shape in zip(names, shapes, strict=True):
-            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))
+    for group, sizes in zip(groups, shapes, strict=True):
+        for name, shape in zip_longest(group.get("param_names") or [], sizes, fillvalue=[]):
+            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", str(name or "-").removesuffix(".weight"))
             counted[kind, " x ".join(map(str, shape)) or "-", group.get("rank")] += 1
     return [
         {"name": name, "number": number, "shape": shape, "rank": rank}
