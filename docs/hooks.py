@@ -64,7 +64,7 @@ def navigation() -> list[Any]:
 def pages() -> dict[str, str]:
     """Return the text of every generated page by its path."""
     made = {f"{FOLDER}/{name}.md": page(name) for name in METHODS}
-    return {f"{FOLDER}/index.md": index(), f"{FOLDER}/options.md": options(), **made}
+    return {f"{FOLDER}/index.md": index(), f"{FOLDER}/options.md": options(), "references.md": references(), **made}
 
 
 def index() -> str:
@@ -112,6 +112,26 @@ matrices (a regular expression, or names separated by commas); by default every 
 weight of the model's body whose short side is above the rank.
 
 {tables.options_tables().replace("### ", "## ")}
+"""
+
+
+def references() -> str:
+    """Return the page with the papers, and the methods that follow each of them."""
+    followed: dict[str, list[str]] = {number: [] for number in papers.TITLES}
+    for name, row in METHODS.items():
+        made = resolve.parts(name, {})
+        for number in papers.of(row.paper, made.subspace, made.moments, made.reconstruction):
+            followed.setdefault(number, []).append(f"[`{name}`]({FOLDER}/{name}.md)")
+    lines = ["| arXiv | title | methods |", "|---|---|---|"]
+    for number, names in sorted(followed.items()):
+        lines.append(f"| [{number}]({papers.url(number)}) | {papers.title(number)} | {', '.join(names)} |")
+    table = "\n".join(lines)
+    return f"""# References
+
+{table}
+
+A method's page says what its parts take from a paper, to the equation, and where they differ from the authors' code.
+The model card that a run writes has the entries to cite; `CITATION.cff` says how to cite this package.
 """
 
 

@@ -205,7 +205,7 @@ def test_env_prints_versions_and_how_a_run_was_set_up(run, tmp_path):
     import torch
 
     from hf_lowrank import LowRankOptimizer, param_groups
-    from hf_lowrank.observe.describe import resolved_options
+    from hf_lowrank.observe.describe import described
 
     code, out, _ = run("env", "--json")
     found = json.loads(out)
@@ -215,7 +215,7 @@ def test_env_prints_versions_and_how_a_run_was_set_up(run, tmp_path):
     )
     model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 16))
     optimizer = LowRankOptimizer(param_groups(model, rank=4, scale=0.5), "fira_adamw_8bit")
-    (tmp_path / "hf_lowrank.json").write_text(json.dumps(resolved_options(optimizer)))
+    (tmp_path / "hf_lowrank.json").write_text(json.dumps(described(optimizer)))
     _, out, _ = run("env", tmp_path, "--json")
     made = json.loads(out)["run"]
     assert made["method"] == "fira_adamw_8bit" and made["options"]["scale"] == 0.5

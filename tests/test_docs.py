@@ -22,7 +22,7 @@ import pytest
 
 import hf_lowrank
 from hf_lowrank import METHODS, Moments, Reconstruction, Subspace
-from hf_lowrank.methods import resolve, tables
+from hf_lowrank.methods import papers, resolve, tables
 
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +135,12 @@ def test_the_blocks_of_the_method_pages_run():
 
 
 def test_every_method_has_a_page_with_its_parts_and_options():
-    assert set(GENERATED) == {"methods/index.md", "methods/options.md", *(f"methods/{name}.md" for name in METHODS)}
+    assert set(GENERATED) == {
+        "references.md",
+        "methods/index.md",
+        "methods/options.md",
+        *(f"methods/{name}.md" for name in METHODS),
+    }
     for name, row in METHODS.items():
         page = GENERATED[f"methods/{name}.md"]
         for option in resolve.complete(name, {}):
@@ -174,10 +179,14 @@ def test_a_default_that_differs_is_said_with_the_methods_that_have_it():
     assert "| `scaling` | channel; tensor for `apollo_mini_adamw` | one of channel, tensor |" in page
 
 
-def test_every_paper_of_a_method_is_among_the_references():
-    listed = set(re.findall(r"arxiv.org/abs/(\d{4}\.\d{5})", WRITTEN["references.md"]))
+def test_every_paper_of_a_method_is_among_the_references_with_its_title():
+    rows = dict(
+        re.findall(r"^\| \[(\d{4}\.\d{5}|\d{4}\.\d{4})\]\(\S+\) \| (.*) \|$", GENERATED["references.md"], re.M)
+    )
     for name, row in METHODS.items():
-        assert set(re.findall(r"\d{4}\.\d{5}", row.paper)) <= listed, name
+        for number in papers.numbers(row.paper):
+            assert f"[`{name}`](methods/{name}.md)" in rows[number] and papers.title(number) in rows[number]
+    assert set(rows) >= set(papers.TITLES)
 
 
 def test_every_block_says_what_it_is():

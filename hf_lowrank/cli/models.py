@@ -14,9 +14,8 @@ from hf_lowrank.cli.printing import AsJson, show, table
 from hf_lowrank.methods import resolve
 from hf_lowrank.methods.options import split_assignments
 from hf_lowrank.planning.hub import check_within_reach
+from hf_lowrank.planning.units import MIB, parse_bytes
 
-
-MIB = 2**20
 
 _MODEL = "Hub id, folder with a config.json, such a file, or a built-in size: 60m, 130m, 350m, 1b, 7b, ..."
 Model = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
@@ -85,7 +84,7 @@ def memory(
         raise ValueError(f"the rank is given twice: --rank {rank:g} and rank={options['rank']} in --optim-args")
     resolve.split(optim)
     check_within_reach(model)
-    from hf_lowrank.planning.memory import estimate_memory, fit_budget, parse_bytes
+    from hf_lowrank.planning.memory import estimate_memory, fit_budget
 
     shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options}
     if budget:

@@ -7,7 +7,6 @@ import platform
 import re
 from collections import Counter
 from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,9 @@ def _parameters(groups: list[dict[str, Any]], shapes: list[list[list[int]]]) -> 
     """Return a row for parameters of the same name (numbers of layers aside), shape and group."""
     counted: Counter[tuple[str, str, Any]] = Counter()
     for group, sizes in zip(groups, shapes, strict=True):
-        for name, shape in zip_longest(group.get("param_names") or [], sizes, fillvalue=[]):
-            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", str(name or "-").removesuffix(".weight"))
+        names: list[str] = group.get("param_names") or ["-"] * len(sizes)
+        for name, shape in zip(names, sizes or [[]] * len(names), strict=True):
+            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))
             counted[kind, " x ".join(map(str, shape)) or "-", group.get("rank")] += 1
     return [
         {"name": name, "number": number, "shape": shape, "rank": rank}
