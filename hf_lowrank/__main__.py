@@ -36,12 +36,12 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         from hf_lowrank.methods.table import METHODS
 
-        print_into_pipe(USAGE + "\n".join(f"  {name:24} {method.summary}" for name, method in METHODS.items()))
+        _print(USAGE + "\n".join(f"  {name:24} {method.summary}" for name, method in METHODS.items()))
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
         from hf_lowrank import __version__
 
-        print(f"hf_lowrank {__version__}")
+        _print(f"hf_lowrank {__version__}")
         return
     local_metrics = arguments[0] == "--local-metrics"
     target = arguments[local_metrics:]
@@ -65,17 +65,12 @@ def main() -> None:
         _stop(str(error))
 
 
-def print_into_pipe(text: str) -> None:
-    """Print to a pipe that its reader (`head`, say) may close before the end."""
+def _print(text: str) -> None:
+    """Print to what may be a pipe that its reader (`head`, say) closes before the end."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        discard_output()
-
-
-def discard_output() -> None:
-    """Send what is still to be written to nowhere, so that Python does not fail once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # what is left goes nowhere; else Python fails once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare(*, local_metrics: bool) -> None:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -227,7 +228,7 @@ def test_env_prints_versions_and_how_a_run_was_set_up(run, tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    "words", [["hf_lowrank", "--help"], ["hf_lowrank.cli", "methods"], ["hf_lowrank.cli", "--help"]]
+    "words", [["hf_lowrank", "--help"], ["hf_lowrank", "--version"], ["hf_lowrank.cli", "methods", "--json"]]
 )
 def test_a_reader_that_leaves_early_is_no_error(words):
     """As `| head` does: here it is gone before the first line, so that even what fits into the pipe fails."""
@@ -259,6 +260,15 @@ def test_without_a_hub_a_model_by_name_is_answered_within_two_seconds(tmp_path):
         )
     assert done.returncode == 0, done.stderr
     assert f"{address} does not answer" in done.stdout
+
+
+def test_a_name_that_is_not_resolved_is_not_waited_for(monkeypatch):
+    from hf_lowrank.planning import hub
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
+    began = time.perf_counter()
+    assert not hub.answers("https://somewhere.invalid/config.json", 0.1)
+    assert time.perf_counter() - began < 2  # of the 5 that the look-up takes
 
 
 def test_a_model_in_the_cache_of_the_hub_needs_no_hub(run, tmp_path, monkeypatch):

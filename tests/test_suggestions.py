@@ -72,7 +72,7 @@ def test_a_long_list_is_left_out_where_a_name_is_near_and_only_there():
 
 def test_what_is_like_nothing_is_not_guessed():
     options = resolve.complete("galore_i3s_adamw", {})
-    for word in ("lr", "weight_decay", "learning_rate", "momentum", "", "_"):
+    for word in ("lr", "weight_decay", "learning_rate", "momentum", "rank_rank_rank", "", "_"):
         assert "did you mean" not in suggest(word, options), word
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from hf_lowrank import __version__
-from hf_lowrank.__main__ import discard_output
 
 
 try:
@@ -36,8 +35,6 @@ def main() -> None:
     except ValueError as error:  # what the package raises for a name, an option or a file that is not valid
         print(f"hf-lowrank: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `hf-lowrank methods | head`
-        discard_output()
     except OSError as error:  # a folder that cannot be written, say
         print(f"hf-lowrank: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
