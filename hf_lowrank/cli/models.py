@@ -13,8 +13,8 @@ from rich.markup import escape
 from hf_lowrank.cli.printing import AsJson, show, table
 from hf_lowrank.methods import resolve
 from hf_lowrank.methods.options import split_assignments
+from hf_lowrank.observe.units import MIB, parse_bytes
 from hf_lowrank.planning.hub import check_within_reach
-from hf_lowrank.planning.units import MIB, parse_bytes
 
 
 _MODEL = "Hub id, folder with a config.json, such a file, or a built-in size: 60m, 130m, 350m, 1b, 7b, ..."
