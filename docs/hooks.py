@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ FOLDER = "methods"
 WIDE = (1024, 4096)
 ADAMW = 2 * 4 * WIDE[0] * WIDE[1] / 2**20
 RANK = 256
-OTHER_MOMENTS = ("adafactor", "adam_mini", "came")
 
 SYMBOLS = {
     **{name: chr(code) for name, code in {"alpha": 0x3B1, "sigma": 0x3C3, "theta": 0x3B8, "phi": 0x3C6}.items()},
@@ -49,19 +47,24 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def navigation() -> list[Any]:
-    """Return the pages as mkdocs lists them: the other moments, which repeat a row each, apart."""
-    main = [name for name, row in METHODS.items() if row.moments not in OTHER_MOMENTS]
+    """Return the pages as mkdocs lists them: rows that repeat an earlier one with other moments apart."""
+    first: dict[Any, str] = {}
+    for name, row in METHODS.items():
+        first.setdefault((row.subspace, row.reconstruction, row.paper, repr(row.defaults)), name)
+    main = [name for name in METHODS if name in first.values()]
     other = [name for name in METHODS if name not in main]
     return [
         f"{FOLDER}/index.md",
+        {"Options": f"{FOLDER}/options.md"},
         *(f"{FOLDER}/{name}.md" for name in main),
-        {"With Adafactor, Adam-mini or CAME": [f"{FOLDER}/{name}.md" for name in other]},
+        {"With other moments": [f"{FOLDER}/{name}.md" for name in other]},
     ]
 
 
 def pages() -> dict[str, str]:
     """Return the text of every generated page by its path."""
-    return {f"{FOLDER}/index.md": index()} | {f"{FOLDER}/{name}.md": page(name) for name in METHODS}
+    made = {f"{FOLDER}/{name}.md": page(name) for name in METHODS}
+    return {f"{FOLDER}/index.md": index(), f"{FOLDER}/options.md": options(), "references.md": references(), **made}
 
 
 def index() -> str:
@@ -77,8 +80,11 @@ A method is a subspace (where the moments live), moments (which running statisti
 of the whole matrix follows). Each row below is a choice for `--optim`, and exists also with `_8bit` (moments in 8-bit
 blocks), `_layerwise` (gradients freed during backward) and `_8bit_layerwise`.
 
-m is a matrix's short side, n its long one, r the rank. State is counted in numbers; AdamW's would be 2mn.
-[Choosing a method](../choosing.md) says what to take.
+m is a matrix's short side, n its long one, r the rank. State is counted in numbers of 32 bits, AdamW's would be 2mn;
+counters, what is kept for the log, and the scales of quantised formats come on top. Embeddings, norms, biases and the
+output head take the same moments' rule with no subspace: AdamW for `..._adamw`. transformers' own `galore_adamw` and
+`apollo_adamw` are left as they are. [Choosing a method](../choosing.md) says what to take, [Options](options.md) what
+can be set.
 
 {linked}
 
@@ -91,16 +97,55 @@ fp32 and in 8-bit. AdamW in fp32 takes {ADAMW:.0f} MiB.
 """
 
 
+def options() -> str:
+    """Return the page with the options of all methods, by the part that has them."""
+    return f"""# Options
+
+`--optim_args key=value,key=value`, or keyword arguments in Python. An option belongs to a part, so that a method has
+the options of its three parts and the common ones; each [method's page](index.md) lists just these. Where defaults
+differ, the methods are named. An unknown option is an error that names the nearest one, a bad value one that says what
+is valid.
+
+`learning_rate`, `weight_decay` (on the parameters where Trainer puts it), `adam_beta1`, `adam_beta2`, `adam_epsilon`,
+`max_grad_norm` and the schedule are Trainer's own arguments and reach every group. `optim_target_modules` chooses the
+matrices (a regular expression, or names separated by commas); by default every linear layer, Conv1D and stacked expert
+weight of the model's body whose short side is above the rank.
+
+{tables.options_tables().replace("### ", "## ")}
+"""
+
+
+def references() -> str:
+    """Return the page with the papers, and the methods that follow each of them."""
+    followed: dict[str, list[str]] = {number: [] for number in papers.TITLES}
+    for name, row in METHODS.items():
+        made = resolve.parts(name, {})
+        for number in papers.of(row.paper, made.subspace, made.moments, made.reconstruction):
+            followed.setdefault(number, []).append(f"[`{name}`]({FOLDER}/{name}.md)")
+    lines = ["| arXiv | title | methods |", "|---|---|---|"]
+    for number, names in sorted(followed.items()):
+        lines.append(f"| [{number}]({papers.url(number)}) | {papers.title(number)} | {', '.join(names)} |")
+    table = "\n".join(lines)
+    return f"""# References
+
+{table}
+
+A method's page says what its parts take from a paper, to the equation, and where they differ from the authors' code.
+The model card that a run writes has the entries to cite; `CITATION.cff` says how to cite this package.
+"""
+
+
 def page(name: str) -> str:
     """Return the page of one method."""
     row = METHODS[name]
     made = resolve.parts(name, {})
     summary = row.summary[0].upper() + row.summary[1:]
+    state = tables.state(resolve.Config.of(name, {}))
     described = "\n\n".join(_part(kind, getattr(made, kind)) for kind in registry.KINDS)
     paper = "" if row.paper in ("", "-") else f"Paper: {papers.linked(row.paper)}. "
     return f"""# {name}
 
-{summary}. {paper}State per m x n matrix at rank r (m <= n): `{row.state}`.
+{summary}. {paper}State per m x n matrix at rank r (m <= n): `{state}`.
 
 {_use(name)}
 
@@ -188,28 +233,9 @@ def _pretty(text: str) -> str:
 
 
 def _options(name: str) -> str:
-    """Return the options as a table, those of the parts first."""
-    made, row = resolve.parts(name, {}), METHODS[name]
-    values = resolve.complete(name, {})
-    own = {item.name: item for kind in registry.KINDS for item in fields(getattr(made, kind))}
-    shared = {item.name: item for owner in (resolve.LowRankOptions, resolve.SharedOptions) for item in fields(owner)}
-    lines = ["| option | default | valid | meaning |", "|---|---|---|---|"]
-    if row.free:
-        lines += [
-            f"| `{kind}` | {getattr(row, kind)} | {_parts_named(kind)} | which {kind} |" for kind in registry.KINDS
-        ]
-    for key, item in {**own, **shared}.items():
-        if key in values:
-            default = "-" if values[key] is None else str(values[key]).lower()
-            text = [default, item.metadata["expected"], item.metadata["help"]]
-            lines.append(f"| `{key}` | " + " | ".join(piece.replace("|", "\\|") for piece in text) + " |")
-    return "\n".join(lines) + "\n\nLearning rate, betas, epsilon and weight decay are Trainer's own arguments."
-
-
-def _parts_named(kind: str) -> str:
-    """Return the names of the parts that may be combined freely."""
-    registry = {"subspace": hf_lowrank.Subspace, "moments": hf_lowrank.Moments}.get(kind, hf_lowrank.Reconstruction)
-    return "one of " + ", ".join(sorted(name for name, part in registry.registry.items() if part.composable))
+    """Return the options as a table for each of the parts that have some."""
+    shown = (f"**{group.title}**\n\n{tables.options_table(group)}" for group in tables.option_groups([name]))
+    return "\n\n".join(shown) + "\n\nLearning rate, betas, epsilon and weight decay are Trainer's own arguments."
 
 
 def _gauges(name: str) -> str:

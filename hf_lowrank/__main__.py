@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import re
 import runpy
 import sys
 from importlib.util import find_spec
@@ -33,12 +36,12 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         from hf_lowrank.methods.table import METHODS
 
-        print(USAGE + "\n".join(f"  {name:24} {method.summary}" for name, method in METHODS.items()))
+        _print(USAGE + "\n".join(f"  {name:24} {method.summary}" for name, method in METHODS.items()))
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
         from hf_lowrank import __version__
 
-        print(f"hf_lowrank {__version__}")
+        _print(f"hf_lowrank {__version__}")
         return
     local_metrics = arguments[0] == "--local-metrics"
     target = arguments[local_metrics:]
@@ -55,9 +58,19 @@ def main() -> None:
     try:
         _run(target, as_module=as_module)
     except ValueError as error:
+        if unknown := _UNKNOWN_OPTIMIZER.match(str(error)):
+            _stop(_no_such_optimizer(unknown[1]))
         if not _raised_here(error):
             raise
         _stop(str(error))
+
+
+def _print(text: str) -> None:
+    """Print to what may be a pipe that its reader (`head`, say) closes before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # what is left goes nowhere; else Python fails once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare(*, local_metrics: bool) -> None:
@@ -67,10 +80,39 @@ def _prepare(*, local_metrics: bool) -> None:
     from hf_lowrank.hf.register import register
 
     register()
+    _answer_misspelt_optimizers()
     if local_metrics:
         from hf_lowrank.hf.local_metrics import install
 
         install()
+
+
+_NO_CHOICE = re.compile(r"argument --optim: invalid choice: '?([^'\s]+)")
+_UNKNOWN_OPTIMIZER = re.compile(r"(\S+) is not a valid OptimizerNames")
+
+
+def _answer_misspelt_optimizers() -> None:
+    """Let argparse answer a misspelt --optim with the nearest name, instead of some two hundred."""
+    refuse = argparse.ArgumentParser.error
+
+    def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
+        if unknown := _NO_CHOICE.match(message):
+            _stop(_no_such_optimizer(unknown[1]))
+        refuse(self, message)
+
+    argparse.ArgumentParser.error = error  # type: ignore[method-assign]
+
+
+def _no_such_optimizer(name: str) -> str:
+    """Return a sentence with the nearest name, of ours and transformers' own."""
+    from transformers.training_args import OptimizerNames
+
+    from hf_lowrank.methods.suggestions import suggest
+
+    nearest = suggest(name, [member.value for member in OptimizerNames])
+    if nearest.startswith("."):  # none is near
+        nearest = "; python -m hf_lowrank --help lists ours"
+    return f"--optim: there is no optimizer {name!r}{nearest}"
 
 
 def _is_script(path: Path) -> bool:

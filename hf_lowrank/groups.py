@@ -149,11 +149,7 @@ def target_parameters(
     for pattern in patterns:
         matched = [name for name, (module, _) in candidates.items() if _matches(pattern, module)]
         if not matched:
-            modules = {module for module, _ in candidates.values()}
-            kinds = sorted({module.split(".")[-1] for module in modules})
-            raise ValueError(
-                f"optim_target_modules: {pattern!r} matches no trainable matrix{options.suggest(pattern, kinds)}"
-            )
+            raise ValueError(_no_match(model, pattern, [module for module, _ in candidates.values()]))
         found += matched
     return [name for name in candidates if name in found]
 
@@ -201,6 +197,15 @@ def _body(model: nn.Module) -> nn.Module:
 
 def _short(p: Tensor) -> int:
     return min(p.shape[-2:])
+
+
+def _no_match(model: nn.Module, pattern: str, modules: list[str]) -> str:
+    """Say that a pattern matches nothing, and what there is to match."""
+    text = f"optim_target_modules: {pattern!r} matches no trainable matrix"
+    kinds = sorted({module.split(".")[-1] for module in modules})
+    if kinds == [""]:
+        return f"{text}: the model is one {type(model).__name__} without a name of its own; leave the option out"
+    return text + (options.suggest(pattern, kinds) if kinds else f": {type(model).__name__} has none")
 
 
 def _nothing_found(model: nn.Module, names: dict[int, str], inside: dict[str, Any], rank: float) -> str:

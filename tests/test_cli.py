@@ -1,8 +1,11 @@
 """The command line answers, teaches, and calls a user's mistake by its name."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -65,13 +68,33 @@ def test_methods_as_json_and_by_pattern(run):
     rows = json.loads(out)
     assert code == 0 and {row["name"] for row in rows} == {name for name in METHODS if "_i3s_" in name}
     assert rows[0]["subspace"] == "i3s" and "options" not in rows[0]
+    _, out, _ = run("methods", "*_i3s_*", "--json", "--full")
+    assert json.loads(out)[0]["state"] == "mr + 2nr"
     _, out, _ = run("methods", "fira_adamw_8bit_layerwise", "--json", "--details")  # a name with endings
     (row,) = json.loads(out)
     assert row["name"] == "fira_adamw" and row["options"]["limiter"] == 1.01
     code, out, _ = run("methods", "*_8bit", "--json")
     assert code == 0 and len(json.loads(out)) == len(METHODS)
-    _, out, _ = run("methods", "fira_adamw", "--details")
-    assert "limiter" in out and "1.01" in out
+
+
+def below(title, out):
+    """Return the words that begin the lines of the table below a title."""
+    lines = out.splitlines()
+    start = lines.index(title) + 2  # without the head
+    return [
+        line.split()[0] for line in lines[start : lines.index("", start)] if line[0] != " "
+    ]  # not of a cell's rest
+
+
+def test_options_stand_below_the_part_that_has_them(run):
+    _, out, _ = run("methods", "natural_galore_adamw", "--details")
+    assert below("Subspace dominant", out) == ["refresh"] and "rank" in below("Every method, for its matrices", out)
+    assert below("Moments natural_adam", out) == ["history", "damping", "damping_kind", "window"]
+    _, out, _ = run("methods", "--full")
+    assert below("Subspace lazy", out)[:3] == ["queue_size", "threshold", "longest"]
+    assert "threshold" not in below("Subspace grassmann", out) and "eta" in below("Subspace grassmann", out)
+    state = next(line for line in out.splitlines() if line.startswith("apollo_random_adamw"))
+    assert "2nr + 1" in state and "no accumulation" in state
 
 
 def test_targets_says_what_would_be_projected_and_what_it_saves(run, tmp_path):
@@ -124,6 +147,12 @@ def test_report_writes_a_page(run, tmp_path):
     ("arguments", "message"),
     [
         (["methods", "galor_i3s_adamw"], "did you mean 'galore_i3s_adamw'"),
+        (["methods", "galore_adamw_i3s"], "did you mean 'galore_i3s_adamw'"),
+        (["targets", "60m", "--optim", "galore_adamw"], "the method here is 'galore_dominant_adamw'"),
+        (["memory", "60m", "--rank", "8", "--optim-args", "rank=4"], "the rank is given twice: --rank 8 and rank=4"),
+        (["targets", "some/model"], "Give a folder with its config.json"),
+        (["env", "{empty}"], "it is not the output folder of a run"),
+        (["env", "{damaged}"], "cannot be read"),
         (["targets", "60m", "--optim-args", "rnak=8"], "no option 'rnak'; did you mean 'rank'"),
         (["targets", "60m", "--optim", "adam"], "unknown method 'adam'"),
         (["targets", "60m", "--optim-args", "rank"], "not of the form option=value"),
@@ -147,12 +176,15 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(arguments, message, run, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "run").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "hf_lowrank.json").write_text('{"optimizer": "fira_adamw", "groups": [')
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "run" / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 2.0}]}')
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "lla')
     monkeypatch.chdir(tmp_path)
     code, out, err = run(
         *(
-            text.format(broken=tmp_path / "broken", empty=tmp_path / "empty", run=tmp_path / "run")
+            text.format(**{name: tmp_path / name for name in ("broken", "damaged", "empty", "run")})
             for text in arguments
         )
     )
@@ -162,12 +194,96 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(arguments, message, run, 
     assert not (tmp_path / "report").exists()  # nothing half-written
 
 
-@pytest.mark.parametrize("command", ["methods", "targets", "memory", "report"])
+@pytest.mark.parametrize("command", ["methods", "targets", "memory", "report", "env"])
 def test_help_teaches_by_example(command, run):
     code, out, _ = run(command, "--help")
     assert code == 0 and "Examples:" in out and f"hf-lowrank {command}" in out
     code, out, _ = run("--help")
     assert command in out
+
+
+def test_env_prints_versions_and_how_a_run_was_set_up(run, tmp_path):
+    import torch
+
+    from hf_lowrank import LowRankOptimizer, param_groups
+    from hf_lowrank.observe.describe import described
+
+    code, out, _ = run("env", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["versions"]["torch"] == torch.__version__ and found["devices"][0].startswith("cpu")
+    assert {"hf_lowrank", "python", "transformers", "accelerate", "peft", "bitsandbytes", "datasets"} <= set(
+        found["versions"]
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 16))
+    optimizer = LowRankOptimizer(param_groups(model, rank=4, scale=0.5), "fira_adamw_8bit")
+    (tmp_path / "hf_lowrank.json").write_text(json.dumps(described(optimizer)))
+    _, out, _ = run("env", tmp_path, "--json")
+    made = json.loads(out)["run"]
+    assert made["method"] == "fira_adamw_8bit" and made["options"]["scale"] == 0.5
+    assert {"name": "0", "number": 1, "shape": "24 x 16", "rank": 4} in made["parameters"]
+    assert {"name": "0.bias", "number": 1, "shape": "24", "rank": None} in made["parameters"]
+    _, out, _ = run("env", tmp_path)
+    assert f"torch         {torch.__version__}" in out and "fira_adamw_8bit" in out and "16 x 24" in out
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "words", [["hf_lowrank", "--help"], ["hf_lowrank", "--version"], ["hf_lowrank.cli", "methods", "--json"]]
+)
+def test_a_reader_that_leaves_early_is_no_error(words):
+    """As `| head` does: here it is gone before the first line, so that even what fits into the pipe fails."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    running.stdout.close()
+    assert running.stderr.read() == ""
+    running.wait(timeout=60)
+
+
+@pytest.mark.processes
+def test_without_a_hub_a_model_by_name_is_answered_within_two_seconds(tmp_path):
+    """Of the computer's work, and of waiting for a hub that takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        script = (
+            "import sys, time; began = time.process_time()\n"
+            "from hf_lowrank.planning import hub\n"
+            "waited = time.perf_counter()\n"
+            "try: hub.check_within_reach('some/model')\n"
+            "except ValueError as error: print(error)\n"
+            "assert time.perf_counter() - waited < 1.6, time.perf_counter() - waited\n"
+            "assert time.process_time() - began < 0.5 and 'torch' not in sys.modules\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode == 0, done.stderr
+    assert f"{address} does not answer" in done.stdout
+
+
+def test_a_name_that_is_not_resolved_is_not_waited_for(monkeypatch):
+    from hf_lowrank.planning import hub
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
+    began = time.perf_counter()
+    assert not hub.answers("https://somewhere.invalid/config.json", 0.1)
+    assert time.perf_counter() - began < 2  # of the 5 that the look-up takes
+
+
+def test_a_model_in_the_cache_of_the_hub_needs_no_hub(run, tmp_path, monkeypatch):
+    from hf_lowrank.planning import hub
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(ValueError, match="does not answer"):
+        hub.check_within_reach("some/model")
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    tiny_config(snapshot)
+    hub.check_within_reach("some/model")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # so that its client does not ask either
 
 
 def test_without_a_command_there_is_help_and_the_version_is_said(run):

@@ -26,7 +26,7 @@ def examples():
     before = [dict(table) for table in tables]
     namespace = {"__name__": __name__}
     for block in blocks:
-        exec(block, namespace)
+        exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), namespace)
     REFERENCES.update(namespace["REFERENCES"])
     yield blocks
     for table, content in zip(tables, before, strict=True):

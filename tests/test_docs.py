@@ -14,13 +14,15 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 import hf_lowrank
-from hf_lowrank import METHODS
+from hf_lowrank import METHODS, Moments, Reconstruction, Subspace
+from hf_lowrank.methods import papers, resolve, tables
 
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +59,7 @@ def spaced(text):
 @pytest.fixture
 def table():
     """Forget what a page adds to the tables of methods and parts."""
-    rows, parts = dict(METHODS), hf_lowrank.Subspace.registry
+    rows, parts = dict(METHODS), Subspace.registry
     kept = dict(parts)
     yield
     for registry, before in ((METHODS, rows), (parts, kept)):
@@ -133,26 +135,69 @@ def test_the_blocks_of_the_method_pages_run():
 
 
 def test_every_method_has_a_page_with_its_parts_and_options():
-    assert set(GENERATED) == {"methods/index.md", *(f"methods/{name}.md" for name in METHODS)}
+    assert set(GENERATED) == {
+        "references.md",
+        "methods/index.md",
+        "methods/options.md",
+        *(f"methods/{name}.md" for name in METHODS),
+    }
     for name, row in METHODS.items():
         page = GENERATED[f"methods/{name}.md"]
-        for option in hf_lowrank.methods.resolve.complete(name, {}):
+        for option in resolve.complete(name, {}):
             assert f"| `{option}` |" in page, (name, option)
         for kind in hf_lowrank.methods.registry.KINDS:
             assert f"## {kind.capitalize()}: {getattr(row, kind)}" in page
         assert page.count("**References:**") == page.count("**Differs from the authors' code:**") == 3, name
-        assert row.state in page
+        assert f"`{tables.state(resolve.Config.of(name, {}))}`" in page
+
+
+def test_the_page_of_methods_has_the_generated_table_with_links():
+    page = GENERATED["methods/index.md"].splitlines()
+    for line in tables.table().splitlines()[2:]:
+        name = re.match(r"\| `(\w+)`", line)[1]
+        assert line.replace(f"`{name}`", f"[`{name}`]({name}.md)", 1) in page
+
+
+def test_the_page_of_options_has_every_option_below_the_part_that_has_it():
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", GENERATED["methods/options.md"], re.M | re.S))
+    for kind, base in (("subspace", Subspace), ("moments", Moments), ("reconstruction", Reconstruction)):
+        for name in {getattr(row, kind) for row in METHODS.values()}:
+            for item in fields(base.registry[name]):
+                (section,) = (
+                    title
+                    for title, text in sections.items()
+                    if f"| `{item.name}` |" in text and re.search(rf"\b{kind}s?\b.*\b{name}\b", title, re.I)
+                )
+                assert section, (kind, name, item.name)
+    for owner, title in ((resolve.SharedOptions, tables.SHARED), (resolve.LowRankOptions, tables.MATRICES)):
+        assert re.findall(r"^\| `(\w+)`", sections[title], re.M) == [item.name for item in fields(owner)]
+
+
+def test_a_default_that_differs_is_said_with_the_methods_that_have_it():
+    page = GENERATED["methods/options.md"]
+    assert "| `update_proj_gap` | 200; 1 for `ldadam`; 1000 for `flora_adafactor` | an integer >= 1 |" in page
+    assert "| `scaling` | channel; tensor for `apollo_mini_adamw` | one of channel, tensor |" in page
+
+
+def test_every_paper_of_a_method_is_among_the_references_with_its_title():
+    rows = dict(
+        re.findall(r"^\| \[(\d{4}\.\d{5}|\d{4}\.\d{4})\]\(\S+\) \| (.*) \|$", GENERATED["references.md"], re.M)
+    )
+    for name, row in METHODS.items():
+        for number in papers.numbers(row.paper):
+            assert f"[`{name}`](methods/{name}.md)" in rows[number] and papers.title(number) in rows[number]
+    assert set(rows) >= set(papers.TITLES)
 
 
 def test_every_block_says_what_it_is():
     for name, page in {**WRITTEN, **GENERATED}.items():
         assert page.count("\n```") == 2 * len(list(blocks(page))), f"{name}: a fence is left open"
         for language, marks, _, _ in blocks(page):
-            assert language in KNOWN and marks <= {"no-run", "output", "equation"}, (name, language, marks)
+            assert language in KNOWN and marks <= {"no-run", "output", "equation", "columns"}, (name, language, marks)
 
 
 def test_names_of_methods_in_the_pages_exist():
-    names = hf_lowrank.methods.resolve.names()
+    names = resolve.names()
     for name, page in WRITTEN.items():
         ours = r"`((?:galore_(?:dominant|i3s|hybrid|random|uniform)|fira|apollo_(?:random|dominant|mini))_\w+)`"
         assert not set(re.findall(ours, page)) - set(names), name

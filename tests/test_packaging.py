@@ -1,5 +1,6 @@
 """What is built is what a user installs: contents, console script, types, and nothing needed but torch."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def call(*command, **kwargs):
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, **kwargs)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # what is installed counts
+    result = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=600, env=environment, **kwargs
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from math import inf, isfinite
 from typing import Any
+
+from hf_lowrank.methods.suggestions import suggest as suggest
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,6 @@ def parse(name: str, value: Any, options: Mapping[str, Field[Any]], *, what: str
     if not good:
         raise ValueError(f"{what}: option {name} must be {option.expected}, got {value!r}")
     return parsed
-
-
-def suggest(word: str, valid: Iterable[str]) -> str:
-    """Return '; did you mean ...? Valid: ...' for an error message."""
-    names = sorted(valid)
-    near = difflib.get_close_matches(word, names, n=1)
-    return (f"; did you mean {near[0]!r}?" if near else ".") + f" Valid: {', '.join(names) or 'none'}"
 
 
 def split_assignments(text: str | None) -> dict[str, str]:

@@ -202,7 +202,7 @@ def dense_options(method: str | None = None) -> set[str]:
 def _chosen_parts(row: str, given: Mapping[str, Any], what: str) -> tuple[dict[str, Field[Any]], Parts]:
     """Return the options that choose parts by name (of the row `lowrank`), and the parts with their defaults."""
     method = METHODS[row]
-    kinds = _free_schema() if method.free else {}
+    kinds = part_choices() if method.free else {}
     made = []
     for kind in KINDS:
         part = getattr(method, kind)
@@ -212,7 +212,7 @@ def _chosen_parts(row: str, given: Mapping[str, Any], what: str) -> tuple[dict[s
     return kinds, Parts(*made)
 
 
-def _free_schema() -> dict[str, Field[Any]]:
+def part_choices() -> dict[str, Field[Any]]:
     """Return the options of `lowrank`: its parts by name."""
     free = {kind: sorted(k for k, part in classes(kind).items() if part.composable) for kind in KINDS}
     return {kind: opt.choice(*names, help=f"which {kind}") for kind, names in free.items()}

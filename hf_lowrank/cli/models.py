@@ -1,0 +1,116 @@
+"""`hf-lowrank targets` and `memory`: what an optimizer would do to a model, and what it would cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from hf_lowrank.cli.printing import AsJson, show, table
+from hf_lowrank.methods import resolve
+from hf_lowrank.methods.options import split_assignments
+from hf_lowrank.observe.units import MIB, parse_bytes
+from hf_lowrank.planning.hub import check_within_reach
+
+
+_MODEL = "Hub id, folder with a config.json, such a file, or a built-in size: 60m, 130m, 350m, 1b, 7b, ..."
+Model = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
+Optim = Annotated[str, typer.Option("--optim", "-o", help="Name of the optimizer, as for --optim of the Trainer.")]
+OptimArgs = Annotated[str, typer.Option(help="Options as option=value,option=value, as for the Trainer.")]
+
+
+def targets(
+    model: Model,
+    optim: Optim = "galore_i3s_adamw",
+    optim_args: OptimArgs = "",
+    target_modules: Annotated[
+        str, typer.Option(help="Which matrices: a regular expression, or names separated by commas.")
+    ] = "all-linear",
+    as_json: AsJson = False,
+) -> None:
+    """Show which matrices of a model would get a subspace, at which rank, and the optimizer state that this saves.
+
+    Only the configuration is read: no weights, and no memory for them.
+    """
+    options: dict[str, Any] = split_assignments(optim_args)
+    resolve.split(optim)
+    check_within_reach(model)  # before torch is imported
+    resolve.complete(optim, {"rank": 128, **options})  # refuse what is wrong before looking at the model
+    from hf_lowrank.hf.models import load_model
+    from hf_lowrank.planning.targets import plan
+
+    rows = plan(load_model(model), optim, target_modules=target_modules, **options)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    shown = table("parameters", "number", "shape", "rank", "state MiB", "AdamW MiB", "saved", right=(1, 3, 4, 5, 6))
+    for row in sorted(rows, key=lambda row: row.rank is None):
+        saved = f"{1 - row.state_bytes / row.adamw_bytes:.0%}" if row.rank else "-"
+        sizes = (f"{n / MIB:,.2f}" for n in (row.state_bytes, row.adamw_bytes))
+        shape = " x ".join(map(str, row.shape))
+        shown.add_row(row.name, str(row.count), shape, str(row.rank or "dense"), *sizes, saved)
+    show(shown)
+    state, adamw = (sum(getattr(row, key) for row in rows) for key in ("state_bytes", "adamw_bytes"))
+    projected, dense = (sum(row.count for row in rows if bool(row.rank) is low_rank) for low_rank in (True, False))
+    show(
+        f"\n{optim}: {projected} matrices in a subspace, {dense} parameters dense; "
+        f"state {state / MIB:,.1f} MiB, AdamW's {adamw / MIB:,.1f} MiB ({1 - state / adamw:.0%} less)"
+    )
+
+
+def memory(
+    model: Model,
+    optim: Optim = "galore_i3s_adamw",
+    rank: Annotated[float, typer.Option(help="Dimension of the subspace; 0: the method's default.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences in one (micro-)batch.")] = 1,
+    seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Type of weights, gradients, activations: bf16, fp16, fp32.")] = "bf16",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
+    optim_args: OptimArgs = "",
+    budget: Annotated[str, typer.Option(help="Instead: what fits into this much (24GB, 24GiB)?")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Count the bytes of a training run before it starts, or say what fits into a budget.
+
+    Weights, gradients and optimizer state are exact; activations follow a rule of thumb, and the accelerator's own
+    context (about 0.5 GB under CUDA) is not counted.
+    """
+    options = split_assignments(optim_args)
+    if rank and "rank" in options:
+        raise ValueError(f"the rank is given twice: --rank {rank:g} and rank={options['rank']} in --optim-args")
+    resolve.split(optim)
+    check_within_reach(model)
+    from hf_lowrank.planning.memory import estimate_memory, fit_budget
+
+    shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options}
+    if budget:
+        ranks = [int(rank)] if rank else None
+        found = fit_budget(model, parse_bytes(budget), optim, ranks=ranks, **shared)
+    else:
+        found = [estimate_memory(model, optim, rank=rank or None, checkpointing=checkpointing, **shared)]
+    if as_json:
+        print(json.dumps([estimate.as_dict() for estimate in found], indent=2))
+    elif not found:
+        print(f"hf-lowrank: {model} does not fit into {budget} at batch {batch} x {seq} in any mode", file=sys.stderr)
+        raise typer.Exit(1)
+    else:
+        _print_memory(found)
+
+
+def _print_memory(found: list[Any]) -> None:
+    """Print estimates side by side: GB, that is 10^9 bytes."""
+    columns = ("weights", "gradients", "low_rank_state", "dense_state", "activations", "total")
+    heads = ("weights", "gradients", "matrices' state", "dense state", "activations", "total GB")
+    shown = table("optimizer", "rank", "mode", *heads, right=(1, *range(3, 9)), no_wrap=("optimizer",))
+    for one in found:
+        modes = [mode for mode in ("layerwise", "checkpointing") if getattr(one, mode)]
+        sizes = (f"{getattr(one, column) / 1e9:,.2f}" for column in columns)
+        shown.add_row(one.optim, f"{one.rank or '-'}", ", ".join(modes) or "-", *sizes)
+    one = found[0]
+    parameters = f"{one.parameters / 1e6:,.1f} M parameters"
+    show(f"{escape(one.model)}: {parameters}, {one.dtype}, batch {one.batch} x {one.seq} tokens")
+    show(shown)
