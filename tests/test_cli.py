@@ -265,10 +265,10 @@ def test_without_a_hub_a_model_by_name_is_answered_within_two_seconds(tmp_path):
 def test_a_name_that_is_not_resolved_is_not_waited_for(monkeypatch):
     from hf_lowrank.planning import hub
 
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(3) or [])
     began = time.perf_counter()
     assert not hub.answers("https://somewhere.invalid/config.json", 0.1)
-    assert time.perf_counter() - began < 2  # of the 5 that the look-up takes
+    assert time.perf_counter() - began < 2  # of the 3 that the look-up takes
 
 
 def test_a_model_in_the_cache_of_the_hub_needs_no_hub(run, tmp_path, monkeypatch):
