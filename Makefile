@@ -22,6 +22,7 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+	$(BIN)/python tests/mutants/run.py
 
 # The same tests with the oldest torch and transformers that are supported; the oldest Python: make test-lowest PYTHON=python3.10.
 test-lowest: VENV = .venv-lowest-$(notdir $(PYTHON))

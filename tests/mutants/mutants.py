@@ -1,0 +1,193 @@
+"""One-line faults of the package, each with the test that must fail because of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One changed place.
+
+    Attributes:
+        kind: what is wrong with it.
+        file: within the package.
+        old, new: text that occurs once, and what takes its place.
+        killed_by: the node of the test, from the root of the project.
+    """
+
+    kind: str
+    file: str
+    old: str
+    new: str
+    killed_by: str
+
+
+def run_of(name: str, shape: str = "wide") -> str:
+    """The float64 comparison of one method."""
+    return f"tests/test_equations.py::test_a_run_equals_the_papers_equations[{name}-{shape}]"
+
+
+ADAM = "galore_dominant_adamw"
+LAW = "tests/test_sampling.py::test_a_whole_step_samples_singular_vectors_by_the_law"
+CARRIED = "tests/test_equations_of_options.py::test_moments_are_transported_as_the_papers_say"
+OPTIONS = "tests/test_equations_of_options.py::"
+PROPERTIES = "tests/test_properties_of_methods.py::"
+SUBSPACES, MOMENTS, STEPS = "methods/subspaces/", "methods/moments/", "methods/reconstructions/"
+
+MUTANTS = [
+    # ---- bases ------------------------------------------------------------------------------------------------------
+    Mutant("smallest for largest", SUBSPACES + "dominant.py", "return U[..., :r], sigma", "return U[..., -r:], sigma",
+           run_of(ADAM)),
+    Mutant("wrong order", "tensors/kernels.py", "values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)",
+           "values.flip(-1).clamp_min(0).sqrt(), vectors", run_of(ADAM)),
+    Mutant("sigma squared", "tensors/kernels.py", "values.flip(-1).clamp_min(0).sqrt(), vectors",
+           "values.flip(-1).clamp_min(0), vectors", LAW),
+    Mutant("sigma squared", SUBSPACES + "importance.py", "random.gumbel_top_r(sigma, s",
+           "random.gumbel_top_r(sigma.square(), s", LAW),
+    Mutant("uniform for importance", SUBSPACES + "importance.py", "random.gumbel_top_r(sigma, s",
+           "random.gumbel_top_r(torch.ones_like(sigma), s", LAW),
+    Mutant("leading vectors drawn twice", SUBSPACES + "importance.py", "r - r0, ctx) + r0", "r - r0, ctx)",
+           run_of("galore_hybrid_adamw")),
+    Mutant("wrong share of leading vectors", SUBSPACES + "importance.py", "r0 = r // 2 if", "r0 = r if",
+           run_of("galore_hybrid_adamw")),
+    Mutant("indices not sorted", "tensors/random.py", "keys.topk(r, dim=-1).indices.sort(-1).values",
+           "keys.topk(r, dim=-1).indices", run_of("galore_i3s_adamw")),
+    Mutant("wrong law", "tensors/random.py", "noise = -torch.log(-torch.log(uniform))",
+           "noise = torch.log(-torch.log(uniform))", LAW),
+    Mutant("not uniform", "tensors/random.py", "Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)", "Q",
+           "tests/test_sampling.py::test_uniform_stiefel_is_orthonormal_and_covers_every_direction_alike"),
+    Mutant("not keyed by the refresh", "methods/context.py", "Stream.SUBSPACE, *self.key, self.number,",
+           "Stream.SUBSPACE, *self.key,", run_of("galore_random_adamw")),
+    Mutant("seed not used", "engine/matrix.py", 'key=(options["seed"], index)', "key=(0, index)",
+           "tests/test_equations.py::test_another_seed_draws_something_else_and_still_equals_it[galore_random_adamw]"),
+    Mutant("parameter not in the key", "engine/matrix.py", 'key=(options["seed"], index)', 'key=(options["seed"], 0)',
+           "tests/test_sampling.py::test_every_parameter_refresh_and_seed_has_a_stream_of_its_own"),
+    Mutant("signs of vectors left open", "tensors/kernels.py", "torch.where(pivot < 0, -1.0, 1.0)",
+           "torch.ones_like(pivot)", run_of(ADAM)),
+    Mutant("switch off by one", SUBSPACES + "golore.py", "ctx.step >= self.switch_at", "ctx.step > self.switch_at",
+           OPTIONS + "test_golore_switches_inside_the_run"),
+    Mutant("angle doubled", SUBSPACES + "grassmann.py", "theta = 0.5 * torch.atan2", "theta = torch.atan2",
+           run_of("subtrack_adamw")),
+    Mutant("wrong sign", SUBSPACES + "grassmann.py", 'theta if self.direction == "descending"',
+           '-theta if self.direction == "descending"', run_of("subtrack_adamw")),
+    Mutant("sum never emptied", SUBSPACES + "grassmann.py", 's["gradients"].zero_()', 's["gradients"].add_(0)',
+           OPTIONS + "test_subtrack"),
+    Mutant("one weight for both", SUBSPACES + "block_power.py", "(1 - self.rho) * (G @ B)", "self.rho * (G @ B)",
+           run_of("ldadam")),
+    Mutant("interval has no way back", SUBSPACES + "lazy.py", "doublings - 1, 0", "doublings, 0",
+           PROPERTIES + "test_q_galores_intervals_follow_the_overlaps_of_the_subspaces"),
+    Mutant("overlap of another size", "tensors/kernels.py", ".mean() / C.shape[-1]", ".mean()",
+           PROPERTIES + "test_q_galores_intervals_follow_the_overlaps_of_the_subspaces"),
+    Mutant("decay grows", SUBSPACES + "online.py", "P.mul_(1 - lr", "P.mul_(1 + lr", run_of("online_subspace_adamw")),
+    Mutant("no bias correction", SUBSPACES + "online.py", "value=-lr / (1 - 0.9**t)", "value=-lr",
+           run_of("online_subspace_adamw")),
+    Mutant("schedule ignored", SUBSPACES + "online.py", "(ctx.lr / ctx.initial_lr if ctx.initial_lr else 1.0)", "1.0",
+           OPTIONS + "test_the_basis_of_online_subspace_descent_follows_the_schedule"),
+    Mutant("biased rows", SUBSPACES + "rows.py", "(r * q).rsqrt()", "q.rsqrt()", run_of("grass_adamw")),
+    Mutant("squared norms", SUBSPACES + "rows.py", "column_squared_norms(G.mT).sqrt()", "column_squared_norms(G.mT)",
+           run_of("grass_adamw")),
+    Mutant("scale of a sketch", SUBSPACES + "sketch.py", ".mul_(r**-0.5)", ".mul_(1 / r)",
+           run_of("apollo_random_adamw")),
+    Mutant("not keyed by the refresh", SUBSPACES + "sketch.py", "ctx.number, ctx.m", "0, ctx.m",
+           run_of("apollo_random_adamw")),
+    Mutant("transposed C", "tensors/bases.py", "self.right.mT @ old.right", "old.right.mT @ self.right",
+           OPTIONS + "test_both_sides"),
+    Mutant("wrong side", "tensors/layout.py", '"std": rows >= columns', '"std": rows > columns', OPTIONS + "test_proj_type_chooses_the_side"),
+    # ---- moments ----------------------------------------------------------------------------------------------------
+    Mutant("beta1 for beta2", MOMENTS + "adam.py", "beta2=contexts[0].beta2,", "beta2=contexts[0].beta1,",
+           run_of(ADAM)),
+    Mutant("bias correction off by one", MOMENTS + "adam.py", "return float(ctx.moment_step) if",
+           "return float(ctx.moment_step + 1) if", run_of(ADAM)),
+    Mutant("bias correction off by one", MOMENTS + "adam.py", "/ (1 - ctx.beta1**ctx.moment_step)",
+           "/ (1 - ctx.beta1 ** (ctx.moment_step + 1))", run_of("fira_adamw")),
+    Mutant("flag ignored", MOMENTS + "adam.py", "float(ctx.moment_step) if ctx.correct_bias else NO_CORRECTION",
+           "float(ctx.moment_step)",
+           f"tests/test_equations.py::test_without_bias_correction_it_is_the_i3s_papers_eq_1[{ADAM}]"),
+    Mutant("missing rotation", MOMENTS + "adam.py", "M.copy_(rotated)", "M.copy_(M)", CARRIED),
+    Mutant("transposed C", MOMENTS + "adam.py", "rotated = C @ M", "rotated = C.mT @ M", CARRIED),
+    Mutant("C not squared", MOMENTS + "transport.py", "squares = C.square()", "squares = C.abs()", CARRIED),
+    Mutant("lost mass not filled", MOMENTS + "transport.py", "rotated += lost *", "rotated += 0 * lost *", CARRIED),
+    Mutant("step count not reset", "methods/parts.py", '(*self.slots(ctx.columns), "moment_step")',
+           "self.slots(ctx.columns)", CARRIED),
+    Mutant("moments not reset", "methods/parts.py", '(*self.slots(ctx.columns), "moment_step")', '("moment_step",)',
+           CARRIED),
+    Mutant("eps inside another root", MOMENTS + "adam_mini.py",
+           "eps = ctx.eps * (sqrt(1 - ctx.beta2**ctx.moment_step) if ctx.correct_bias else 1.0)", "eps = ctx.eps",
+           run_of("galore_dominant_adam_mini")),
+    Mutant("mean over the wrong length", MOMENTS + "adam_mini.py", "total / ctx.columns.n", "total / R.shape[-2]",
+           run_of("galore_dominant_adam_mini")),
+    Mutant("heads are neurons", MOMENTS + "adam_mini.py", "+ ctx.columns.start) // block",
+           "+ ctx.columns.start) // 1 % v.shape[-1]",
+           OPTIONS + "test_adam_mini_has_one_second_moment_per_head_of_queries_and_keys"),
+    Mutant("decay off by one", MOMENTS + "factored.py", 'root = yield from observe(s, R.square() + TINY, "square", beta2,',
+           'root = yield from observe(s, R.square() + TINY, "square", ctx.beta2,', run_of("galore_dominant_adafactor")),
+    Mutant("clipping does nothing", MOMENTS + "factored.py", "(rms / threshold).clamp_min_(1.0)",
+           "(rms / threshold).clamp_(1.0, 1.0)", OPTIONS + "test_small_second_moments"),
+    Mutant("rows carried by C itself", MOMENTS + "factored.py", "(C.square() @ row", "(C @ row",
+           OPTIONS + "test_small_second_moments"),
+    Mutant("wrong sign", MOMENTS + "factored.py", "(u - M).square_()", "(u + M).square_()",
+           run_of("galore_dominant_came")),
+    Mutant("beta2 for beta3", MOMENTS + "factored.py", "self.beta3, ctx", "ctx.beta2, ctx",
+           run_of("galore_dominant_came")),
+    Mutant("beta1 the other way round", MOMENTS + "momentum.py", "1 - ctx.beta1", "ctx.beta1", run_of("golore_msgd")),
+    Mutant("window counted as full", MOMENTS + "natural.py", "min(seen + 1, self.history)", "self.history",
+           run_of("natural_galore_adamw")),
+    Mutant("wrong column", MOMENTS + "natural.py", "chosen[..., place] = 1", "chosen[..., 0] = 1",
+           run_of("natural_galore_adamw")),
+    Mutant("missing rotation", MOMENTS + "natural.py", 'C.unsqueeze(-3) @ s["window"]', 's["window"]',
+           run_of("natural_galore_adamw")),
+    # ---- steps ------------------------------------------------------------------------------------------------------
+    Mutant("limiter does nothing", STEPS + "fira.py", ".clamp_min_(limiter).div_(limiter)", ".mul_(0).add_(1)",
+           run_of("fira_adamw", "stack")),
+    Mutant("limiter never relents", STEPS + "fira.py", ".clamp_min_(limiter).div_(limiter)", ".div_(limiter)",
+           run_of("fira_adamw", "stack")),
+    Mutant("form ignored", STEPS + "fira.py", 'within = ctx.scale if self.fira_form == "released" else 1.0',
+           "within = 1.0", run_of("fira_adamw")),
+    Mutant("residual of another size", STEPS + "fira.py", "alpha=-2 * within", "alpha=-within", run_of("fira_adamw")),
+    Mutant("scale squared", STEPS + "scaled_gradient.py", "factor = sqrt(ctx.scale)", "factor = ctx.scale",
+           run_of("apollo_random_adamw")),
+    Mutant("front for back", STEPS + "scaled_gradient.py", 'if self.limit == "back"', 'if self.limit == "front"',
+           OPTIONS + "test_apollo"),
+    Mutant("error feedback's sign", STEPS + "error_feedback.py", 'R, -1.0)', "R, 1.0)", run_of("ldadam")),
+    Mutant("error of a refresh left out", STEPS + "error_feedback.py", "weight = ctx.beta1 / (1 - ctx.beta1)",
+           "weight = 0.0", run_of("ldadam")),
+    Mutant("beta1 the other way round", STEPS + "flora.py", "fresh = 1 - ctx.beta1", "fresh = ctx.beta1",
+           run_of("flora_adafactor")),
+    Mutant("details lost", STEPS + "compressed.py", "Z = (N - R / D) * factor", "Z = N * factor", run_of("gwt_adamw")),
+    Mutant("residual left out of v", STEPS + "compressed.py", "v.addcmul_(E, E)", "v", run_of("foam_adamw")),
+    # ---- the engine -------------------------------------------------------------------------------------------------
+    Mutant("wrong sign", "engine/matrix.py", "-ctx.lr * c_t", "ctx.lr * c_t", run_of(ADAM)),
+    Mutant("decay applied twice", "engine/matrix.py", "decay = 1.0", "decay = beta", run_of("fira_adamw")),
+    Mutant("fresh step decays too", "engine/matrix.py", 'unsqueeze(-2), value=alpha / decay)',
+           "unsqueeze(-2), value=alpha)", run_of("fira_adamw")),
+    Mutant("scale ignored", "engine/matrix.py", 'scale=options.get("scale", 1.0)', "scale=1.0", run_of(ADAM)),
+    Mutant("counter not advanced", "engine/matrix.py", 'self.stored["moment_step"].add_(1)',
+           'self.stored["moment_step"].add_(0)', run_of(ADAM)),
+    Mutant("number of the next basis", "engine/matrix.py", "chosen if refreshing else max(0, chosen - 1)", "chosen",
+           run_of("apollo_random_adamw")),
+    Mutant("skipped gradient is a step", "engine/matrix.py", 'self.stored["skipped"].add_(1)',
+           'self.stored["skipped"].add_(1), self.stored["step"].add_(1)',
+           "tests/test_bad_gradients.py::test_a_bad_slice_skips_its_whole_parameter"),
+    Mutant("bad gradient taken", "engine/matrix.py", "if not (yield Reading([R]))[0]:",
+           "if (yield Reading([R])) is None:", "tests/test_bad_gradients.py::test_a_bad_slice_skips_its_whole_parameter"),
+    Mutant("stale basis", "engine/refresh.py", "unit.basis, unit.refreshed, self.new = None, True, {}",
+           "unit.refreshed, self.new = True, {}", run_of("apollo_random_adamw")),
+    Mutant("gradient counted twice", "engine/refresh.py", "unit.refreshed, self.new = None, True, {}",
+           "unit.refreshed, self.new = None, False, {}", OPTIONS + "test_subtrack"),
+    Mutant("interval off by one", "engine/refresh.py", "add_(interval if first is None else first)",
+           "add_(interval + 1 if first is None else first)", run_of(ADAM)),
+    Mutant("option on_refresh ignored", "engine/refresh.py", 'options.get("on_refresh", "keep")', 'options.get("", "keep")',
+           CARRIED),
+    Mutant("idle expert loses its basis", "engine/refresh.py", "torch.where(keep, self.new[name], tensor)",
+           "torch.where(keep, self.new[name], self.new[name])",
+           "tests/test_zero_gradients.py::test_an_expert_without_tokens_keeps_its_basis_while_the_others_refresh"),
+    Mutant("clipping does nothing", "engine/step.py", "min(1.0, max_norm / (norm + 1e-6))", "1.0",
+           "tests/test_layerwise.py::test_clipping_is_by_the_norm_of_the_projected_gradients"),
+    # ---- numbers ----------------------------------------------------------------------------------------------------
+    Mutant("to nearest for stochastic", "tensors/rounding.py", "bits.add_(noise).add_", "bits.add_",
+           "tests/test_sampling.py::test_rounding_is_unbiased_between_the_two_neighbours"),
+    Mutant("flag ignored", "methods/context.py", "if not self.stochastic_rounding:", "if False:",
+           "tests/test_sampling.py::test_small_steps_on_bf16_weights_add_up"),
+    Mutant("one stream for every step", "methods/context.py", "*self.key, self.step, self.offset", "*self.key, self.offset",
+           "tests/test_sampling.py::test_small_steps_on_bf16_weights_add_up"),
+]  # fmt: skip
