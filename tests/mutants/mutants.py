@@ -28,7 +28,8 @@ def run_of(name: str, shape: str = "wide") -> str:
 
 
 ADAM = "galore_dominant_adamw"
-LAW = "tests/test_sampling.py::test_a_whole_step_samples_singular_vectors_by_the_law"
+SAMPLING = "tests/test_sampling.py::"
+LAW = SAMPLING + "test_a_whole_step_samples_singular_vectors_by_the_law[galore_i3s_adamw-options0-law0]"
 CARRIED = "tests/test_equations_of_options.py::test_moments_are_transported_as_the_papers_say"
 OPTIONS = "tests/test_equations_of_options.py::"
 PROPERTIES = "tests/test_properties_of_methods.py::"
@@ -55,13 +56,13 @@ MUTANTS = [
     Mutant("wrong law", "tensors/random.py", "noise = -torch.log(-torch.log(uniform))",
            "noise = torch.log(-torch.log(uniform))", LAW),
     Mutant("not uniform", "tensors/random.py", "Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)", "Q",
-           "tests/test_sampling.py::test_uniform_stiefel_is_orthonormal_and_covers_every_direction_alike"),
+           SAMPLING + "test_uniform_stiefel_is_orthonormal_and_covers_every_direction_alike"),
     Mutant("not keyed by the refresh", "methods/context.py", "Stream.SUBSPACE, *self.key, self.number,",
            "Stream.SUBSPACE, *self.key,", run_of("galore_random_adamw")),
     Mutant("seed not used", "engine/matrix.py", 'key=(options["seed"], index)', "key=(0, index)",
            "tests/test_equations.py::test_another_seed_draws_something_else_and_still_equals_it[galore_random_adamw]"),
     Mutant("parameter not in the key", "engine/matrix.py", 'key=(options["seed"], index)', 'key=(options["seed"], 0)',
-           "tests/test_sampling.py::test_every_parameter_refresh_and_seed_has_a_stream_of_its_own"),
+           SAMPLING + "test_every_parameter_refresh_and_seed_has_a_stream_of_its_own"),
     Mutant("signs of vectors left open", "tensors/kernels.py", "torch.where(pivot < 0, -1.0, 1.0)",
            "torch.ones_like(pivot)", run_of(ADAM)),
     Mutant("switch off by one", SUBSPACES + "golore.py", "ctx.step >= self.switch_at", "ctx.step > self.switch_at",
@@ -92,7 +93,8 @@ MUTANTS = [
            run_of("apollo_random_adamw")),
     Mutant("transposed C", "tensors/bases.py", "self.right.mT @ old.right", "old.right.mT @ self.right",
            OPTIONS + "test_both_sides"),
-    Mutant("wrong side", "tensors/layout.py", '"std": rows >= columns', '"std": rows > columns', OPTIONS + "test_proj_type_chooses_the_side"),
+    Mutant("wrong side", "tensors/layout.py", '"std": rows >= columns', '"std": rows > columns',
+           OPTIONS + "test_proj_type_chooses_the_side"),
     # ---- moments ----------------------------------------------------------------------------------------------------
     Mutant("beta1 for beta2", MOMENTS + "adam.py", "beta2=contexts[0].beta2,", "beta2=contexts[0].beta1,",
            run_of(ADAM)),
@@ -119,8 +121,8 @@ MUTANTS = [
     Mutant("heads are neurons", MOMENTS + "adam_mini.py", "+ ctx.columns.start) // block",
            "+ ctx.columns.start) // 1 % v.shape[-1]",
            OPTIONS + "test_adam_mini_has_one_second_moment_per_head_of_queries_and_keys"),
-    Mutant("decay off by one", MOMENTS + "factored.py", 'root = yield from observe(s, R.square() + TINY, "square", beta2,',
-           'root = yield from observe(s, R.square() + TINY, "square", ctx.beta2,', run_of("galore_dominant_adafactor")),
+    Mutant("beta2 for the schedule", MOMENTS + "factored.py", '"square", beta2,', '"square", ctx.beta2,',
+           run_of("galore_dominant_adafactor")),
     Mutant("clipping does nothing", MOMENTS + "factored.py", "(rms / threshold).clamp_min_(1.0)",
            "(rms / threshold).clamp_(1.0, 1.0)", OPTIONS + "test_small_second_moments"),
     Mutant("rows carried by C itself", MOMENTS + "factored.py", "(C.square() @ row", "(C @ row",
@@ -169,14 +171,16 @@ MUTANTS = [
            'self.stored["skipped"].add_(1), self.stored["step"].add_(1)',
            "tests/test_bad_gradients.py::test_a_bad_slice_skips_its_whole_parameter"),
     Mutant("bad gradient taken", "engine/matrix.py", "if not (yield Reading([R]))[0]:",
-           "if (yield Reading([R])) is None:", "tests/test_bad_gradients.py::test_a_bad_slice_skips_its_whole_parameter"),
+           "if (yield Reading([R])) is None:",
+           "tests/test_bad_gradients.py::test_a_bad_slice_skips_its_whole_parameter"),
     Mutant("stale basis", "engine/refresh.py", "unit.basis, unit.refreshed, self.new = None, True, {}",
            "unit.refreshed, self.new = True, {}", run_of("apollo_random_adamw")),
     Mutant("gradient counted twice", "engine/refresh.py", "unit.refreshed, self.new = None, True, {}",
            "unit.refreshed, self.new = None, False, {}", OPTIONS + "test_subtrack"),
     Mutant("interval off by one", "engine/refresh.py", "add_(interval if first is None else first)",
            "add_(interval + 1 if first is None else first)", run_of(ADAM)),
-    Mutant("option on_refresh ignored", "engine/refresh.py", 'options.get("on_refresh", "keep")', 'options.get("", "keep")',
+    Mutant("option on_refresh ignored", "engine/refresh.py", 'options.get("on_refresh", "keep")',
+           'options.get("", "keep")',
            CARRIED),
     Mutant("idle expert loses its basis", "engine/refresh.py", "torch.where(keep, self.new[name], tensor)",
            "torch.where(keep, self.new[name], self.new[name])",
@@ -185,9 +189,10 @@ MUTANTS = [
            "tests/test_layerwise.py::test_clipping_is_by_the_norm_of_the_projected_gradients"),
     # ---- numbers ----------------------------------------------------------------------------------------------------
     Mutant("to nearest for stochastic", "tensors/rounding.py", "bits.add_(noise).add_", "bits.add_",
-           "tests/test_sampling.py::test_rounding_is_unbiased_between_the_two_neighbours"),
+           SAMPLING + "test_rounding_is_unbiased_between_the_two_neighbours"),
     Mutant("flag ignored", "methods/context.py", "if not self.stochastic_rounding:", "if False:",
-           "tests/test_sampling.py::test_small_steps_on_bf16_weights_add_up"),
-    Mutant("one stream for every step", "methods/context.py", "*self.key, self.step, self.offset", "*self.key, self.offset",
-           "tests/test_sampling.py::test_small_steps_on_bf16_weights_add_up"),
+           SAMPLING + "test_small_steps_on_bf16_weights_add_up"),
+    Mutant("one stream for every step", "methods/context.py", "*self.key, self.step, self.offset",
+           "*self.key, self.offset",
+           SAMPLING + "test_small_steps_on_bf16_weights_add_up"),
 ]  # fmt: skip

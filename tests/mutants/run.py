@@ -2,32 +2,37 @@
 
 The package is copied; one line of the copy is changed; the named test runs with the copy in the place of the package
 and must fail (not err in collection: a mutant that cannot be imported proves nothing). A text that does not occur
-exactly once in its file is an error, and so is a named test that fails without a mutant.
+exactly once in its file is an error, and so is a named test that fails without a mutant. Every run is a fork of one
+process that has imported torch, and not the package.
 
     python tests/mutants/run.py [TEXT]      # only mutants whose file, kind or test contains TEXT
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
-from mutants import MUTANTS, Mutant
+
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # else importing torch imports the package that is installed
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.dont_write_bytecode = True
+
+import pytest  # noqa: E402
+import torch  # noqa: E402, F401
+from mutants import MUTANTS, Mutant  # noqa: E402
 
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "hf_lowrank"
 PASSED, FAILED = 0, 1  # exit codes of pytest
-
-
-def copied(folder: Path) -> Path:
-    """Copy the package into a folder."""
-    return Path(shutil.copytree(ROOT / PACKAGE, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__")))
 
 
 def apply(mutant: Mutant, package: Path) -> None:
@@ -43,71 +48,53 @@ def apply(mutant: Mutant, package: Path) -> None:
     file.write_text(text.replace(mutant.old, mutant.new))
 
 
-def pytest(folder: Path, *tests: str) -> tuple[int, str]:
-    """Run tests with the copy in `folder` as the package; return the exit code and what was printed."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        str(ROOT / "pyproject.toml"),
-    ]
-    done = subprocess.run(
-        [*command, "--rootdir", str(ROOT), *(str(ROOT / test) for test in tests)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, done.stdout + done.stderr
+def run(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[int, str]:
+    """Run tests with a copy as the package, in a process of their own; return pytest's code and what was printed."""
+    assert PACKAGE not in sys.modules
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()) as printed:
+        package = Path(shutil.copytree(ROOT / PACKAGE, Path(name) / PACKAGE))
+        if mutant is not None:
+            apply(mutant, package)
+        os.chdir(name)
+        sys.path.insert(0, name)
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+        code = pytest.main([*options, *(str(ROOT / test) for test in tests)])
+        os.chdir(ROOT)
+        assert sys.modules[PACKAGE].__file__.startswith(name), "the copy is not what was imported"
+    return int(code), printed.getvalue()
+
+
+def healthy(tests: Sequence[str]) -> str:
+    """Return what is wrong with tests where nothing is mutated."""
+    code, printed = run(tests)
+    return "" if code == PASSED else f"without a mutant a named test fails:\n{printed[-3000:]}"
 
 
 def verdict(mutant: Mutant) -> str:
     """Return what is wrong: nothing if the named test fails with the mutant."""
-    with tempfile.TemporaryDirectory() as name:
-        try:
-            apply(mutant, copied(Path(name)))
-        except LookupError as error:
-            return str(error)
-        code, printed = pytest(Path(name), mutant.killed_by)
+    try:
+        code, printed = run([mutant.killed_by], mutant)
+    except LookupError as error:
+        return str(error)
     if code == FAILED:
         return ""
     return "survived" if code == PASSED else f"pytest ended with {code}:\n{printed[-1500:]}"
-
-
-def healthy(tests: list[str]) -> str:
-    """Return what is wrong with the named tests where nothing is mutated."""
-    with tempfile.TemporaryDirectory() as name:
-        copied(Path(name))
-        where = [sys.executable, "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)"]
-        place = subprocess.run(where, cwd=name, env={**os.environ, "PYTHONPATH": name}, capture_output=True, text=True)
-        if not place.stdout.startswith(name):
-            return f"the copy is not what is imported, but {place.stdout or place.stderr}"
-        code, printed = pytest(Path(name), *tests)
-    return "" if code == PASSED else f"without a mutant the named tests fail:\n{printed[-3000:]}"
 
 
 def main() -> int:
     """Run the mutants; return 0 if all were killed."""
     only = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [m for m in MUTANTS if only in m.file or only in m.kind or only in m.killed_by]
-    wrong = healthy(sorted({mutant.killed_by for mutant in chosen}))
-    if wrong:
-        print(wrong)
-        return 1
-    alive = 0
-    with ThreadPoolExecutor(2) as pool:
-        for mutant, fault in zip(chosen, pool.map(verdict, chosen), strict=True):
+    tests, alive = sorted({mutant.killed_by for mutant in chosen}), 0
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        wrong = [fault for fault in pool.imap(healthy, [tests[::2], tests[1::2]], 1) if fault]
+        for mutant, fault in zip(chosen, pool.imap(verdict, chosen, 1), strict=True):
             alive += bool(fault)
             print(f"{'ALIVE ' if fault else 'killed'} {mutant.kind}: {mutant.file} by {mutant.killed_by}", flush=True)
             if fault:
                 print(f"       {fault}", flush=True)
-    print(f"{len(chosen) - alive} of {len(chosen)} mutants killed")
-    return int(alive > 0)
+    print(*wrong, f"{len(chosen) - alive} of {len(chosen)} mutants killed", sep="\n")
+    return int(alive > 0 or bool(wrong))
 
 
 if __name__ == "__main__":
