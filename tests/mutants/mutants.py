@@ -30,8 +30,12 @@ def run_of(name: str, shape: str = "wide") -> str:
 ADAM = "galore_dominant_adamw"
 SAMPLING = "tests/test_sampling.py::"
 LAW = SAMPLING + "test_a_whole_step_samples_singular_vectors_by_the_law[galore_i3s_adamw-options0-law0]"
-CARRIED = "tests/test_equations_of_options.py::test_moments_are_transported_as_the_papers_say"
 OPTIONS = "tests/test_equations_of_options.py::"
+ROTATED, COMPLETED, RESET = (
+    f"{OPTIONS}test_moments_are_transported_as_the_papers_say[{ADAM}-{how}]"
+    for how in ("rotate", "rotate_variance_complete", "reset")
+)
+SMALL = OPTIONS + "test_small_second_moments[shape0-rotate-adafactor-options0]"
 PROPERTIES = "tests/test_properties_of_methods.py::"
 SUBSPACES, MOMENTS, STEPS = "methods/subspaces/", "methods/moments/", "methods/reconstructions/"
 
@@ -66,13 +70,13 @@ MUTANTS = [
     Mutant("signs of vectors left open", "tensors/kernels.py", "torch.where(pivot < 0, -1.0, 1.0)",
            "torch.ones_like(pivot)", run_of(ADAM)),
     Mutant("switch off by one", SUBSPACES + "golore.py", "ctx.step >= self.switch_at", "ctx.step > self.switch_at",
-           OPTIONS + "test_golore_switches_inside_the_run"),
+           OPTIONS + "test_golore_switches_inside_the_run[0.625-golore_adamw-shape0]"),
     Mutant("angle doubled", SUBSPACES + "grassmann.py", "theta = 0.5 * torch.atan2", "theta = torch.atan2",
            run_of("subtrack_adamw")),
     Mutant("wrong sign", SUBSPACES + "grassmann.py", 'theta if self.direction == "descending"',
            '-theta if self.direction == "descending"', run_of("subtrack_adamw")),
     Mutant("sum never emptied", SUBSPACES + "grassmann.py", 's["gradients"].zero_()', 's["gradients"].add_(0)',
-           OPTIONS + "test_subtrack"),
+           OPTIONS + "test_subtrack[auto-1.0-descending-True-shape0]"),
     Mutant("one weight for both", SUBSPACES + "block_power.py", "(1 - self.rho) * (G @ B)", "self.rho * (G @ B)",
            run_of("ldadam")),
     Mutant("interval has no way back", SUBSPACES + "lazy.py", "doublings - 1, 0", "doublings, 0",
@@ -92,9 +96,9 @@ MUTANTS = [
     Mutant("not keyed by the refresh", SUBSPACES + "sketch.py", "ctx.number, ctx.m", "0, ctx.m",
            run_of("apollo_random_adamw")),
     Mutant("transposed C", "tensors/bases.py", "self.right.mT @ old.right", "old.right.mT @ self.right",
-           OPTIONS + "test_both_sides"),
+           OPTIONS + "test_both_sides[shape0-rotate-galore_i3s_msgd]"),
     Mutant("wrong side", "tensors/layout.py", '"std": rows >= columns', '"std": rows > columns',
-           OPTIONS + "test_proj_type_chooses_the_side"),
+           OPTIONS + "test_proj_type_chooses_the_side[galore_dominant_adamw-std-shape2]"),
     # ---- moments ----------------------------------------------------------------------------------------------------
     Mutant("beta1 for beta2", MOMENTS + "adam.py", "beta2=contexts[0].beta2,", "beta2=contexts[0].beta1,",
            run_of(ADAM)),
@@ -105,14 +109,14 @@ MUTANTS = [
     Mutant("flag ignored", MOMENTS + "adam.py", "float(ctx.moment_step) if ctx.correct_bias else NO_CORRECTION",
            "float(ctx.moment_step)",
            f"tests/test_equations.py::test_without_bias_correction_it_is_the_i3s_papers_eq_1[{ADAM}]"),
-    Mutant("missing rotation", MOMENTS + "adam.py", "M.copy_(rotated)", "M.copy_(M)", CARRIED),
-    Mutant("transposed C", MOMENTS + "adam.py", "rotated = C @ M", "rotated = C.mT @ M", CARRIED),
-    Mutant("C not squared", MOMENTS + "transport.py", "squares = C.square()", "squares = C.abs()", CARRIED),
-    Mutant("lost mass not filled", MOMENTS + "transport.py", "rotated += lost *", "rotated += 0 * lost *", CARRIED),
+    Mutant("missing rotation", MOMENTS + "adam.py", "M.copy_(rotated)", "M.copy_(M)", ROTATED),
+    Mutant("transposed C", MOMENTS + "adam.py", "rotated = C @ M", "rotated = C.mT @ M", ROTATED),
+    Mutant("C not squared", MOMENTS + "transport.py", "squares = C.square()", "squares = C.abs()", COMPLETED),
+    Mutant("lost mass not filled", MOMENTS + "transport.py", "rotated += lost *", "rotated += 0 * lost *", COMPLETED),
     Mutant("step count not reset", "methods/parts.py", '(*self.slots(ctx.columns), "moment_step")',
-           "self.slots(ctx.columns)", CARRIED),
+           "self.slots(ctx.columns)", RESET),
     Mutant("moments not reset", "methods/parts.py", '(*self.slots(ctx.columns), "moment_step")', '("moment_step",)',
-           CARRIED),
+           RESET),
     Mutant("eps inside another root", MOMENTS + "adam_mini.py",
            "eps = ctx.eps * (sqrt(1 - ctx.beta2**ctx.moment_step) if ctx.correct_bias else 1.0)", "eps = ctx.eps",
            run_of("galore_dominant_adam_mini")),
@@ -124,9 +128,9 @@ MUTANTS = [
     Mutant("beta2 for the schedule", MOMENTS + "factored.py", '"square", beta2,', '"square", ctx.beta2,',
            run_of("galore_dominant_adafactor")),
     Mutant("clipping does nothing", MOMENTS + "factored.py", "(rms / threshold).clamp_min_(1.0)",
-           "(rms / threshold).clamp_(1.0, 1.0)", OPTIONS + "test_small_second_moments"),
+           "(rms / threshold).clamp_(1.0, 1.0)", SMALL),
     Mutant("rows carried by C itself", MOMENTS + "factored.py", "(C.square() @ row", "(C @ row",
-           OPTIONS + "test_small_second_moments"),
+           SMALL),
     Mutant("wrong sign", MOMENTS + "factored.py", "(u - M).square_()", "(u + M).square_()",
            run_of("galore_dominant_came")),
     Mutant("beta2 for beta3", MOMENTS + "factored.py", "self.beta3, ctx", "ctx.beta2, ctx",
@@ -149,7 +153,7 @@ MUTANTS = [
     Mutant("scale squared", STEPS + "scaled_gradient.py", "factor = sqrt(ctx.scale)", "factor = ctx.scale",
            run_of("apollo_random_adamw")),
     Mutant("front for back", STEPS + "scaled_gradient.py", 'if self.limit == "back"', 'if self.limit == "front"',
-           OPTIONS + "test_apollo"),
+           OPTIONS + "test_apollo[back-channel-apollo_random_adamw-3-shape0]"),
     Mutant("error feedback's sign", STEPS + "error_feedback.py", 'R, -1.0)', "R, 1.0)", run_of("ldadam")),
     Mutant("error of a refresh left out", STEPS + "error_feedback.py", "weight = ctx.beta1 / (1 - ctx.beta1)",
            "weight = 0.0", run_of("ldadam")),
@@ -176,12 +180,12 @@ MUTANTS = [
     Mutant("stale basis", "engine/refresh.py", "unit.basis, unit.refreshed, self.new = None, True, {}",
            "unit.refreshed, self.new = True, {}", run_of("apollo_random_adamw")),
     Mutant("gradient counted twice", "engine/refresh.py", "unit.refreshed, self.new = None, True, {}",
-           "unit.refreshed, self.new = None, False, {}", OPTIONS + "test_subtrack"),
+           "unit.refreshed, self.new = None, False, {}", OPTIONS + "test_subtrack[auto-1.0-descending-True-shape0]"),
     Mutant("interval off by one", "engine/refresh.py", "add_(interval if first is None else first)",
            "add_(interval + 1 if first is None else first)", run_of(ADAM)),
     Mutant("option on_refresh ignored", "engine/refresh.py", 'options.get("on_refresh", "keep")',
            'options.get("", "keep")',
-           CARRIED),
+           ROTATED),
     Mutant("idle expert loses its basis", "engine/refresh.py", "torch.where(keep, self.new[name], tensor)",
            "torch.where(keep, self.new[name], self.new[name])",
            "tests/test_zero_gradients.py::test_an_expert_without_tokens_keeps_its_basis_while_the_others_refresh"),
