@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from recipes.c4_pretraining.data import MEASURED_ROWS, DataArguments
 from recipes.c4_pretraining.models import ModelArguments
-from recipes.common import require_at_least, stop
+from recipes.shared.common import require_at_least, stop
 
 
 @dataclass
