@@ -34,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.c4_pretraining import data, models  # noqa: E402
 from recipes.c4_pretraining.budget import (  # noqa: E402
     BudgetArguments,
+    Perplexity,
     check_numbers,
     require_text,
     rows_per_step,
     set_accumulation,
     set_steps,
 )
-from recipes.c4_pretraining.evaluation import Perplexity  # noqa: E402
 from recipes.c4_pretraining.stream import Collator, HeldOut, StreamCallback, TokenStream  # noqa: E402
 from recipes.shared.baselines import BaselineArguments, prepare_, to_plain_  # noqa: E402
 from recipes.shared.common import (  # noqa: E402

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, TrainingArguments
 
 import hf_lowrank
 from recipes.c4_pretraining import data, models, run
-from recipes.c4_pretraining.evaluation import Perplexity
+from recipes.c4_pretraining.budget import Perplexity
 from recipes.c4_pretraining.stream import STREAM_FILE, Collator, TokenStream
 from recipes.shared.common import load_bpe, negative_log_likelihood
 from recipes.shared.rates import optimizer_with_two_rates
