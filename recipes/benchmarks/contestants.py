@@ -1,7 +1,11 @@
-"""What is timed: the floors, hf_lowrank's optimizers, and (in peers.py) the published packages."""
+"""What is timed: the floors, hf_lowrank's optimizers, and the published packages.
+
+Those are run as they are; one that is not installed or does not run is noted, never an error.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +23,9 @@ SCALE = 0.25
 PRODUCTS, FLOOR = "floor: the two products", "floor: products + fused AdamW on the dense part"
 FIRA_FLOOR = "floor of Fira: + norms, scaled gradient"
 APOLLO_FLOOR = "floor of APOLLO: one product, norms, scaled gradient"
+
+GALORE_TORCH, FIRA, APOLLO = "galore-torch GaLoreAdamW", "fira FiraAdamW", "apollo-torch APOLLOAdamW"
+ADAMW, ADAMW_8BIT = "torch AdamW (fused)", "bitsandbytes AdamW8bit"
 
 OURS = (
     "galore_dominant_adamw",
@@ -52,7 +59,8 @@ class Runner:
     optimizer: Any = None
 
 
-Make = Callable[[list[nn.Parameter], list[nn.Parameter], Setup], Runner]
+Parameters = list[nn.Parameter]
+Make = Callable[[Parameters, Parameters, Setup], Runner]
 Kernels = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
 
@@ -72,7 +80,7 @@ class Contestant:
 def bare(kernels: Kernels) -> Make:
     """Return an optimizer that does nothing but `kernels` of W, G, P and N, seen wide, for every matrix."""
 
-    def make(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
+    def make(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
         wide = [(p.data.mT, _grad(p).mT) if p.shape[0] >= p.shape[1] else (p.data, _grad(p)) for p in matrices]
         bases = [_basis(w, setup.rank) for w, _ in wide]
         directions = [torch.randn(P.shape[1], w.shape[1]).to(w) for (w, _), P in zip(wide, bases, strict=True)]
@@ -117,7 +125,7 @@ def _squared_norms(X: Tensor) -> Tensor:
 def with_adamw(kernels: Kernels) -> Make:
     """Return the kernels, and torch's fused AdamW on everything that is not projected."""
 
-    def make(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
+    def make(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
         adamw = torch.optim.AdamW(dense, lr=LR, weight_decay=0.0, fused=True)
         kernels_step = bare(kernels)(matrices, dense, setup).step
 
@@ -143,7 +151,7 @@ def ours(name: str, **options: Any) -> Contestant:
     """Return one of our optimizers; `options` go before those of the setup. APOLLO-Mini has its own rank, 1."""
     own = {key: value for key, value in METHODS[resolve.split(name)[0]].defaults.items() if key == "rank"}
 
-    def make(matrices: list[nn.Parameter], dense: list[nn.Parameter], setup: Setup) -> Runner:
+    def make(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
         chosen = {"rank": setup.rank, "update_proj_gap": setup.gap, "stagger": False, **own, **options}
         chosen |= setup.options
         optimizer = LowRankOptimizer([{"params": matrices, **chosen}, {"params": dense}], name, lr=LR)
@@ -175,3 +183,93 @@ FLOORS = (
     Contestant(FIRA_FLOOR, with_adamw(fira_kernels), "floor"),
     Contestant(APOLLO_FLOOR, with_adamw(apollo_kernels), "floor"),
 )
+
+
+def _groups(matrices: Parameters, dense: Parameters, setup: Setup, **more: Any) -> list[dict[str, Any]]:
+    keys = {"rank": setup.rank, "update_proj_gap": setup.gap, "scale": SCALE, "proj_type": "std"} | more
+    return [{"params": dense}, {"params": matrices, **{k: v for k, v in keys.items() if v is not None}}]
+
+
+def _run(optimizer: torch.optim.Optimizer) -> Runner:
+    return Runner(optimizer.step, optimizer)
+
+
+def adamw(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
+    """Make torch's fused AdamW on everything."""
+    return _run(torch.optim.AdamW([*matrices, *dense], lr=LR, fused=True))
+
+
+def adamw_8bit(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
+    """Make bitsandbytes' AdamW8bit."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return _run(AdamW8bit([*matrices, *dense], lr=LR))
+
+
+def galore_torch(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
+    """Make galore-torch's GaLoreAdamW."""
+    from galore_torch import GaLoreAdamW
+
+    return _run(GaLoreAdamW(_groups(matrices, dense, setup), lr=LR, no_deprecation_warning=True))
+
+
+def fira(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
+    """Make fira's FiraAdamW; its name for the scale is alpha."""
+    from fira import FiraAdamW
+
+    return _run(
+        FiraAdamW(_groups(matrices, dense, setup, alpha=SCALE, scale=None), lr=LR, no_deprecation_warning=True)
+    )
+
+
+def apollo(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
+    """Make apollo-torch's APOLLOAdamW with the paper's options."""
+    from apollo_torch import APOLLOAdamW
+
+    return _run(APOLLOAdamW(_groups(matrices, dense, setup, scale=1.0, proj="random", scale_type="channel"), lr=LR))
+
+
+def apollo_mini(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
+    """Make apollo-torch's APOLLO-Mini: rank 1, one factor for the whole matrix."""
+    from apollo_torch import APOLLOAdamW
+
+    mini = {"rank": 1, "scale": 128.0, "proj": "random", "scale_type": "tensor"}
+    return _run(APOLLOAdamW(_groups(matrices, dense, setup, **mini), lr=LR))
+
+
+def q_galore(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
+    """Make q-galore-torch's optimizer; its step calls torch.cuda."""
+    from q_galore_torch import QGaLoreAdamW8bit
+
+    more = {"quant": True, "quant_n_bit": 4, "quant_group_size": 256, "cos_threshold": 0.4, "gamma_proj": 2}
+    return _run(QGaLoreAdamW8bit(_groups(matrices, dense, setup, **more, queue_size=5), lr=LR))
+
+
+def kozistr(name: str) -> Contestant:
+    """Return GaLore or Fira of pytorch-optimizer."""
+
+    def make(matrices: Parameters, dense: Parameters, setup: Setup) -> Runner:
+        import pytorch_optimizer
+
+        groups = _groups(matrices, dense, setup, projection_type="std", proj_type=None)
+        return _run(getattr(pytorch_optimizer, name)(groups, lr=LR))
+
+    return Contestant(f"pytorch-optimizer {name}", make, "peer")
+
+
+PEERS = (
+    Contestant(ADAMW, adamw, "peer"),
+    Contestant(ADAMW_8BIT, adamw_8bit, "peer"),
+    Contestant(GALORE_TORCH, galore_torch, "peer"),
+    Contestant(FIRA, fira, "peer"),
+    Contestant(APOLLO, apollo, "peer"),
+    Contestant("apollo-torch APOLLO-Mini", apollo_mini, "peer"),
+    Contestant("q-galore-torch QGaLoreAdamW8bit", q_galore, "peer"),
+    kozistr("GaLore"),
+    kozistr("Fira"),
+)
+
+
+def quiet() -> None:
+    """Silence what the packages say on import and at every step."""
+    warnings.filterwarnings("ignore", module="fira|galore_torch|apollo_torch|q_galore_torch|bitsandbytes|torch.jit")

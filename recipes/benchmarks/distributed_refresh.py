@@ -1,4 +1,4 @@
-"""The refresh under DDP, shared out over processes of one thread each."""
+"""The refresh under DDP, shared out over processes of one thread each: this file, started as a script, is one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from contestants import LR
+from shapes import problem
 from tables import Section, Target
 from timing import Samples
 
-
-WORKER = Path(__file__).with_name("refresh_worker.py")
+from hf_lowrank import LowRankOptimizer
 
 
 def section(size: str, rank: int, *, quick: bool) -> Section:
@@ -42,10 +44,10 @@ def section(size: str, rank: int, *, quick: bool) -> Section:
 
 
 def launch(processes: int, size: str, rank: int, *, steps: int) -> dict[str, list[float]]:
-    """Run the worker on some processes of one thread each, and return what the first one reports."""
+    """Run this file on some processes of one thread each, and return what the first one reports."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*command, str(WORKER), size, str(rank), str(steps)],
+        [*command, __file__, size, str(rank), str(steps)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -55,3 +57,44 @@ def launch(processes: int, size: str, rank: int, *, steps: int) -> dict[str, lis
         raise RuntimeError(f"the worker failed on {processes} processes:\n{done.stderr[-2000:]}")
     answer: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+def work() -> None:
+    """Print the milliseconds of every refresh after the first, and every process's share of all refreshes."""
+    size, rank, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    matrices, dense = problem(size, torch.float32, "cpu").parameters()
+    group = {"params": matrices, "rank": rank, "update_proj_gap": 1}
+    optimizer = LowRankOptimizer([group], "galore_i3s_adamw", lr=LR, share_refreshes=dist.get_world_size() > 1)
+    chosen = count_work()
+    times = []
+    for _ in range(steps + 1):
+        before = optimizer.refresh_seconds
+        dist.barrier()
+        optimizer.step()
+        times.append(1e3 * (optimizer.refresh_seconds - before))
+    every: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(every, sum(chosen))
+    if dist.get_rank() == 0:
+        print(json.dumps({"milliseconds": times[1:], "shares": [x / sum(every) for x in every]}))
+    dist.destroy_process_group()
+
+
+def count_work() -> list[float]:
+    """Have every decomposition on this process note its multiplications, m^2 n."""
+    from hf_lowrank.tensors import kernels
+
+    noted: list[float] = []
+    original = kernels.gram_basis
+
+    def counting(G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        noted.append(min(G.shape) ** 2 * float(max(G.shape)))
+        return original(G)
+
+    kernels.gram_basis = counting
+    return noted
+
+
+if __name__ == "__main__":
+    work()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import peers
 import steps
 import torch
-from contestants import LR, Setup, ours
+from contestants import GALORE_TORCH, LR, PEERS, Setup, ours
 from shapes import problem
 from tables import Section, Target
 from timing import CLOCKS, Samples, milliseconds, ratio
@@ -108,7 +107,7 @@ def wall_time(size: str, device: str, *, quick: bool) -> Section:
     result = Section(f"Seconds of 1000 optimizer steps, LLaMA-{size.upper()}, fp32", remarks=list(PAPER))
     posed = problem(size, torch.float32, device, *((1, 2000) if quick else ()))
     everyone = [ours("galore_dominant_adamw"), ours("galore_dominant_adamw", refresh="svd"), ours("subtrack_adamw")]
-    everyone += [one for one in peers.PEERS if one.name == peers.GALORE_TORCH]
+    everyone += [one for one in PEERS if one.name == GALORE_TORCH]
     for rank in (8, 16) if quick else (64, 128):
         setup = Setup(rank, 6 if quick else 8)
         found, remarks = steps.measure(

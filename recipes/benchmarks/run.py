@@ -21,15 +21,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import distributed_refresh
-import peers
+import memory_tables
 import refresh
-import sizes
 import steps
 import tables
 import timing
 import torch
 import training
-from contestants import FLOORS, OURS, Contestant, Setup, ours
+from contestants import FLOORS, OURS, PEERS, Contestant, Setup, ours, quiet
 from shapes import problem
 from tables import Section
 
@@ -77,7 +76,7 @@ def contestants(patterns: list[str]) -> list[Contestant]:
 
     mine = OURS if patterns == ["default"] else resolve.names()
     chosen = ["*"] if patterns == ["default"] else patterns
-    everyone = [*map(ours, mine), *peers.PEERS]
+    everyone = [*map(ours, mine), *PEERS]
     return [*FLOORS, *(one for one in everyone if any(fnmatch(one.name, pattern) for pattern in chosen))]
 
 
@@ -101,7 +100,7 @@ def step_sections(plan: Plan) -> Iterator[Section]:
 
 SECTIONS: dict[str, Callable[[Plan], Iterable[Section]]] = {
     "steps": step_sections,
-    "bytes": lambda plan: [sizes.section()],
+    "bytes": lambda plan: [memory_tables.section()],
     "refresh": lambda plan: refresh.sections(plan.device, quick=plan.quick),
     "stagger": lambda plan: [steps_over_intervals(plan)],
     "training": lambda plan: training.sections(plan.first, plan.rank, plan.device, quick=plan.quick),
@@ -144,7 +143,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     args = arguments()
-    peers.quiet()
+    quiet()
     torch.set_num_threads(args.threads)
     timing.use_clock(args.clock)
     sizes_wanted = (args.sizes or ("9m" if args.quick else "60m,130m,350m")).split(",")

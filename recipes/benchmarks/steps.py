@@ -9,8 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from contestants import APOLLO_FLOOR, FIRA_FLOOR, FLOOR, FLOORS, Contestant, Runner, Setup, ours
-from peers import ADAMW, APOLLO, FIRA, GALORE_TORCH
+from contestants import (
+    ADAMW,
+    APOLLO,
+    APOLLO_FLOOR,
+    FIRA,
+    FIRA_FLOOR,
+    FLOOR,
+    FLOORS,
+    GALORE_TORCH,
+    Contestant,
+    Runner,
+    Setup,
+    ours,
+)
 from shapes import Problem, rehearsal
 from tables import Section, Target
 from timing import Samples, held_bytes, milliseconds, ratio, transient_bytes

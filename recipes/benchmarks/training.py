@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import peers
 import torch
-from contestants import Contestant, Runner, Setup, ours
+from contestants import ADAMW, ADAMW_8BIT, GALORE_TORCH, PEERS, Contestant, Runner, Setup, ours
 from shapes import Problem
 from steps import near_refresh
 from tables import Section, Target
@@ -123,10 +122,10 @@ def _problem(model: nn.Module, rank: int) -> Problem:
 def _start(posed: Problem, setup: Setup, quick: bool) -> tuple[dict[str, Trained], list[str]]:
     names = ("galore_dominant_adamw", "galore_i3s_adamw", "fira_i3s_adamw", "apollo_random_adamw")
     eight = ("galore_i3s_adamw_8bit", "galore_i3s_adamw_8bit_layerwise")
-    contestants = [peer for peer in peers.PEERS if peer.name in (peers.ADAMW, peers.ADAMW_8BIT)]
+    contestants = [peer for peer in PEERS if peer.name in (ADAMW, ADAMW_8BIT)]
     contestants += map(ours, names + eight)
     if not quick:
-        contestants += [peer for peer in peers.PEERS if peer.name == peers.GALORE_TORCH]
+        contestants += [peer for peer in PEERS if peer.name == GALORE_TORCH]
     found, remarks = {}, []
     for contestant in contestants:
         try:
@@ -143,7 +142,7 @@ def _section(
     result.remarks.append(f"model step (forward and backward): {model_times.median:.1f} ms, {model_times.spread}")
     speed = {}
     for name, one in everyone.items():
-        dense = name in (peers.ADAMW, peers.ADAMW_8BIT)
+        dense = name in (ADAMW, ADAMW_8BIT)
         spent = one.milliseconds(dense)
         speed[name] = 1e3 * tokens / (model_times.median + spent)
         result.rows.append(
@@ -159,10 +158,10 @@ def _section(
             }
         )
     for name, base, limit in (
-        ("galore_i3s_adamw", peers.ADAMW, 0.98),
-        ("fira_i3s_adamw", peers.ADAMW, 0.98),
-        ("galore_i3s_adamw_8bit", peers.ADAMW_8BIT, None),
-        ("galore_i3s_adamw_8bit_layerwise", peers.ADAMW_8BIT, None),
+        ("galore_i3s_adamw", ADAMW, 0.98),
+        ("fira_i3s_adamw", ADAMW, 0.98),
+        ("galore_i3s_adamw_8bit", ADAMW_8BIT, None),
+        ("galore_i3s_adamw_8bit_layerwise", ADAMW_8BIT, None),
     ):
         if name in speed and base in speed:
             spread = f"steps: {ratio(everyone[name].ordinary, everyone[base].ordinary)[1]}"

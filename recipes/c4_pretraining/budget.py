@@ -1,15 +1,16 @@
-"""How long to train, on how much at once; and what must be true of the numbers."""
+"""How long to train, on how much at once; what must be true of the numbers; and what is measured at the end."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+import numpy as np
+from transformers import EvalPrediction, TrainingArguments
 
 from recipes.c4_pretraining.data import MEASURED_ROWS, DataArguments
 from recipes.c4_pretraining.models import ModelArguments
-from recipes.common import require_at_least, stop
+from recipes.shared.common import require_at_least, stop
 
 
 @dataclass
@@ -84,3 +85,36 @@ def require_text(tokens: float, rows: int, args: DataArguments, what: str) -> No
         stop(f"the {what} text has fewer than {args.block_size} tokens, which is one row (--block_size)")
     if tokens <= rows:  # a row's first token is not predicted
         stop(f"the {what} text holds no words")
+
+
+class Perplexity:
+    """`compute_metrics` of the Trainer, from the (sum of -log p, tokens) of every row.
+
+    perplexity: exp of the mean over all predicted tokens, each with the same weight.
+
+    papers_evaluator_perplexity: what the evaluation loop published with GaLore, and used by its successors, would
+    report. It takes the mean over batches of the batch means, and its batch counter starts at one: of N batches it
+    divides the sum by N + 1, so that the loss is too small by the factor N / (N + 1). For comparing with published
+    numbers alone.
+
+    Args:
+        batch_size: rows in a batch of the papers' evaluator.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Return both perplexities."""
+        sums = prediction.predictions.astype(np.float64)  # (rows, 2)
+        total, tokens = sums.sum(0)
+        batches = [sums[i : i + self.batch_size].sum(0) for i in range(0, len(sums), self.batch_size)]
+        means = [batch_total / batch_tokens for batch_total, batch_tokens in batches if batch_tokens]
+        return {
+            "perplexity": _exp(total / tokens),
+            "papers_evaluator_perplexity": _exp(sum(means) / (len(means) + 1)),
+        }
+
+
+def _exp(loss: float) -> float:
+    return float(np.exp(min(loss, 700.0)))

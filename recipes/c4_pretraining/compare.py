@@ -32,9 +32,9 @@ from typing import Any, get_args, get_type_hints
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import hf_lowrank  # noqa: E402
-from recipes.baselines import BaselineArguments  # noqa: E402
 from recipes.c4_pretraining import table  # noqa: E402
-from recipes.common import require_writable, stop  # noqa: E402
+from recipes.shared.baselines import BaselineArguments  # noqa: E402
+from recipes.shared.common import require_writable, stop  # noqa: E402
 
 
 SETTINGS = "settings.json"

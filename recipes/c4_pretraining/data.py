@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recipes.common import first_line, load_bpe, require_at_least, require_writable, speeches, stop
+from recipes.shared.common import first_line, load_bpe, require_at_least, require_writable, speeches, stop
 
 
 KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

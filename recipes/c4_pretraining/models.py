@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hf_lowrank.hf.models import LLAMA, llama_config
 from recipes.c4_pretraining.data import model_vocab_size
-from recipes.common import require_at_least, stop
+from recipes.shared.common import require_at_least, stop
 
 
 @dataclass

@@ -31,19 +31,19 @@ import hf_lowrank
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.baselines import BaselineArguments, prepare_, to_plain_  # noqa: E402
 from recipes.c4_pretraining import data, models  # noqa: E402
 from recipes.c4_pretraining.budget import (  # noqa: E402
     BudgetArguments,
+    Perplexity,
     check_numbers,
     require_text,
     rows_per_step,
     set_accumulation,
     set_steps,
 )
-from recipes.c4_pretraining.evaluation import Perplexity  # noqa: E402
 from recipes.c4_pretraining.stream import Collator, HeldOut, StreamCallback, TokenStream  # noqa: E402
-from recipes.common import (  # noqa: E402
+from recipes.shared.baselines import BaselineArguments, prepare_, to_plain_  # noqa: E402
+from recipes.shared.common import (  # noqa: E402
     ArgumentParser,
     StepTimer,
     checkpoint_to_resume,
@@ -55,7 +55,7 @@ from recipes.common import (  # noqa: E402
     state_bytes,
     stop,
 )
-from recipes.rates import optimizer_with_two_rates  # noqa: E402
+from recipes.shared.rates import optimizer_with_two_rates  # noqa: E402
 
 
 DATA_SEED = 42

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
-from recipes.common import StepTimer
+from recipes.shared.common import StepTimer
 
 
 STREAM_FILE = "stream.json"

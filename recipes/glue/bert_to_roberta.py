@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig, Ro
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.common import stop  # noqa: E402
+from recipes.shared.common import stop  # noqa: E402
 
 
 SAME = (

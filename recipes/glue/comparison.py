@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.common import stop
 from recipes.glue.tables import Runs
+from recipes.shared.common import stop
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pandas as pd
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from recipes.common import stop
 from recipes.glue.tasks import TASKS, Task
+from recipes.shared.common import stop
 
 
 HUB = "nyu-mll/glue"

@@ -10,10 +10,10 @@ from typing import get_args, get_type_hints
 import yaml
 from transformers import TrainingArguments
 
-from recipes.baselines import BaselineArguments
-from recipes.common import ArgumentParser, stop
 from recipes.glue.tasks import task_named
 from recipes.glue.training import GlueArguments
+from recipes.shared.baselines import BaselineArguments
+from recipes.shared.common import ArgumentParser, stop
 
 
 CONFIGS = Path(__file__).resolve().parent / "configs"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from recipes.common import stop
+from recipes.shared.common import stop
 
 
 @dataclass(frozen=True)

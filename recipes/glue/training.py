@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from hf_lowrank.hf import local_metrics
-from recipes.baselines import BaselineArguments, prepare_, to_plain_
-from recipes.common import checkpoint_to_resume, require_at_least, state_bytes, stop
 from recipes.glue import data
 from recipes.glue.tasks import Task, task_named
+from recipes.shared.baselines import BaselineArguments, prepare_, to_plain_
+from recipes.shared.common import checkpoint_to_resume, require_at_least, state_bytes, stop
 
 
 MIB = 2**20

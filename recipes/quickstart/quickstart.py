@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-GRID_FILE = HERE / "grid.json"
+GRID_FILE = HERE.parent / "studies" / "grid.json"
 RANK, GAP, SEED = 64, 40, 1
 
 OPTIMIZERS = {

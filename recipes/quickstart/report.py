@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.common import machine  # noqa: E402
+from recipes.shared.common import machine  # noqa: E402
 
 
 BLUE, ORANGE = "#0072B2", "#D55E00"

@@ -32,7 +32,7 @@ import hf_lowrank
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.common import (  # noqa: E402
+from recipes.shared.common import (  # noqa: E402
     StepTimer,
     checkpoint_to_resume,
     load_bpe,

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_lowrank
-from recipes.baselines import (
+from recipes.shared.baselines import (
     BaselineArguments,
     FactorizedLinear,
     adapter_parameters,

@@ -17,10 +17,10 @@ from transformers import EvalPrediction, TrainingArguments
 
 import hf_lowrank
 from recipes.c4_pretraining import data, models, run
-from recipes.c4_pretraining.evaluation import Perplexity
+from recipes.c4_pretraining.budget import Perplexity
 from recipes.c4_pretraining.stream import STREAM_FILE, Collator, TokenStream
-from recipes.common import load_bpe, negative_log_likelihood
-from recipes.rates import optimizer_with_two_rates
+from recipes.shared.common import load_bpe, negative_log_likelihood
+from recipes.shared.rates import optimizer_with_two_rates
 
 
 CONFIGS = sorted((Path(run.__file__).parent / "configs").glob("*.yaml"))

@@ -26,14 +26,14 @@ from transformers import (
 )
 
 import hf_lowrank
-from recipes.baselines import BaselineArguments
 from recipes.glue import bert_to_roberta, papers, run
-from recipes.glue import minilm_study as study
 from recipes.glue.comparison import Ledger
 from recipes.glue.settings import row_settings, settings
 from recipes.glue.tables import tables
 from recipes.glue.tasks import TASKS
 from recipes.glue.training import GlueArguments, load_metric, set_warmup
+from recipes.shared.baselines import BaselineArguments
+from recipes.studies import minilm_study as study
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "glue"

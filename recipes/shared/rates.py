@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import hf_lowrank
-from recipes.baselines import adapter_parameters
+from recipes.shared.baselines import adapter_parameters
 
 
 logger = logging.getLogger("hf_lowrank")

@@ -20,8 +20,21 @@ from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 
-import report
-from quickstart import COMMON, ENVIRONMENT, GAP, GRID_FILE, OPTIMIZERS, RANK, SEED, best, command, stop
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+import report  # noqa: E402
+from quickstart import (  # noqa: E402
+    COMMON,
+    ENVIRONMENT,
+    GAP,
+    GRID_FILE,
+    OPTIMIZERS,
+    RANK,
+    SEED,
+    best,
+    command,
+    stop,
+)
 
 
 MATRIX_RATES = {"adamw_torch_fused": (6.25e-4, 1.25e-3, 2.5e-3), "galore_i3s_adamw": (1.25e-3, 2.5e-3, 5e-3)}

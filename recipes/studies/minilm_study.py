@@ -1,7 +1,7 @@
 """Fine-tune MiniLM, in its RoBERTa form, with several optimizers at equal budgets, and record every result.
 
     python recipes/glue/bert_to_roberta.py --output_dir runs/minilm
-    python recipes/glue/minilm_study.py --model runs/minilm --data_dir DATA
+    python recipes/studies/minilm_study.py --model runs/minilm --data_dir DATA
 
 DATA holds sst2, cola and rte as CSV files (`run.py --data_dir`). First every method's learning rate is looked for, on
 one task with a seed of its own; then all tasks run at it with the other seeds. What minilm_study.jsonl has already is
@@ -23,12 +23,12 @@ import hf_lowrank
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.common import machine  # noqa: E402
 from recipes.glue.comparison import Cell, Ledger, run_missing  # noqa: E402
 from recipes.glue.settings import parse  # noqa: E402
 from recipes.glue.tables import markdown, spread  # noqa: E402
 from recipes.glue.tasks import TASKS  # noqa: E402
 from recipes.glue.training import train  # noqa: E402
+from recipes.shared.common import machine  # noqa: E402
 
 
 FILE = Path(__file__).resolve().parent / "minilm_study.jsonl"
