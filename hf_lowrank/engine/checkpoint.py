@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_lowrank.engine.sharding import adopt, allocate, whole_if_needed
 from hf_lowrank.engine.work import Declared
@@ -28,7 +29,9 @@ STRUCTURE = (
 
 
 def check_checkpoint(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a checkpoint of another optimizer, method or structure."""
+    """Refuse a checkpoint of another optimizer, method or structure, and what is none."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"load_state_dict takes the dict that state_dict() returns, not {type(state_dict).__name__}")
     if "state" not in state_dict or "param_groups" not in state_dict:
         raise ValueError(f"this is no optimizer checkpoint: it holds {', '.join(map(str, state_dict)) or 'nothing'}")
     saved_groups = state_dict["param_groups"]
@@ -87,4 +90,22 @@ def load_states(
         if difference := view.mismatch(fresh, saved):
             what = name or f"parameter {saved_id}"
             raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
-        yield p, {key: adopt(saved[key], fresh[key]) for key in fresh}
+        loaded = {key: adopt(saved[key], fresh[key]) for key in fresh}
+        checked = {key: loaded[key] for key, buffer in plan.buffers.items() if buffer.slot.lifetime != "gauge"}
+        check_finite(name or f"parameter {saved_id}", checked)  # what is kept for the log alone does no harm
+        yield p, loaded
+
+
+def check_finite(name: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse the state of one parameter if it holds NaN or infinity; of a sharded tensor, this process's part.
+
+    Raises:
+        ValueError: naming the parameter and the tensor.
+    """
+    for key, value in state.items():
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if local.is_floating_point() and local.element_size() > 1 and not local.isfinite().all():
+            raise ValueError(
+                f"the checkpoint's {key} of {name} holds NaN or infinity: the file is damaged, or the run had "
+                "diverged. Resume from an earlier checkpoint"
+            )

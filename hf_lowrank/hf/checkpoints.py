@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,9 +53,11 @@ def naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
         try:
             return original(self, checkpoint)
         except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
-                f"cannot resume from {checkpoint}: its optimizer state holds Python objects, so it was written by "
-                "another optimizer (transformers' galore_adamw and apollo_adamw keep such)"
+                f"cannot resume from {checkpoint}: its optimizer state holds more than tensors and numbers"
+                f"{f' ({found[1]})' if found else ''}, which is not loaded, because unpickling it may run code. "
+                "hf_lowrank writes no such files; transformers' galore_adamw and apollo_adamw do"
             ) from error
 
     return _load_optimizer_and_scheduler
@@ -70,4 +73,14 @@ def checkpoint_fault(path: Path) -> str | None:
     sharded = any((folder / ".metadata").exists() for folder in path.glob("optimizer_*"))  # FSDP's own format
     if not sharded and not any(file.exists() and zipfile.is_zipfile(file) for file in files):
         return f"{trainer.OPTIMIZER_NAME} is missing or unreadable"
-    return None
+    return next((fault for file in files if file.exists() and (fault := archive_fault(file))), None)
+
+
+def archive_fault(file: Path) -> str | None:
+    """Say which record of an archive that torch.save wrote does not match its checksum (CRC32), or None."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        return f"{file.name} is damaged ({error})"
+    return f"{file.name} is damaged: the checksum of its record {damaged} is wrong" if damaged else None
