@@ -55,12 +55,13 @@ def param_groups(
     """
     given = method_options if rank is None else {"rank": rank, **method_options}
     if method is not None:
-        return groups_for(
+        groups = groups_for(
             model,
             Config.of(method, given, facts=model_facts(model)),
             target_modules=target_modules,
             weight_decay=weight_decay,
         )
+        return [{**group, "seed": given["seed"]} for group in groups] if "seed" in given else groups
     rank = options.parse("rank", given.pop("rank", 128), options.schema(resolve.LowRankOptions), what="rank")
     dense = {key: value for key, value in given.items() if key in resolve.dense_options()}
     return _split_up(model, {"rank": rank, **given}, dense, target_modules, weight_decay)
@@ -72,7 +73,10 @@ def groups_for(
     """Split a model's parameters as `param_groups` does, for a method whose options are resolved."""
     dense = config.dense()
     own, others = ({"method": c.method, **c.options, "config": c} for c in (config, dense))
-    return _split_up(model, own, others, target_modules, weight_decay)
+    groups = _split_up(model, own, others, target_modules, weight_decay)
+    for group in groups:  # the optimizer's counts
+        del group["seed"]
+    return groups
 
 
 def _split_up(

@@ -71,6 +71,19 @@ class LowRankOptimizer(Optimizer):
         defaults = {"method": method, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> LowRankOptimizer:
+        """Refuse two lots of parameters in a sentence.
+
+        Raises:
+            TypeError: where groups of one's own stand beside those that Trainer has split.
+        """
+        if args and "params" in kwargs:
+            raise TypeError(
+                "the parameters were given twice: get_optimizer_cls_and_kwargs(args, model) has split the model into "
+                "groups already, so build the optimizer as cls(**kwargs), without groups of your own"
+            )
+        return super().__new__(cls)
+
     def _begin(self) -> None:
         """Set what lasts from one step to the next and is no state."""
         self.refresh_seconds = 0.0
@@ -95,9 +108,12 @@ class LowRankOptimizer(Optimizer):
         """Add a group, its options checked and completed with the method's defaults."""
         config = param_group.get("config")  # from `param_groups`, which has resolved it
         given = {k: v for k, v in param_group.items() if k not in TORCH_KEYS and k != "config"}
+        given = {"seed": self.defaults["seed"], **given}
+        if config is not None:
+            config = config.with_(seed=given["seed"])
         if config is None or given != dict(config.options):
             name = param_group.get("method", self.defaults["method"])
-            config = Config.of(name, {"seed": self.defaults["seed"], **given}, low_rank="rank" in given)
+            config = Config.of(name, given, low_rank="rank" in given)
         group = {k: v for k, v in param_group.items() if k != "config"}
         super().add_param_group({**group, **config.options, "method": config.method, "format": FORMAT_VERSION})
         try:

@@ -10,7 +10,8 @@ from comparing import agree
 from references import REFERENCES
 from streams import SQUARE, STACK, TALL, WIDE
 
-from hf_lowrank import METHODS, Moments, Reconstruction, Subspace
+from hf_lowrank import METHODS
+from hf_lowrank.methods import registry
 
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ def examples():
     """Run the blocks as the document has them, and take back what they registered."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
-    tables = (METHODS, Subspace.registry, Moments.registry, Reconstruction.registry, REFERENCES)
+    tables = (METHODS, *map(registry.classes, registry.KINDS), REFERENCES)
     before = [dict(table) for table in tables]
     namespace = {"__name__": __name__}
     for block in blocks:

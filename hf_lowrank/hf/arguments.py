@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -11,9 +12,9 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
-from hf_lowrank.groups import param_groups
-from hf_lowrank.methods import resolve
+from hf_lowrank.groups import groups_for, model_facts
 from hf_lowrank.methods.options import split_assignments
+from hf_lowrank.methods.resolve import Config
 from hf_lowrank.optimizer import LowRankOptimizer
 
 
@@ -48,14 +49,17 @@ def optimizer_cls_and_kwargs(
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    resolve.complete(method, options if rank is None else {"rank": rank, **options})  # before looking at the model
+    config = Config.of(method, options if rank is None else {"rank": rank, **options}, facts=model_facts(model))
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
+    return LowRankOptimizer, _keywords(model, config, values, target_modules)
+
+
+def _keywords(model: nn.Module, config: Config, values: dict[str, Any], target_modules: Any) -> dict[str, Any]:
+    """Return what LowRankOptimizer takes."""
     decay = values.pop("weight_decay")
-    groups = param_groups(
-        model, method=method, rank=rank, target_modules=target_modules, weight_decay=decay, **options
-    )
-    return LowRankOptimizer, {"params": groups, "method": method, **values}
+    groups = groups_for(model, config, target_modules=target_modules, weight_decay=decay)
+    return {"params": groups, "method": config.method, **values}
 
 
 def _hyperparameters(args: TrainingArguments | None) -> dict[str, Any]:
@@ -70,21 +74,33 @@ def _hyperparameters(args: TrainingArguments | None) -> dict[str, Any]:
     }
 
 
-def _from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
+class AskedWithoutModel(LowRankOptimizer):
+    """What Trainer is handed where it asks for an optimizer without a model: groups must say what is projected."""
+
+    def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        groups = list(params)
+        if not any(isinstance(group, dict) and "rank" in group for group in groups):
+            raise ValueError(
+                "get_optimizer_cls_and_kwargs(args) was asked without a model, so no group says which matrices get a "
+                "subspace. Ask with the model: cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model), then "
+                "cls(**kwargs); or take groups from hf_lowrank.param_groups(model, method=...)"
+            )
+        super().__init__(groups, *args, **kwargs)
+
+
+def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
     """Build the class and its arguments as Trainer wants them, every training argument honoured or refused."""
     _refuse_unsupported(args)
+    values = _hyperparameters(args)
     if model is None:  # LLaMA-Factory asks without a model to read lr, betas and eps
-        return LowRankOptimizer, {k: v for k, v in _hyperparameters(args).items() if k in ("lr", "betas", "eps")}
+        return AskedWithoutModel, {"method": name_of(args), **{k: values[k] for k in ("lr", "betas", "eps")}}
     options: dict[str, Any] = split_assignments(args.optim_args)
     for option, argument in _TRAINING_ARGUMENTS.items():
         if option in options:
             raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")
-    options |= _layerwise_options(args, options)
-    cls, kwargs = optimizer_cls_and_kwargs(
-        model, name_of(args), args=args, target_modules=args.optim_target_modules, **options
-    )
-    kwargs["share_refreshes"] = _replicated(args)
-    return cls, kwargs
+    config = _layerwise(args, Config.of(name_of(args), options, facts=model_facts(model)))
+    keywords = _keywords(model, config, values, args.optim_target_modules)
+    return LowRankOptimizer, {**keywords, "share_refreshes": _replicated(args)}
 
 
 def _fsdp_version(args: TrainingArguments) -> int | None:
@@ -104,13 +120,11 @@ def _replicated(args: TrainingArguments) -> bool:
     return bool(args.world_size > 1 and _fsdp_version(args) is None)
 
 
-def _layerwise_options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that the layerwise mode adds, having refused what it cannot honour."""
-    filled = resolve.complete(name_of(args), options)
-    if not filled["layerwise"]:
-        return {}
-    name = name_of(args)
-    in_hook = resolve.parts(resolve.split(name)[0], filled).needs_gradient
+def _layerwise(args: TrainingArguments, config: Config) -> Config:
+    """Return the options with what the layerwise mode adds, having refused what it cannot honour."""
+    if not config.options["layerwise"]:
+        return config
+    name, in_hook = name_of(args), config.parts.needs_gradient
     if args.fp16:
         raise ValueError(f"{name} frees gradients before --fp16's scaler has unscaled them: use --bf16, or fp32")
     if _replicated(args):
@@ -118,12 +132,12 @@ def _layerwise_options(args: TrainingArguments, options: dict[str, Any]) -> dict
     if in_hook and args.gradient_accumulation_steps > 1:
         raise ValueError(f"{name} updates as soon as a gradient is there: set --gradient_accumulation_steps 1")
     if not args.max_grad_norm:
-        return {}
+        return config
     if in_hook:
         raise ValueError(f"{name} updates before the norm of all gradients is known: set --max_grad_norm 0")
     norm = args.max_grad_norm
     logger.info("max_grad_norm=%g clips by the norm of the projected gradients, logged as projected_grad_norm", norm)
-    return {"max_grad_norm": norm}
+    return config.with_(max_grad_norm=norm)
 
 
 _TRAINING_ARGUMENTS = {
@@ -145,10 +159,11 @@ _TRAINING_ARGUMENTS = {
 
 def _refuse_unsupported(args: TrainingArguments) -> None:
     """Refuse what would train wrongly, naming the way out."""
-    if getattr(args, "deepspeed", None):
+    launched = AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
+    if getattr(args, "deepspeed", None) or launched:
         raise ValueError(
             f"{name_of(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. "
-            "Use FSDP2 (--fsdp) or DDP (torchrun) instead of --deepspeed."
+            "Use FSDP2 (--fsdp) or DDP (torchrun) instead of --deepspeed or accelerate launch --use_deepspeed."
         )
     if _fsdp_version(args) == 1:
         raise ValueError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
+
+logger = logging.getLogger("hf_lowrank")
 
 CONSOLE_KEYS = 12
 """Most keys of ours in a line on the console; reporters, files and the log history get all of them."""
@@ -53,3 +56,13 @@ def shorten_printers(callbacks: list[Any]) -> None:
     for callback in callbacks:
         if isinstance(callback, PRINTERS):
             callback.on_log = printing_less(callback.on_log)
+
+
+def show_messages() -> None:
+    """Let the summary line and the warnings be seen on the main process, as transformers does with its own."""
+    if not logger.handlers:
+        handler = BesideBars()
+        handler.setFormatter(logging.Formatter("[hf_lowrank] %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

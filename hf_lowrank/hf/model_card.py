@@ -18,7 +18,7 @@ from hf_lowrank.observe.records import RUN_FILE
 from hf_lowrank.optimizer import LowRankOptimizer
 
 
-def _describe_optimizer(self: Trainer) -> None:
+def describe_optimizer(self: Trainer) -> None:
     """Add the optimizer to the model card that Trainer has just written, if it is one of ours."""
     optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
     unbuilt = optimizer is None and name_of(self.args) in resolve.names()

@@ -52,7 +52,9 @@ def remove_from(names: type[Enum]) -> None:
 
 def restore(value: str) -> Enum:
     """Return the member, registering the package first: what a pickled member names."""
-    from hf_lowrank.hf.register import OptimizerNames, register
+    from transformers.training_args import OptimizerNames
 
-    register()
+    import hf_lowrank
+
+    hf_lowrank.register()
     return OptimizerNames(value)  # type: ignore[no-any-return]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +11,9 @@ from transformers import Trainer, TrainingArguments, trainer, trainer_utils
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank.hf import checkpoints, console, names
-from hf_lowrank.hf.arguments import _from_arguments, logger, name_of
+from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
-from hf_lowrank.hf.model_card import _describe_optimizer
+from hf_lowrank.hf.model_card import describe_optimizer
 from hf_lowrank.methods import resolve
 from hf_lowrank.optimizer import LowRankOptimizer
 
@@ -25,6 +23,7 @@ _undo: list[Callable[[], None]] = []
 
 def register() -> None:
     """Make every method a choice of `TrainingArguments(optim=...)` and `--optim`. Twice is the same as once."""
+    console.show_messages()
     names.add_to(OptimizerNames)
     handlers = getattr(trainer, "_OPTIMIZER_HANDLERS", None)  # transformers 5.2 and later
     if handlers is not None:
@@ -61,13 +60,13 @@ def unregister() -> None:
 
 def _handler(context: Any) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
     """Entry of transformers' handler table."""
-    return _from_arguments(context.args, context.model)
+    return from_arguments(context.args, context.model)
 
 
 def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Any:
-        return _from_arguments(args, model) if name_of(args) in resolve.names() else original(args, model)
+        return from_arguments(args, model) if name_of(args) in resolve.names() else original(args, model)
 
     return get_optimizer_cls_and_kwargs
 
@@ -76,7 +75,7 @@ def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def create_model_card(self: Trainer, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        _describe_optimizer(self)
+        describe_optimizer(self)
 
     return create_model_card
 
@@ -85,17 +84,3 @@ def _replace(owner: Any, name: str, value: Any) -> None:
     before = vars(owner)[name]
     setattr(owner, name, value)
     _undo.append(lambda: setattr(owner, name, before))
-
-
-def _show_our_messages() -> None:
-    """Let the one summary line and the warnings be seen on the main process, as transformers does with its own."""
-    if not logger.handlers:
-        handler = console.BesideBars()
-        handler.setFormatter(logging.Formatter("[hf_lowrank] %(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-
-
-_show_our_messages()
-register()

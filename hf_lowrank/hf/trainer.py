@@ -9,17 +9,21 @@ from torch import nn
 from transformers import Trainer
 from transformers.training_args import OptimizerNames as OptimizerNames
 
-from hf_lowrank.hf import console
-from hf_lowrank.hf.arguments import _from_arguments, name_of
+from hf_lowrank.hf import console, names
+from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
-from hf_lowrank.hf.model_card import _describe_optimizer
+from hf_lowrank.hf.model_card import describe_optimizer
 from hf_lowrank.methods import resolve
+
+
+names.add_to(OptimizerNames)  # so that TrainingArguments(optim=...) takes them
 
 
 class LowRankTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose `create_optimizer` builds our optimizers by name, with no function of transformers replaced."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        console.show_messages()
         super().__init__(*args, **kwargs)
         callbacks = self.callback_handler.callbacks
         if not any(isinstance(callback, LowRankCallback) for callback in callbacks):
@@ -29,7 +33,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that `args.optim` names."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and name_of(self.args) in resolve.names():
-            cls, kwargs = _from_arguments(self.args, self.model if model is None else model)
+            cls, kwargs = from_arguments(self.args, self.model if model is None else model)
             self.optimizer: torch.optim.Optimizer | None = cls(**kwargs)
             return self.optimizer
         return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[no-any-return]
@@ -37,4 +41,4 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card, with a section on the optimizer."""
         super().create_model_card(*args, **kwargs)
-        _describe_optimizer(self)
+        describe_optimizer(self)

@@ -146,16 +146,20 @@ class Config:
             raise ValueError(f"{what}: {error}") from None
         return cls(row, MappingProxyType({**named, **options}), parts, low_rank)
 
+    def with_(self, **options: Any) -> Config:
+        """Return the same with other values of options that are no part's, such as the seed."""
+        schema = opt.schema(SharedOptions)
+        values = {
+            key: opt.parse(key, value, schema, what=f"optimizer {self.method}") for key, value in options.items()
+        }
+        return replace(self, options=MappingProxyType({**self.options, **values}))
+
     def dense(self) -> Config:
         """Return the same for a group of dense parameters."""
         row = METHODS[self.method]
         own = {*(KINDS if row.free else ()), *_schema(self.parts, False)}
         options = {key: value for key, value in self.options.items() if key in own}
         return replace(self, options=MappingProxyType(options), low_rank=False)
-
-    def fits(self, group: Mapping[str, Any]) -> bool:
-        """Tell whether a group has just these options."""
-        return all(key in group and group[key] == value for key, value in self.options.items())
 
     @property
     def facts(self) -> dict[str, str]:
