@@ -65,6 +65,7 @@ class MatrixStep(Unit):
 
     @override
     def step_(self) -> Work[None]:
+        """The algorithm: absorb, project, one finite flag, moments, combine, write."""
         rules, ctx, basis = self.config.parts, self.context(), self.basis_in_use()
         G: Tensor | None
         G, fresh = yield from asking(rules.reconstruction.absorb(self.view, self.gradient, ctx), self.layout.along)

@@ -1,0 +1,169 @@
+"""Groups that are edited between steps: by a schedule, by hand, and where an edit would change the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from streams import TALL, gradients, weight
+from torch.optim import swa_utils
+from torch.optim.lr_scheduler import CyclicLR, LinearLR, OneCycleLR
+
+import hf_lowrank
+from hf_lowrank import METHODS, LowRankOptimizer, Method, Slot
+from hf_lowrank.methods import registry
+from hf_lowrank.methods.options import integer
+from hf_lowrank.methods.subspaces.dominant import Dominant
+
+
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Deep(Dominant, key="deep_for_a_test"):
+    """A part that nobody has heard of, with an option in its slots."""
+
+    depth: int = integer(2, minimum=1, help="how many are kept")
+
+    def slots(self):
+        return {**super().slots(), "kept": Slot(f"{self.depth} m r")}
+
+
+@pytest.fixture
+def deep():
+    METHODS["deep_for_a_test"] = Method("deep_for_a_test", "adam", "project", "for a test")
+    yield "deep_for_a_test"
+    del METHODS["deep_for_a_test"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tidy():
+    yield
+    registry.classes("subspace").pop("deep_for_a_test")
+
+
+def two(name="galore_i3s_adamw", **options):
+    p, q = weight(TALL), weight((4,))
+    groups = [{"params": [p], "rank": 2, "update_proj_gap": 4, **options}, {"params": [q]}]
+    return LowRankOptimizer(groups, name, lr=1e-2), p, q
+
+
+def steps(optimizer, p, q, *, schedule=None, first=0, count=STEPS):
+    for t in range(first, first + count):
+        p.grad, q.grad = gradients(TALL, 2 * STEPS)[t], torch.randn(4, generator=torch.Generator().manual_seed(t))
+        optimizer.step()
+        if schedule:
+            schedule.step()
+
+
+@pytest.mark.parametrize("make", [
+    lambda o: OneCycleLR(o, max_lr=0.1, total_steps=2 * STEPS),
+    lambda o: CyclicLR(o, base_lr=1e-3, max_lr=0.1, step_size_up=2, cycle_momentum=False),
+    lambda o: swa_utils.SWALR(o, swa_lr=0.05, anneal_epochs=2),
+    lambda o: LinearLR(o, total_iters=4),
+], ids=["OneCycleLR", "CyclicLR", "SWALR", "LinearLR"])  # fmt: skip
+def test_a_schedule_may_keep_keys_of_its_own_in_the_groups(make):
+    """The run with it equals one whose rates and betas are set by hand, also over a checkpoint."""
+    optimizer, p, q = two()
+    schedule = make(optimizer)
+    other, p2, q2 = two()
+    for t in range(2 * STEPS):
+        if t == STEPS:
+            again, p3, q3 = two()
+            fresh = make(again)
+            again.load_state_dict(optimizer.state_dict())
+            fresh.load_state_dict(schedule.state_dict())
+            with torch.no_grad():
+                p3.copy_(p), q3.copy_(q)
+            optimizer, schedule, p, q = again, fresh, p3, q3
+        for mine, theirs in zip(other.param_groups, optimizer.param_groups, strict=True):
+            mine["lr"], mine["betas"] = theirs["lr"], theirs["betas"]
+        steps(optimizer, p, q, schedule=schedule, first=t, count=1)
+        steps(other, p2, q2, first=t, count=1)
+    assert torch.equal(p, p2) and torch.equal(q, q2)
+
+
+def test_a_layers_own_factor_as_timm_writes_it_is_left_alone():
+    optimizer, p, q = two()
+    for group in optimizer.param_groups:
+        group["lr_scale"] = 0.5
+    steps(optimizer, p, q)
+    assert int(optimizer.state[p]["step"]) == STEPS
+
+
+@pytest.mark.parametrize("where", ["constructor", "add_param_group"])
+def test_a_typo_is_caught_where_a_group_is_made(where):
+    optimizer, _, _ = two()
+    group = {"params": [weight((5, 5))], "rank": 2, "update_gap": 4}
+    with pytest.raises(ValueError, match="has no option 'update_gap'; did you mean 'update_proj_gap'"):
+        LowRankOptimizer([group]) if where == "constructor" else optimizer.add_param_group(group)
+
+
+def test_an_edit_that_would_change_the_state_is_refused_for_a_part_that_nobody_has_heard_of(deep):
+    optimizer, p, q = two(deep)
+    steps(optimizer, p, q, count=2)
+    optimizer.param_groups[0]["depth"] = 3
+    before = p.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"depth \(2\) says which state there is and cannot be changed while training"
+    ):
+        steps(optimizer, p, q, first=2, count=1)
+    assert torch.equal(p, before)
+    optimizer.param_groups[0]["depth"] = 2
+    steps(optimizer, p, q, first=2, count=1)
+    assert int(optimizer.state[p]["step"]) == 3
+
+
+def test_an_edit_before_the_first_step_counts(deep):
+    optimizer, p, q = two(deep)
+    optimizer.param_groups[0]["depth"] = 3
+    steps(optimizer, p, q, count=1)
+    assert optimizer.state[p]["kept"].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("scale", -1, "option scale must be"),
+        ("betas", (0.9, 1.5), "betas must be in"),
+        ("lr", "fast", "lr must be in"),
+        ("lr", float("nan"), "lr must be in"),
+        ("method", "fira_adamw", "method cannot be changed"),
+        ("rank", 3, "rank cannot be changed"),
+        ("proj_type", "left", "proj_type cannot be changed"),
+    ],
+)
+def test_a_bad_edit_is_refused_and_changes_nothing(key, value, message):
+    optimizer, p, q = two()
+    steps(optimizer, p, q, count=2)
+    kept = optimizer.param_groups[0][key]
+    optimizer.param_groups[0][key] = value
+    before = p.detach().clone(), {name: x.clone() for name, x in optimizer.state[p].items()}
+    with pytest.raises(ValueError, match=message):
+        steps(optimizer, p, q, first=2, count=1)
+    assert torch.equal(p, before[0]) and all(torch.equal(x, optimizer.state[p][name]) for name, x in before[1].items())
+    optimizer.param_groups[0][key] = kept
+    steps(optimizer, p, q, first=2, count=1)
+
+
+def test_options_are_resolved_once_for_all_groups_of_a_model(monkeypatch):
+    from hf_lowrank.methods.resolve import Config
+
+    calls, of = [], Config.of.__func__
+    monkeypatch.setattr(Config, "of", classmethod(lambda cls, *a, **k: calls.append(a) or of(cls, *a, **k)))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
+    groups = hf_lowrank.param_groups(model, method="galore_i3s_adamw", rank=2, weight_decay=0.1)
+    optimizer = LowRankOptimizer(groups, "galore_i3s_adamw", seed=7)
+    assert len(calls) == 1 and len(optimizer.param_groups) == 2
+    assert all(group["seed"] == 7 for group in optimizer.param_groups)
+    assert all("config" not in group for group in optimizer.state_dict()["param_groups"])
+
+
+def test_groups_that_were_edited_after_they_were_made_count_as_they_are():
+    model = torch.nn.Linear(8, 8)
+    groups = hf_lowrank.param_groups(model, method="galore_i3s_adamw", rank=2, seed=3)
+    groups[0]["scale"] = 1.0
+    optimizer = LowRankOptimizer(groups, "galore_i3s_adamw", seed=7)
+    assert optimizer.param_groups[0]["scale"] == optimizer.configs[0].options["scale"] == 1.0
+    assert optimizer.configs[0].options["seed"] == 3
