@@ -82,7 +82,7 @@ def test_parts_combine(subspace, moments, reconstruction):
     if subspace == "golore":
         options["total_steps"] = STEPS
     if (subspace, moments, reconstruction) == ("sketch", "muon", "error_feedback"):
-        pytest.skip("a sketch is no projector: the error grows fivefold a step, and M to a condition of 1e8")
+        pytest.skip("a sketch is no projector: the error grows from step to step, and M's condition to 1e8")
     # Natural GaLore solves a system whose condition number is some 100; Muon's M is a sum, 1 / (1 - b1) = 5 times the
     # mean that error feedback takes it for, and so is the error in which fp32 chooses the basis
     loose = moments == "natural_adam" or (moments, reconstruction) == ("muon", "error_feedback")

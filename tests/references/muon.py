@@ -24,7 +24,7 @@ class Muon:
         return 0.2 * sqrt(max(h.W.shape)) * polar(h.beta1 * self.M + R if self.nesterov else self.M), 1.0
 
     def transport(self, how: str, C: Tensor, h: Any) -> None:
-        if how != "keep":  # Block 1.1
+        if how != "keep":  # SUMO carries it along
             self.M = C @ self.M
 
 

@@ -38,12 +38,12 @@ class Muon(Moments, key="muon"):
 
     References:
         SUMO, arXiv 2505.24749, Algorithm 1. The factor 0.2 sqrt(max(m, n)): Muon is Scalable for LLM Training, arXiv
-        2502.16982, section 2.2.
+        2502.16982.
 
-    Differs from the authors' code: it takes the singular value decomposition of M, which needs all columns in one
-    place. SUMO always carries M along; here every refresh does what `on_refresh` says (SUMO: rotate). Its limiter of
-    the update's growth is left out: the size of N does not depend on the gradient's. There is no Newton-Schulz
-    iteration, whose error grows with the condition.
+    Differs from the authors' code: that was not read; from the paper, in that the polar factor comes from K instead of
+    a singular value decomposition of M, which needs all columns in one place; SUMO always carries M along, here every
+    refresh does what `on_refresh` says (SUMO: rotate); its limiter of the update's growth is left out, since the size
+    of N does not depend on the gradient's.
     """
 
     nesterov: bool = flag(False, help="Muon: orthogonalise b1 M + R instead of M")
