@@ -26,6 +26,7 @@ from hf_lowrank.tensors import kernels
     ("flora_adafactor", Adafactor()),
     ("natural_galore_adamw", Adam()),
     ("foam_adamw", Adam()),
+    ("galore_dominant_muon", Adam()),
 ])  # fmt: skip
 def test_dense_matrices_take_the_same_moments_and_no_scale(shape, name, moments):
     p, start, stream = weight(shape), weight(shape), gradients(shape, STEPS)
@@ -48,6 +49,7 @@ def test_dense_matrices_take_the_same_moments_and_no_scale(shape, name, moments)
     ("golore_msgd", "momentum"),
     ("natural_galore_adamw", "adam"),
     ("foam_adamw", "adam"),
+    ("galore_dominant_muon", "adam"),
 ])  # fmt: skip
 def test_dense_vectors_are_stepped_by_the_element(name, by_hand):
     p, start, stream = weight((9,)), weight((9,)), [G[0] for G in gradients((5, 9), STEPS)]

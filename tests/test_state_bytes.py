@@ -17,7 +17,7 @@ COUNTERS = 5 * 8 + 3 * 4  # step, moment_step, skipped, refreshes, refresh_at; t
 ADAM = {name: lambda m, n, r: m * r + 2 * n * r for name in METHODS if METHODS[name].moments == "adam"}
 NUMBERS = ADAM | {
     **dict.fromkeys(("fira_adamw", "fira_i3s_adamw", "subtrack_pp_adamw"), lambda m, n, r: m * r + 2 * n * r + 1),
-    **{name: lambda m, n, r: m * r + n * r for name in METHODS if METHODS[name].moments == "momentum"},
+    **{name: lambda m, n, r: m * r + n * r for name in METHODS if METHODS[name].moments in ("momentum", "muon")},
     "natural_galore_adamw": lambda m, n, r: m * r + 2 * n * r + 4 * n * r,
     "q_galore_adamw": lambda m, n, r: m * r / 8 + 2 * n * r,
     "ldadam": lambda m, n, r: m * r + 2 * n * r + m * n,

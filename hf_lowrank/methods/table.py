@@ -37,6 +37,7 @@ _I3S = "arXiv 2502.05790"
 _FIRA = "arXiv 2410.01623"
 _GOLORE = "arXiv 2410.11289"
 _APOLLO = "arXiv 2412.05270"
+_SUMO = "arXiv 2505.24749"
 _ALONG_GRADIENT: dict[str, Any] = {"scale": 1.0}
 
 METHODS: dict[str, Method] = {
@@ -90,6 +91,20 @@ METHODS: dict[str, Method] = {
         "project",
         "low-rank momentum SGD as analysed in the I3S paper (Algorithm 4)",
         _I3S,
+        _ALONG_GRADIENT,
+    ),
+    "galore_dominant_muon": Method(
+        "dominant", "muon", "project", "SUMO: orthogonalised momentum in GaLore's subspace", _SUMO, _ALONG_GRADIENT
+    ),
+    "galore_i3s_muon": Method(
+        "i3s", "muon", "project", "SUMO's orthogonalised momentum in an I3S subspace", _SUMO, _ALONG_GRADIENT
+    ),
+    "fira_muon": Method(
+        "dominant",
+        "muon",
+        "fira",
+        "SUMO's orthogonalised momentum with Fira's residual",
+        f"{_SUMO}; {_FIRA}",
         _ALONG_GRADIENT,
     ),
     "natural_galore_adamw": Method(
