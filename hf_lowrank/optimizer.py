@@ -155,6 +155,7 @@ class LowRankOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]  # nothing in it is worth a graph
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Refresh the subspaces that are due, then update every parameter that has a finite gradient."""
