@@ -192,10 +192,11 @@ class LowRankOptimizer(Optimizer):
             lr = group["lr"]  # a schedule edits it at every step, and nothing else
             if self._seen[i] != {**group, "lr": 0.0} or not (isinstance(lr, float) and 0 <= lr < inf):
                 self._look_at(i, group)
-        if self._work is None or not self._work.holds(self.state):
+        work = self._work
+        if work is None or work.state is not self.state or len(work.plans) != len(self.state):
             check_together(self.param_groups, self.configs)
-            self._work = Work(self.param_groups, self.configs, self.state)
-        return self._work
+            work = self._work = Work(self.param_groups, self.configs, self.state)
+        return work
 
     def _look_at(self, i: int, group: Mapping[str, Any]) -> None:
         """Check the values of a group that was edited."""

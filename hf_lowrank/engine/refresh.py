@@ -92,7 +92,7 @@ class Refresh:
         self.gradient = unit.layout.whole(self.subspace.refresh_gradient(s, G, self.ctx), self.owner)
         self.new = {name: self._whole_stack(s[name]).clone() for name in s.bases}
         if self.subspace.needs_momentum:
-            self.momentum = self._whole_moment(unit.config.parts.moments.momentum(s))
+            self.momentum = self._whole_moment(unit.config.parts.moments.momentum(s, self.ctx))
         s.forget()
 
     def choose_(self) -> None:
@@ -148,7 +148,7 @@ class Refresh:
         unit, rules, how = self.unit, self.unit.config.parts, self.unit.config.options.get("on_refresh", "keep")
         before, after = self.subspace.basis(s, self.before), self.subspace.basis(unit.view.with_(new), self.ctx)
         follows = rules.reconstruction.needs_momentum
-        M = rules.moments.momentum(s).clone() if follows else None
+        M = rules.moments.momentum(s, self.ctx).clone() if follows else None
         left, *right = self.changes or after.changes(before)
         rules.moments.transport_(s, left, how, self.ctx)
         for C in right:  # both sides are projected: the same for the moments turned
@@ -156,7 +156,10 @@ class Refresh:
             turned = {name: s[name].mT if s[name].dim() > 1 else s[name] for name in names}
             rules.moments.transport_(turned, C, how, self.ctx)
         if M is not None:
-            old, now = Carried(unit.placed(before), M), Carried(unit.placed(after), rules.moments.momentum(s))
+            old, now = (
+                Carried(unit.placed(before), M),
+                Carried(unit.placed(after), rules.moments.momentum(s, self.ctx)),
+            )
             rules.reconstruction.change_basis_(s, old, now, self.ctx)
 
     def _whole_stack(self, tensor: Tensor) -> Tensor:

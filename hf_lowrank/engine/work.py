@@ -77,10 +77,6 @@ class Work:
                     DenseStep(weights, [state[p] for p in weights], config, plans, group, [i for i, _ in here])
                 )
 
-    def holds(self, state: Any) -> bool:
-        """Tell whether this is the work on all of a state, as it is now."""
-        return self.state is state and len(state) == len(self.plans)
-
 
 def first_intervals(due: Sequence[MatrixStep], *, share: bool) -> dict[MatrixStep, int]:
     """Return the steps from the first refresh to the second, where refreshes are spread over the interval."""

@@ -195,8 +195,8 @@ class Moments(Part, ABC):
         """Return c_t, the bias correction of the whole step."""
         return 1.0
 
-    def momentum(self, s: State) -> Tensor:
-        """Return the first moment (..., r, n)."""
+    def momentum(self, s: State, ctx: Context) -> Tensor:
+        """Return the first moment (..., r, n) as a running mean: other parts weigh it against gradients."""
         return s["exp_avg"]
 
     def dense_step_(

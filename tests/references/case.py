@@ -124,10 +124,14 @@ class Entry:
         loop: the class that does the step: LowRank or a child that changes one move of it, or, for parts that go with
             no others, a class of its own.
         fields: its arguments for a case.
+        tolerance: how far an fp32 run may end from this, in units of the displacement, with any other parts.
+        without: parts with which, all together, it diverges.
     """
 
     loop: type[Matrix] = LowRank
     fields: Callable[[Case], Mapping[str, Any]] = lambda case: {}
+    tolerance: float = 1e-5
+    without: frozenset[str] = frozenset()
 
 
 def assemble(entries: Iterable[Entry], case: Case, W: Tensor, **extra: Any) -> Matrix:

@@ -60,6 +60,11 @@ class LDAdam(Matrix):
         return self.scale * c * P @ N  # 8
 
 
+def mean(h: LowRank) -> Any:
+    """The first moment as a running mean; a rule that keeps a sum says what its mean is."""
+    return getattr(h.moments, "mean", lambda h: h.moments.M)(h)
+
+
 @dataclass
 class ErrorFeedback(LowRank):
     """E <- (G + E) - P R, R = P^T (G + E), for any basis; at a refresh E <- E + b1 / (1 - b1) (P_old M_old - P M)."""
@@ -75,7 +80,8 @@ class ErrorFeedback(LowRank):
         return super().absorb(G + self.E)
 
     def momentum(self) -> Any:
-        return 0.0 if self.P is None else self.P @ self.moments.M if torch.is_tensor(self.moments.M) else 0.0
+        M = mean(self)
+        return self.P @ M if torch.is_tensor(M) else 0.0
 
     def move_to(self, new: Tensor) -> None:
         before = self.momentum()
@@ -100,7 +106,7 @@ class BlockPower(LowRank):
         if self.P is None:
             return self.move_to(dominant(G, self.rank, None))
         c1 = 1 - self.beta1**self.t if self.t else 1.0
-        b = self.rho * self.P @ self.moments.M / c1 + (1 - self.rho) * G
+        b = self.rho * self.P @ mean(self) / c1 + (1 - self.rho) * G
         self.move_to(aligned(torch.linalg.qr(b @ (b.T @ self.P))[0], self.P))
 
 

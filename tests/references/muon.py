@@ -23,6 +23,9 @@ class Muon:
         self.M = h.beta1 * self.M + R
         return 0.2 * sqrt(max(h.W.shape)) * polar(h.beta1 * self.M + R if self.nesterov else self.M), 1.0
 
+    def mean(self, h: Any) -> Tensor:
+        return (1 - h.beta1) * self.M
+
     def transport(self, how: str, C: Tensor, h: Any) -> None:
         if how != "keep":  # SUMO carries it along
             self.M = C @ self.M
@@ -34,4 +37,10 @@ def polar(X: Tensor) -> Tensor:
     return (U * S.gt(1e-6 * S[0])) @ Vh
 
 
-REFERENCES = {("moments", "muon"): Entry(fields=lambda case: {"moments": Muon(case.options["nesterov"])})}
+# About a sketch, which is no projector, the error that is fed back grows from step to step, and M's condition to 1e8.
+REFERENCES = {
+    ("moments", "muon"): Entry(
+        fields=lambda case: {"moments": Muon(case.options["nesterov"])},
+        without=frozenset({"sketch", "error_feedback"}),
+    )
+}

@@ -46,4 +46,5 @@ def windowed(case: Case) -> NaturalAdam:
     return NaturalAdam(o["history"], o["damping"], absolute=kind, on_window=o["window"])
 
 
-REFERENCES = {("moments", "natural_adam"): Entry(fields=lambda case: {"moments": windowed(case)})}
+# it solves a system whose condition number is some 100
+REFERENCES = {("moments", "natural_adam"): Entry(fields=lambda case: {"moments": windowed(case)}, tolerance=3e-5)}

@@ -33,8 +33,7 @@ class Muon(Moments, key="muon"):
     The polar factor is K^-1/2 M with K = M M^T, in float64: of a condition of 1e4 K has the square. Directions of
     rounding noise (`inverse_root`) give nothing, so that zeros give zeros.
 
-    State: rn. Dense parameters take Adam. Every step costs one eigendecomposition of an r x r matrix. M is a sum, not
-    a mean: LDAdam's parts (block_power, error_feedback), which look at it, weigh it 1 / (1 - b1) times as much.
+    State: rn. Dense parameters take Adam. Every step costs one eigendecomposition of an r x r matrix.
 
     References:
         SUMO, arXiv 2505.24749, Algorithm 1. The factor 0.2 sqrt(max(m, n)): Muon is Scalable for LLM Training, arXiv
@@ -69,6 +68,10 @@ class Muon(Moments, key="muon"):
         root = inverse_root(K, ctx.columns.n, torch.finfo(X.dtype).eps)
         root *= ADAMS_RMS * sqrt(max(ctx.m, ctx.columns.n))
         return (root @ X.double()).to(X.dtype)
+
+    @override
+    def momentum(self, s: State, ctx: Context) -> Tensor:
+        return s["exp_avg"] * (1 - ctx.beta1)  # M is a sum
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
