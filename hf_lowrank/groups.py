@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_lowrank.engine.known import remember
 from hf_lowrank.methods import options, resolve
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.tensors.layout import clamp_rank
@@ -55,28 +56,33 @@ def param_groups(
     """
     given = method_options if rank is None else {"rank": rank, **method_options}
     if method is not None:
-        groups = groups_for(
-            model,
-            Config.of(method, given, facts=model_facts(model)),
-            target_modules=target_modules,
-            weight_decay=weight_decay,
-        )
-        return [{**group, "seed": given["seed"]} for group in groups] if "seed" in given else groups
+        config = Config.of(method, given, facts=model_facts(model))
+        own_seed = "seed" in given
+        return groups_for(model, config, target_modules=target_modules, weight_decay=weight_decay, own_seed=own_seed)
     rank = options.parse("rank", given.pop("rank", 128), options.schema(resolve.LowRankOptions), what="rank")
     dense = {key: value for key, value in given.items() if key in resolve.dense_options()}
     return _split_up(model, {"rank": rank, **given}, dense, target_modules, weight_decay)
 
 
 def groups_for(
-    model: nn.Module, config: Config, *, target_modules: str | Sequence[str] | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    config: Config,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    weight_decay: float = 0.0,
+    own_seed: bool = False,
 ) -> list[dict[str, Any]]:
-    """Split a model's parameters as `param_groups` does, for a method whose options are resolved."""
-    dense = config.dense()
-    own, others = ({"method": c.method, **c.options, "config": c} for c in (config, dense))
-    groups = _split_up(model, own, others, target_modules, weight_decay)
-    for group in groups:  # the optimizer's counts
-        del group["seed"]
-    return groups
+    """Split a model's parameters as `param_groups` does, for a method whose options are resolved.
+
+    Args:
+        model, target_modules, weight_decay: see `param_groups`.
+        config: the method and its options.
+        own_seed: whether the options' seed counts, and not that of the optimizer.
+    """
+    own, dense = ({"method": c.method, **c.options, "config": c} for c in (config, config.dense()))
+    if not own_seed:
+        del own["seed"], dense["seed"]
+    return _split_up(model, own, dense, target_modules, weight_decay)
 
 
 def _split_up(
@@ -87,19 +93,21 @@ def _split_up(
     weight_decay: float,
 ) -> list[dict[str, Any]]:
     """Return groups of matrices with the options `own`, and of all else with the options `dense`."""
-    targets = set(target_parameters(model, rank=own["rank"], target_modules=target_modules))
+    target_parameters(model, rank=own["rank"], target_modules=target_modules)  # says so if there are none
+    targets = set(target_parameters(model, rank=own["rank"], target_modules=target_modules, frozen=True))
     decaying = set(decay_names(model))
     groups: list[dict[str, Any]] = []
     for low_rank in (True, False):
-        extra = own if low_rank else dense
         for decays in (True, False):
-            members = [
-                (name, p)
-                for name, p in trainable(model)
-                if (name in targets) == low_rank and (name in decaying) == decays
-            ]
+            options = {"weight_decay": weight_decay if decays else 0.0, **(own if low_rank else dense)}
+            members = []
+            for name, p in trainable(model, frozen=True):
+                if (name in targets) == low_rank and (name in decaying) == decays:
+                    remember(p, name, options)  # for one that is trained later
+                    if p.requires_grad:
+                        members.append((name, p))
             if members:
-                groups.append({"params": members, "weight_decay": weight_decay if decays else 0.0, **extra})
+                groups.append({"params": members, **options})
     return groups
 
 
@@ -111,10 +119,15 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
     return {"head_dim": size} if size else {}
 
 
-def trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name without wrappers, parameter) of every parameter that requires a gradient, shared ones once."""
+def trainable(model: nn.Module, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name without wrappers, parameter) of every parameter that requires a gradient, shared ones once.
+
+    Args:
+        model: the model.
+        frozen: also those that do not.
+    """
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad or frozen:
             yield clean(name), p
 
 
@@ -135,10 +148,15 @@ def decay_names(model: nn.Module) -> list[str]:
 
 
 def target_parameters(
-    model: nn.Module, *, rank: float, target_modules: str | Sequence[str] | None = None
+    model: nn.Module, *, rank: float, target_modules: str | Sequence[str] | None = None, frozen: bool = False
 ) -> list[str]:
-    """Return the names of the parameters that get a subspace; see `param_groups` for the rules and errors."""
-    names = {id(p): name for name, p in trainable(model)}
+    """Return the names of the parameters that get a subspace; see `param_groups` for the rules and errors.
+
+    Args:
+        model, rank, target_modules: see `param_groups`.
+        frozen: also those that do not require a gradient now.
+    """
+    names = {id(p): name for name, p in trainable(model, frozen=frozen)}
     candidates = {names[id(p)]: (module, p) for module, p in _matrices(model) if id(p) in names}
     if target_modules is None or target_modules in ("all-linear", "all_linear"):
         body = {id(p) for p in _body(model).parameters()}

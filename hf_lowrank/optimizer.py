@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from hf_lowrank.engine import refresh, step
 from hf_lowrank.engine.checkpoint import FORMAT_VERSION, check_checkpoint, load_states, merge_options, warn_changed
 from hf_lowrank.engine.checks import TORCH_KEYS, check_numbers, check_parameters, check_together, config_of, edited
+from hf_lowrank.engine.known import named_groups
 from hf_lowrank.engine.layerwise import Layerwise
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.plan import Plan
@@ -105,7 +106,15 @@ class LowRankOptimizer(Optimizer):
     # ---- groups -----------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, its options checked and completed with the method's defaults."""
+        """Add a group, its options checked and completed with the method's defaults.
+
+        Parameters without names, beside others that `param_groups` has named, have its options for them.
+        """
+        for group in named_groups(param_group, self.param_groups):
+            self._add(group)
+
+    def _add(self, param_group: dict[str, Any]) -> None:
+        """Add one group as it is."""
         config = param_group.get("config")  # from `param_groups`, which has resolved it
         given = {k: v for k, v in param_group.items() if k not in TORCH_KEYS and k != "config"}
         given = {"seed": self.defaults["seed"], **given}

@@ -167,3 +167,52 @@ def test_groups_that_were_edited_after_they_were_made_count_as_they_are():
     optimizer = LowRankOptimizer(groups, "galore_i3s_adamw", seed=7)
     assert optimizer.param_groups[0]["scale"] == optimizer.configs[0].options["scale"] == 1.0
     assert optimizer.configs[0].options["seed"] == 3
+
+
+def frozen_net():
+    net = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.LayerNorm(12), torch.nn.Linear(12, 8))
+    net[0].requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("method", ["galore_i3s_adamw", None])
+def test_parameters_that_are_unfrozen_later_are_low_rank_or_dense_by_the_rules_of_the_start(method):
+    net = frozen_net()
+    options = {"rank": 2, "update_proj_gap": 3, "weight_decay": 0.1}
+    optimizer = LowRankOptimizer(hf_lowrank.param_groups(net, method=method, **options), "galore_i3s_adamw", lr=1e-2)
+    known = len(optimizer.param_groups)
+    net[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(net[0].parameters()), "lr": 1e-3})
+    weights, biases = optimizer.param_groups[known:]
+    assert weights["param_names"] == ["0.weight"] and weights["rank"] == 2 and weights["update_proj_gap"] == 3
+    assert biases["param_names"] == ["0.bias"] and "rank" not in biases
+    assert (weights["weight_decay"], biases["weight_decay"]) == (0.1, 0.0) and weights["lr"] == biases["lr"] == 1e-3
+    for _ in range(2):
+        net(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+    assert optimizer.state[net[0].weight]["basis"].shape == (8, 2)
+    again = frozen_net()
+    other = LowRankOptimizer(hf_lowrank.param_groups(again, method=method, **options), "galore_i3s_adamw", lr=1e-2)
+    other.add_param_group({"params": list(again[0].parameters())})
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.state[again[0].weight]["exp_avg"], optimizer.state[net[0].weight]["exp_avg"])
+
+
+def test_a_group_with_options_of_its_own_is_taken_as_it_is():
+    net = frozen_net()
+    optimizer = LowRankOptimizer(hf_lowrank.param_groups(net, rank=2), "galore_i3s_adamw")
+    optimizer.add_param_group({"params": [("mine", net[0].weight)], "rank": 5})
+    assert optimizer.param_groups[-1]["rank"] == 5 and optimizer.param_groups[-1]["param_names"] == ["mine"]
+
+
+def test_compiling_the_step_leaves_it_as_it_is():
+    """As with torch's own optimizers; it used to end in a RecursionError."""
+    optimizer, p, q = two()
+    other, p2, q2 = two()
+    compiled = torch.compile(optimizer.step)
+    for t in range(3):
+        for one in ((p, q), (p2, q2)):
+            one[0].grad, one[1].grad = gradients(TALL, STEPS)[t], torch.ones(4)
+        compiled()
+        other.step()
+    assert torch.equal(p, p2) and torch.equal(q, q2)
