@@ -72,7 +72,7 @@ def summary(optimizer: LowRankOptimizer) -> str:
     declared = optimizer.declared_bytes()
     adamw = adamw_bytes(everything)
     ranks = sorted({one.plan.r for one in matrices})
-    lr = optimizer.param_groups[0]["lr"]
+    lr = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])  # a warm-up starts at zero
     text = f"{optimizer.defaults['method']}: {len(matrices)} matrices at rank {_span(ranks)}"
     if matrices:
         scale = matrices[0].config.options["scale"]

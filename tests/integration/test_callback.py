@@ -292,9 +292,9 @@ def test_the_lines_of_all_finished_steps_outlive_a_crash(error, tmp_path):
     assert {row["step"] for row in lines(tmp_path)} == {1}
 
 
-def test_the_summary_line_is_said_once_when_training_begins(tmp_path, caplog):
+def test_the_summary_line_is_said_once_when_training_begins_with_the_rate_of_the_peak(tmp_path, caplog):
     caplog.set_level("INFO", logger="hf_lowrank")
-    t = train(arguments(tmp_path, "galore_i3s_adamw", max_steps=1), callbacks=[LowRankCallback()])
+    t = train(arguments(tmp_path, "galore_i3s_adamw", max_steps=1, warmup_steps=1), callbacks=[LowRankCallback()])
     said = [record.getMessage() for record in caplog.records if "matrices at rank" in record.getMessage()]
     assert len(said) == 1
     assert said[0].startswith("galore_i3s_adamw: 14 matrices at rank 4, lr 0.0025 (0.01 x scale 0.25)")
