@@ -26,11 +26,16 @@ TABLES = Path(__file__).parents[1] / "recipes" / "benchmarks" / "memory_tables.p
 
 @pytest.fixture(scope="module")
 def memory_tables():
-    """The recipe, imported by its path: its folder's other files have names that others may want."""
+    """The recipe, imported by its path, with its folder on the path as where it is run."""
     spec = importlib.util.spec_from_file_location("memory_tables", TABLES)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(TABLES.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(TABLES.parent))
+        sys.modules.pop("tables", None)  # a name that others may want
     return module
 
 
