@@ -163,7 +163,10 @@ MUTANTS = [
     Mutant("residual left out of v", STEPS + "compressed.py", "v.addcmul_(E, E)", "v", run_of("foam_adamw")),
     # ---- the engine -------------------------------------------------------------------------------------------------
     Mutant("wrong sign", "engine/matrix.py", "-ctx.lr * c_t", "ctx.lr * c_t", run_of(ADAM)),
-    Mutant("decay applied twice", "engine/matrix.py", "decay = 1.0", "decay = beta", run_of("fira_adamw")),
+    Mutant("decay applied twice", "engine/matrix.py", "beta, alpha = 1 - ctx.lr * ctx.weight_decay,",
+           "beta, alpha = (1 - ctx.lr * ctx.weight_decay) ** 2,", run_of(ADAM)),
+    Mutant("decay undone in the step", "engine/matrix.py", "decay = 1.0", "decay = beta",
+           run_of("apollo_random_adamw")),
     Mutant("fresh step decays too", "engine/matrix.py", 'unsqueeze(-2), value=alpha / decay)',
            "unsqueeze(-2), value=alpha)", run_of("fira_adamw")),
     Mutant("scale ignored", "engine/matrix.py", 'scale=options.get("scale", 1.0)', "scale=1.0", run_of(ADAM)),
