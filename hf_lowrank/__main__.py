@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import runpy
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -63,6 +65,10 @@ def main() -> None:
         if not _raised_here(error):
             raise
         _stop(str(error))
+    except Exception as error:
+        if not _could_not_write(error):
+            raise
+        _stop(f"the run ended because Trainer could not write its files: {error}. Checkpoints saved before are whole")
 
 
 def _print(text: str) -> None:
@@ -143,6 +149,22 @@ def _raised_here(error: ValueError) -> bool:
     while trace and trace.tb_next:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("hf_lowrank.")
+
+
+_FULL = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos|\(os error \d+\)", re.DOTALL)
+"""How torch.save and safetensors say that a file could not be written."""
+
+
+def _could_not_write(error: Exception) -> bool:
+    """Tell whether the disk or the folder refused what Trainer saves."""
+    refused = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+    by_system = isinstance(error, OSError) and error.errno in refused
+    saving = {"_save_checkpoint", "save_model"}
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return (by_system or bool(_FULL.search(str(error)))) and any(
+        frame.f_globals.get("__name__") == "transformers.trainer" and frame.f_code.co_name in saving
+        for frame in frames
+    )
 
 
 def _stop(sentence: str) -> NoReturn:

@@ -163,7 +163,8 @@ def target_parameters(
         inside = {n: (m, p) for n, (m, p) in candidates.items() if id(p) in body and m.split(".")[-1] not in HEADS}
         found = [name for name, (_, p) in inside.items() if _short(p) > clamp_rank(rank, 2**62, 2**62) or rank < 1]
         if not found:
-            raise ValueError(_nothing_found(model, names, inside, rank))
+            heads = sorted({m for m, _ in candidates.values()} - {m for m, _ in inside.values()})
+            raise ValueError(_nothing_found(model, names, inside, rank, heads))
         return found
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     patterns = [piece.strip() for pattern in patterns for piece in _split(pattern) if piece.strip()]
@@ -230,14 +231,22 @@ def _no_match(model: nn.Module, pattern: str, modules: list[str]) -> str:
     return text + (options.suggest(pattern, kinds) if kinds else f": {type(model).__name__} has none")
 
 
-def _nothing_found(model: nn.Module, names: dict[int, str], inside: dict[str, Any], rank: float) -> str:
+def _nothing_found(
+    model: nn.Module, names: dict[int, str], inside: dict[str, Any], rank: float, heads: Sequence[str]
+) -> str:
     """Say why no matrix gets a subspace by default."""
     if inside:
         largest = max(_short(p) for _, p in inside.values())
         return (
             f"rank={rank} is not below the short side of any matrix (the largest is {largest}); choose a smaller rank"
         )
-    if any(_LORA.search(name) for name in names.values()):
+    lora = any(_LORA.search(name) for name in names.values())
+    if heads:
+        return (
+            f"{'beside LoRA factors, which are low-rank already, ' if lora else ''}the only trainable matrices are "
+            f"outside the model's body ({', '.join(heads)}): output heads stay dense unless target_modules names them"
+        )
+    if lora:
         return (
             "every trainable matrix is a LoRA factor, which is low-rank already; train the adapters with adamw_torch, "
             "or unfreeze the base weights"

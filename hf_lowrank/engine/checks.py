@@ -51,6 +51,32 @@ def check_parameters(group: Mapping[str, Any], low_rank: bool) -> None:
             )
 
 
+def check_materialized(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to step parameters on the meta device, which hold no numbers; their memory can still be planned."""
+    for group in groups:
+        for i, p in enumerate(group["params"]):
+            if p.is_meta:
+                name = group["param_names"][i] if "param_names" in group else f"of shape {tuple(p.shape)}"
+                raise ValueError(
+                    f"parameter {name} is on the meta device, where there is nothing to train: load the weights, or "
+                    "call model.to_empty and initialize them, and then build the optimizer"
+                )
+
+
+def check_shapes(shapes: Mapping[Tensor, Sequence[int]]) -> None:
+    """Refuse a parameter whose shape is no longer that of its state.
+
+    Args:
+        shapes: the shape of every parameter when its state was made.
+    """
+    for p, shape in shapes.items():
+        if p.shape != shape:
+            raise ValueError(
+                f"a parameter of shape {tuple(shape)} has become one of shape {tuple(p.shape)}, which its state does "
+                "not fit: build a new optimizer after changing the model"
+            )
+
+
 def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> None:
     """Refuse groups that do not go together.
 

@@ -84,6 +84,8 @@ def split(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: if there is no such method; the nearest name is suggested.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"method must be a name such as 'galore_i3s_adamw', got {name!r}")
     row, given = name, dict[str, Any]()
     for ending in reversed(SUFFIXES):
         if row not in METHODS and row.endswith(ending):

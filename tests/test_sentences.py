@@ -1,0 +1,97 @@
+"""Mistakes that end in a sentence, and what a compiler does with a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_lowrank import LowRankOptimizer, param_groups
+
+
+NAME = "galore_dominant_adamw"
+
+
+def matrix(device="cpu"):
+    return nn.Parameter(torch.ones(8, 6, device=device))
+
+
+def stepped(p, **options):
+    optimizer = LowRankOptimizer([{"params": [p], **options}], NAME)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("where", ["constructor", "group"])
+def test_a_method_must_be_a_name(where):
+    group = {"params": [matrix()], "rank": 2, **({"method": None} if where == "group" else {})}
+    with pytest.raises(ValueError, match="method must be a name such as"):
+        LowRankOptimizer([group], None if where == "constructor" else NAME)
+
+
+def test_a_group_needs_parameters():
+    with pytest.raises(ValueError, match="needs its parameters under 'params'; this one has rank"):
+        LowRankOptimizer([{"rank": 2}], NAME)
+
+
+def test_parameters_on_the_meta_device_are_not_stepped_but_their_memory_is_known():
+    optimizer = LowRankOptimizer([{"params": [matrix("meta")], "rank": 2}], NAME)
+    assert optimizer.declared_bytes() > 0
+    with pytest.raises(ValueError, match=r"of shape \(8, 6\) is on the meta device"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {}], ids=["low-rank", "dense"])
+def test_a_weight_that_changed_its_shape_is_refused(options):
+    p = matrix()
+    optimizer = stepped(p, **options)
+    p.grad = None
+    p.data = torch.ones(4, 6)
+    p.grad = torch.ones(4, 6)
+    with pytest.raises(ValueError, match=r"of shape \(8, 6\) has become one of shape \(4, 6\)"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(4, 6))
+
+
+class OnlyAHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(16, 16)
+
+
+def test_a_model_of_one_head_is_told_so():
+    with pytest.raises(ValueError, match=r"outside the model's body \(classifier\): output heads stay dense"):
+        param_groups(OnlyAHead(), method=NAME, rank=4)
+    assert param_groups(OnlyAHead(), method=NAME, rank=4, target_modules="classifier")[0]["rank"] == 4
+
+
+def test_lora_with_a_trained_head_is_told_so():
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30
+    )
+    lora = peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(transformers.BertForSequenceClassification(config), lora)
+    with pytest.raises(ValueError, match=r"beside LoRA factors.*\(.*classifier.*\)"):
+        param_groups(model, method=NAME, rank=4)
+
+
+def test_a_compiled_step_is_the_step():
+    p, q = matrix(), matrix()
+    mine, theirs = stepped(p, rank=2), stepped(q, rank=2)
+    torch.compile(mine.step, backend="eager")()
+    theirs.step()
+    assert torch.equal(p, q) and int(mine.state[p]["step"]) == 2
+
+
+def test_a_weight_may_change_its_shape_where_its_state_is_dropped():
+    p = matrix()
+    optimizer = stepped(p, rank=2)
+    optimizer.state.clear()
+    p.grad = None
+    p.data = torch.ones(4, 6)
+    p.grad = torch.ones(4, 6)
+    optimizer.step()
+    assert not torch.equal(p, torch.ones(4, 6))
