@@ -20,7 +20,6 @@ from hf_lowrank.engine.checks import (
     check_materialized,
     check_numbers,
     check_parameters,
-    check_shapes,
     check_together,
     config_of,
     edited,
@@ -102,7 +101,6 @@ class LowRankOptimizer(Optimizer):
         self.layerwise = Layerwise()
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
         self._work: Work | None = None  # on the state and options as they are
-        self._shapes: dict[Tensor, torch.Size] = {}  # of every parameter, when its state was made
         self._seen: dict[int, dict[str, Any]] = defaultdict(dict)  # of every group, but for lr
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,9 +186,7 @@ class LowRankOptimizer(Optimizer):
             raise ValueError(
                 "layerwise projects gradients before GradScaler has unscaled them: use bf16, or no layerwise"
             )
-        work = self._prepared()
-        check_shapes(self._shapes)
-        units = [unit for unit in work.units if unit.ready]
+        units = [unit for unit in self._prepared().units if unit.ready]
         with torch.autocast(units[0].device.type if units else "cpu", enabled=False):
             matrices = [unit for unit in units if isinstance(unit, MatrixStep)]
             self._refresh([u for u in matrices if u.started is None and u.due(after=False)])
@@ -219,9 +215,7 @@ class LowRankOptimizer(Optimizer):
         if work is None or work.state is not self.state or len(work.plans) != len(self.state):
             check_together(self.param_groups, self.configs)
             check_materialized(self.param_groups)
-            known = {p: shape for p, shape in self._shapes.items() if self.state.get(p)}
             work = self._work = Work(self.param_groups, self.configs, self.state)
-            self._shapes = {p: known.get(p, p.shape) for p in work.plans}
         return work
 
     def _look_at(self, i: int, group: Mapping[str, Any]) -> None:
@@ -293,7 +287,7 @@ class LowRankOptimizer(Optimizer):
         loaded = dict(load_states(state_dict["state"], groups, list(declared(self.param_groups, configs))))
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(loaded)
-        self.configs, self._work, self._shapes = configs, None, {}
+        self.configs, self._work = configs, None
         self.layerwise.forget()
         for now, old, config in zip(self.param_groups, given, configs, strict=True):
             warn_changed(now, old, config)

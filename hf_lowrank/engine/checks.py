@@ -63,20 +63,6 @@ def check_materialized(groups: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def check_shapes(shapes: Mapping[Tensor, Sequence[int]]) -> None:
-    """Refuse a parameter whose shape is no longer that of its state.
-
-    Args:
-        shapes: the shape of every parameter when its state was made.
-    """
-    for p, shape in shapes.items():
-        if p.shape != shape:
-            raise ValueError(
-                f"a parameter of shape {tuple(shape)} has become one of shape {tuple(p.shape)}, which its state does "
-                "not fit: build a new optimizer after changing the model"
-            )
-
-
 def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> None:
     """Refuse groups that do not go together.
 

@@ -47,14 +47,14 @@ class DenseStep(Unit):
         self.weights, self.stored, self.config, self.plans = weights, stored, config, plans
         self.group, self.indices, self.rule = group, indices, config.parts.moments.dense
         self.mesh = weights[0].device_mesh if isinstance(weights[0], DTensor) else None
-        self.device = weights[0].device
+        self.device, self.shapes = weights[0].device, [weight.shape for weight in weights]
         held = [{key: local(tensor) for key, tensor in one.items()} for one in stored]
         self.views = [View(one, plan.buffers, plan.encodings) for one, plan in zip(held, plans, strict=True)]
 
     @property
     @override
     def ready(self) -> bool:
-        return any([has_gradient(weight) for weight in self.weights])
+        return any([has_gradient(p, shape) for p, shape in zip(self.weights, self.shapes, strict=True)])
 
     @override
     def step_(self) -> Work[None]:

@@ -45,6 +45,7 @@ class MatrixStep(Unit):
         self.isometric = config.parts.subspace.orthonormal and exact
         self.summed = "columns" if self.layout.along in ("rows", "columns") else ""  # axis of R that is split, or ""
         self.keeps_gradient = config.parts.needs_gradient
+        self.shape = weight.shape
         self.refreshed = False  # whether a refresh has looked at this gradient
         self.basis: Basis | None = None  # the one in use, if it is known; nothing is kept of one that is encoded
 
@@ -56,7 +57,7 @@ class MatrixStep(Unit):
     @property
     @override
     def ready(self) -> bool:
-        return self.started is not None or has_gradient(self.weight)
+        return self.started is not None or has_gradient(self.weight, self.shape)
 
     def due(self, *, after: bool) -> bool:
         """Tell whether the subspace is to be refreshed before this step, or after it for the next."""

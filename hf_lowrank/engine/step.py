@@ -67,12 +67,21 @@ class Unit(ABC):
         """Update moments and weights."""
 
 
-def has_gradient(p: Tensor) -> bool:
+def has_gradient(p: Tensor, shape: torch.Size) -> bool:
     """Tell whether a parameter has a gradient.
 
+    Args:
+        p: the parameter.
+        shape: what it was when its step was made.
+
     Raises:
-        ValueError: for a sparse one.
+        ValueError: for a sparse gradient, and for a parameter that has changed its shape.
     """
+    if p.shape != shape:
+        raise ValueError(
+            f"a parameter of shape {tuple(shape)} has become one of shape {tuple(p.shape)}, which its state does not "
+            "fit: build a new optimizer after changing the model"
+        )
     if p.grad is None:
         return False
     if p.grad.layout != torch.strided:

@@ -186,3 +186,24 @@ def test_the_same_trainer_can_train_twice(tmp_path):
     t.train()
     t.train()
     assert t.state.global_step == 8
+
+
+def test_asked_without_a_model_the_class_refuses_groups_that_say_nothing_of_a_subspace(tmp_path):
+    """LLaMA-Factory asks so to read lr, betas and eps; with plain groups all was trained dense, and nothing said so."""
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, "galore_i3s_adamw"))
+    assert {"lr", "betas", "eps"} <= kwargs.keys()
+    model = tiny_llama()
+    plain = [{"params": list(model.parameters()), "weight_decay": 0.1}]  # as transformers' examples split them
+    for params in (model.parameters(), plain):
+        with pytest.raises(ValueError, match="was asked without a model, so no group says which"):
+            cls(params, **kwargs)
+    groups = hf_lowrank.param_groups(model, method="galore_i3s_adamw", rank=4)
+    assert "rank" in cls(groups, **kwargs).param_groups[0]
+
+
+def test_groups_of_ones_own_beside_those_of_trainer_are_refused_in_a_sentence(tmp_path):
+    model = tiny_llama()
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, "galore_i3s_adamw"), model)
+    with pytest.raises(TypeError, match=r"has split the model into groups already"):
+        cls([{"params": list(model.parameters())}], **kwargs)
+    assert "rank" in cls(**kwargs).param_groups[0]
