@@ -189,7 +189,7 @@ def test_the_same_trainer_can_train_twice(tmp_path):
 
 
 def test_asked_without_a_model_the_class_refuses_groups_that_say_nothing_of_a_subspace(tmp_path):
-    """LLaMA-Factory asks so to read lr, betas and eps; with plain groups all was trained dense, and nothing said so."""
+    """LLaMA-Factory asks so to read lr, betas and eps; with plain groups all was trained dense, unsaid."""
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, "galore_i3s_adamw"))
     assert {"lr", "betas", "eps"} <= kwargs.keys()
     model = tiny_llama()
