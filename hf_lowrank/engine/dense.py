@@ -71,7 +71,7 @@ class DenseStep(Unit):
             else:
                 self._step_in_blocks(i)
         if together:
-            weights, grads = [local(self.weights[i]) for i in together], [self._grad(i).float() for i in together]
+            weights, grads = [self._here(self.weights[i]) for i in together], [self._grad(i).float() for i in together]
             states, contexts = [self.views[i].stored for i in together], [self._context(i) for i in together]
             self.rule.dense_step_(weights, grads, states, contexts)
         for i in good:
@@ -80,7 +80,7 @@ class DenseStep(Unit):
 
     def _step_whole(self, i: int) -> Work[None]:
         """Step a tensor by a rule that looks at all of it, its first axis as columns."""
-        W, G, ctx = local(self.weights[i]), self._grad(i).float(), self._context(i)
+        W, G, ctx = self._here(self.weights[i]), self._grad(i).float(), self._context(i)
         with self.views[i].writing() as s:
             rule = self.rule.update(s, G.flatten(1).mT if G.dim() > 1 else G.reshape(-1), ctx)
             N = yield from asking(rule, "columns" if self.mesh is not None else "")
@@ -92,7 +92,7 @@ class DenseStep(Unit):
 
     def _step_in_blocks(self, i: int) -> None:
         """Step a tensor of low precision or with encoded state: cast, step, round, one block at a time if possible."""
-        rule, W, G, ctx = self.rule, local(self.weights[i]), self._grad(i), self._context(i)
+        rule, W, G, ctx = self.rule, self._here(self.weights[i]), self._grad(i), self._context(i)
         gen = ctx.rounding(W.device)
         if not W.is_contiguous():
             image = W.float()
@@ -107,10 +107,14 @@ class DenseStep(Unit):
                 rule.dense_step_([image], [grad.narrow(0, start, length).float()], [s], [ctx])
             rounding.round_(flat.narrow(0, start, length), image, gen)
 
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Return this process's piece."""
+        return tensor if self.mesh is None else local(tensor)
+
     def _grad(self, i: int) -> Tensor:
         grad = self.weights[i].grad
         assert grad is not None
-        return local(grad)  # it may be kept in another type than its weight
+        return self._here(grad)  # it may be kept in another type than its weight
 
     def _context(self, i: int) -> Context:
         weight = self.weights[i]

@@ -2,9 +2,10 @@
 
     python recipes/benchmarks/anatomy.py
 
-Prints, for one ordinary step of one matrix (512 x 1376, rank 128): Python calls of any file, modules of the package
-that are crossed, and moves between them; the same for a step with a refresh; and for `Trainer.create_optimizer`: how
-many optimizers are built, how often a method is resolved and an option is parsed.
+Prints, for one ordinary step of one matrix (512 x 1376, rank 128), alone or beside a vector: Python calls of the
+package, Python calls of any file, modules of the package that are crossed, and moves between them; the same for a step
+with a refresh; and for `Trainer.create_optimizer`: how many optimizers are built, how often a method is resolved and an
+option is parsed.
 """
 
 from __future__ import annotations
@@ -52,17 +53,22 @@ def traced(work: Callable[[], Any]) -> tuple[Counter[str], int, list[str]]:
     return functions, calls, way
 
 
-def step_of(name: str, *, gap: int) -> tuple[int, list[str]]:
-    """Return the calls and the way of the fourth step of one matrix."""
+def step_of(name: str, *, gap: int, vector: bool) -> tuple[int, int, list[str]]:
+    """Return the package's calls, all calls and the way of the fourth step of a matrix, and of a vector beside it."""
     torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(512, 1376) * 0.02)
-    optimizer = LowRankOptimizer([{"params": [weight], "rank": 128, "update_proj_gap": gap}], name, lr=1e-3)
-    for _ in range(3):
-        weight.grad = torch.randn_like(weight)
-        optimizer.step()
-    weight.grad = torch.randn_like(weight)
-    _, calls, way = traced(optimizer.step)
-    return calls, way
+    weights = [torch.nn.Parameter(torch.randn(512, 1376) * 0.02)]
+    groups = [{"params": weights[:], "rank": 128, "update_proj_gap": gap}]
+    if vector:
+        weights.append(torch.nn.Parameter(torch.zeros(512)))
+        groups.append({"params": weights[1:]})
+    optimizer = LowRankOptimizer(groups, name, lr=1e-3)
+    for step in range(4):
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        if step < 3:
+            optimizer.step()
+    functions, calls, way = traced(optimizer.step)
+    return functions.total(), calls, way
 
 
 def create_optimizer(folder: str) -> Counter[str]:
@@ -82,13 +88,14 @@ def create_optimizer(folder: str) -> Counter[str]:
 
 def main() -> None:
     """Print the tables."""
-    print("| one matrix | step | Python calls | modules crossed | moves | which |\n|---|---|---:|---:|---:|---|")
+    head = ("method", "of", "step", "calls of the package", "all Python calls", "modules", "moves", "which")
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for name in NAMES:
-        for kind, gap in (("ordinary", 1000), ("with a refresh", 1)):
-            calls, way = step_of(name, gap=gap)
-            print(
-                f"| {name} | {kind} | {calls} | {len(set(way))} | {len(way) - 1} | {', '.join(dict.fromkeys(way))} |"
-            )
+        for vector, kind, gap in ((False, "ordinary", 1000), (True, "ordinary", 1000), (False, "with a refresh", 1)):
+            own, calls, way = step_of(name, gap=gap, vector=vector)
+            of, modules = "a matrix and a vector" if vector else "a matrix", dict.fromkeys(way)
+            cells = (name, of, kind, own, calls, len(modules), len(way) - 1, ", ".join(modules))
+            print("| " + " | ".join(map(str, cells)) + " |")
     with tempfile.TemporaryDirectory() as folder:
         functions = create_optimizer(folder)
     built, resolved, parsed = (
