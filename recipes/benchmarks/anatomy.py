@@ -4,8 +4,8 @@
 
 Prints, for one ordinary step of one matrix (512 x 1376, rank 128), alone or beside a vector: Python calls of the
 package, Python calls of any file, modules of the package that are crossed, and moves between them; the same for a step
-with a refresh; and for `Trainer.create_optimizer`: how many optimizers are built, how often a method is resolved and an
-option is parsed.
+with a refresh; and for `Trainer.create_optimizer`: how many optimizers are built, how often a method is resolved
+and an option is parsed.
 """
 
 from __future__ import annotations
