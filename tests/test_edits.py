@@ -20,27 +20,20 @@ from hf_lowrank.methods.subspaces.dominant import Dominant
 STEPS = 6
 
 
-@dataclass(frozen=True)
-class Deep(Dominant, key="deep_for_a_test"):
-    """A part that nobody has heard of, with an option in its slots."""
-
-    depth: int = integer(2, minimum=1, help="how many are kept")
-
-    def slots(self):
-        return {**super().slots(), "kept": Slot(f"{self.depth} m r")}
-
-
 @pytest.fixture
 def deep():
+    """A row of a part that nobody has heard of, with an option in its slots."""
+
+    @dataclass(frozen=True)
+    class Deep(Dominant, key="deep_for_a_test"):
+        depth: int = integer(2, minimum=1, help="how many are kept")
+
+        def slots(self):
+            return {**super().slots(), "kept": Slot(f"{self.depth} m r")}
+
     METHODS["deep_for_a_test"] = Method("deep_for_a_test", "adam", "project", "for a test")
     yield "deep_for_a_test"
-    del METHODS["deep_for_a_test"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def tidy():
-    yield
-    registry.classes("subspace").pop("deep_for_a_test")
+    del METHODS["deep_for_a_test"], registry.classes("subspace")["deep_for_a_test"]
 
 
 def two(name="galore_i3s_adamw", **options):

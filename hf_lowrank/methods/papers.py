@@ -25,6 +25,7 @@ TITLES = {
     "2501.07237": "Breaking Memory Limits: Gradient Wavelet Transform Enhances LLMs Training",
     "2502.01586": "SubTrack++: Gradient Subspace Tracking for Scalable LLM Training",
     "2502.05790": "I3S: Importance Sampling Subspace Selection for Low-Rank Optimization in LLM Pretraining",
+    "2502.16982": "Muon is Scalable for LLM Training",
     "2505.24749": ("SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating Memory-Efficient LLM Training"),
     "2512.07112": "FOAM: Folded Optimizer with Approximate Moment",
 }
