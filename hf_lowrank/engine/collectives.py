@@ -1,4 +1,4 @@
-"""Who refreshes what, and flags and sums over processes."""
+"""Tensors, flags and sums that travel between processes."""
 
 from __future__ import annotations
 

@@ -107,8 +107,7 @@ class MatrixStep(Unit):
                 if update.rest is not None:
                     block.add_(update.rest(columns, start, length), alpha=alpha / decay)
             if Z is not None:
-                piece = Z if length == Z.shape[-1] else Z.narrow(-1, start, length)
-                basis.add_(block, piece, beta=decay, alpha=alpha * update.alpha)
+                basis.add_(block, Z.narrow(-1, start, length), beta=decay, alpha=alpha * update.alpha)
 
         W = self.seen_wide(self.weight)
         if W.dtype == torch.float32 and update.rest is None:

@@ -1,7 +1,7 @@
 """Optimizer state as its parts see it: fp32 tensors by name, decoded where they are stored in fewer bits.
 
-Reading is free. Writing is a scope: `with view.writing("step") as s` encodes what was decoded when it ends without an
-error, and tells a part that has written a tensor of another lifetime, which would be lost.
+Reading is free. Writing is a scope: `with view.writing() as s` encodes what was decoded when it ends without an
+error, and tells a part that has written a basis, which would be lost.
 """
 
 from __future__ import annotations
