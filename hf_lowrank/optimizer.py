@@ -100,6 +100,7 @@ class LowRankOptimizer(Optimizer):
         self.projected_grad_norm: float | None = None
         self.layerwise = Layerwise()
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
+        self._facts: dict[str, Any] = {}  # of the run, as they were told
         self._work: Work | None = None  # on the state and options as they are
         self._seen: dict[int, dict[str, Any]] = defaultdict(dict)  # of every group, but for lr
 
@@ -143,9 +144,11 @@ class LowRankOptimizer(Optimizer):
             raise
         self.configs.append(config)
         self._work = None
+        self.tell(**self._facts)
 
     def tell(self, **facts: Any) -> None:
-        """Set the options that are a fact of the run, such as total_steps, where a method has them."""
+        """Set the options that are a fact of the run, such as total_steps, where a method has them, now or later."""
+        self._facts |= facts
         for group, config in zip(self.param_groups, self.configs, strict=True):
             group.update({key: facts[fact] for key, fact in config.facts.items() if fact in facts})
 

@@ -209,3 +209,17 @@ def test_compiling_the_step_leaves_it_as_it_is():
         compiled()
         other.step()
     assert torch.equal(p, p2) and torch.equal(q, q2)
+
+
+def test_what_was_told_of_the_run_counts_for_groups_that_come_later():
+    net = frozen_net()
+    optimizer = LowRankOptimizer(hf_lowrank.param_groups(net, method="golore_adamw", rank=2), "golore_adamw")
+    optimizer.tell(total_steps=10)
+    net[0].requires_grad_(True)
+    optimizer.add_param_group({"params": [net[0].weight]})
+    assert optimizer.param_groups[-1]["total_steps"] == 10
+
+
+def test_a_set_of_parameters_is_refused_as_torch_does():
+    with pytest.raises(TypeError, match="ordered"):
+        LowRankOptimizer([{"params": {weight(TALL)}}], "galore_i3s_adamw")

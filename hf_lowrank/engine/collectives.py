@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-T = TypeVar("T")
 
 
 def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:

@@ -34,6 +34,9 @@ def named_groups(group: Mapping[str, Any], present: Sequence[Mapping[str, Any]])
         group: a new group.
         present: the groups so far.
     """
+    if isinstance(group["params"], set):  # whose order torch refuses
+        yield dict(group)
+        return
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     found = [_known.get(p) if isinstance(p, Tensor) else None for p in params]
     unnamed = present and "param_names" in present[0] and "rank" not in group and params
