@@ -193,14 +193,8 @@ def parts(name: str, options: Mapping[str, Any]) -> Parts:
     return _filled(Parts(*made), options)
 
 
-def dense_options(method: str | None = None) -> set[str]:
-    """Return the names of the options that dense parameters have: the shared ones and those of the moments.
-
-    Args:
-        method: a valid name, or None for what any method may have.
-    """
-    if method is not None and not METHODS[split(method)[0]].free:
-        return set(opt.schema(SharedOptions, prototype("moments", METHODS[split(method)[0]].moments)))
+def dense_options() -> set[str]:
+    """Return the names of the options that dense parameters of any method have: the shared ones, and of moments."""
     owners: list[Any] = [SharedOptions, *classes("moments").values()]
     return {*KINDS, *(item.name for owner in owners for item in fields(owner))}
 
