@@ -166,7 +166,7 @@ class Config:
     @property
     def facts(self) -> dict[str, str]:
         """The options that are a fact of the model or the run, and which."""
-        found = _schema(self.parts, self.low_rank)
+        found = _schema(_chosen_parts(self.method, self.options, self.method)[1], self.low_rank)
         return {key: fact for key, item in found.items() if (fact := opt.of(item).fact)}
 
     @property
