@@ -101,7 +101,7 @@ class DenseStep(Unit):
             rounding.round_(W, image, gen)
             return
         flat, grad = W.view(-1), G.reshape(-1)
-        for start, length in kernels.blocks(flat.shape):
+        for start, length in kernels.blocks(flat):
             image = flat.narrow(0, start, length).float()
             with self.views[i].narrow(start, length).writing() as s:
                 rule.dense_step_([image], [grad.narrow(0, start, length).float()], [s], [ctx])

@@ -67,7 +67,7 @@ class Dense(Basis):
         if G.dtype == P.dtype:
             return P.mT @ G
         R = torch.empty(*G.shape[:-2], P.shape[-1], G.shape[-1], dtype=P.dtype, device=G.device)
-        for block in kernels.blocks(G.shape):  # a gradient of lower precision is cast one block of columns at a time
+        for block in kernels.blocks(G):  # a gradient of lower precision is cast one block of columns at a time
             R.narrow(-1, *block).copy_(P.mT @ G.narrow(-1, *block).to(P.dtype))
         return R
 

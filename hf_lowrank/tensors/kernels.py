@@ -6,24 +6,33 @@ k) · sigma singular values (..., k), descending. Every function accepts leading
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 
 BLOCK = 2**18
-"""Elements of the largest fp32 copy made of a low-precision weight or gradient."""
+"""Elements of the largest fp32 copy made of a low-precision weight or gradient on the CPU."""
+
+
+BLOCK_ON_DEVICE = 2**26
+"""The same on an accelerator, which small kernels keep waiting: 256 MiB, so that nearly every matrix is one block."""
 
 
 CACHED = 2**17
 """Elements of a block that stays in a processor's cache."""
 
 
-def blocks(shape: torch.Size, limit: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) along the last axis: blocks of at most `limit` (BLOCK) elements, at least one column."""
-    size = shape[-1]
-    length = max(1, (BLOCK if limit is None else limit) * size // max(1, shape.numel()))
+def blocks(X: Tensor, limit: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) along the last axis of X: blocks of at most `limit` elements, at least one column.
+
+    The default limit is that of X's device.
+    """
+    size = X.shape[-1]
+    if limit is None:
+        limit = BLOCK if X.device.type == "cpu" else BLOCK_ON_DEVICE
+    length = max(1, limit * size // max(1, X.numel()))
     for start in range(0, size, length):
         yield start, min(length, size - start)
 
@@ -35,15 +44,16 @@ def piece(X: Tensor, start: int, length: int) -> Tensor:
 
 def column_squared_norms(G: Tensor) -> Tensor:
     """Return ||G_j||^2 of every column, (..., n), in fp32, with at most a small block as temporary."""
-    if G.dtype == torch.float32 and G.stride(-2) == 1:  # columns lie in one piece: one pass, no temporary
-        norms: Tensor = torch.linalg.vector_norm(G, dim=-2)
+    own = G.dtype == torch.float32 and G.stride(-2) == 1  # columns lie in one piece: one pass, no temporary
+    if own or G.device.type != "cpu":  # an accelerator casts as it reads
+        norms: Tensor = torch.linalg.vector_norm(G, dim=-2, dtype=torch.float32)
         return norms.square_()
     if G.numel() <= CACHED:
         return G.float().square().sum(-2)
     if G.stride(-2) == 1:
-        return torch.cat([G.narrow(-1, *block).float().square().sum(-2) for block in blocks(G.shape, CACHED)], -1)
+        return torch.cat([G.narrow(-1, *block).float().square().sum(-2) for block in blocks(G, CACHED)], -1)
     squares = torch.zeros(*G.shape[:-2], G.shape[-1], dtype=torch.float32, device=G.device)
-    for block in blocks(G.mT.shape, CACHED):  # of rows, which lie in one piece
+    for block in blocks(G.mT, CACHED):  # of rows, which lie in one piece
         squares.add_(G.narrow(-2, *block).float().square().sum(-2))
     return squares
 
@@ -69,41 +79,49 @@ def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
     """Return all left singular vectors U (..., m, k) and values sigma (..., k), k = min(m, n), from the smaller Gram
     matrix.
 
-    The eigenvectors of G G^T are U and its eigenvalues sigma^2. Should the fp32 decomposition fail, it is repeated in
-    float64, then replaced by an SVD, then by an SVD on the CPU. A tall G goes through G^T G and U = G V / sigma.
+    The eigenvectors of G G^T are U and its eigenvalues sigma^2. Squares of what decays to 1e-4 are lost in fp32, so
+    this is done in float64, which resolves singular values down to 1e-7 of the largest: what is smaller is the
+    rounding of an fp32 gradient. A tall G goes through G^T G and U = G V / sigma. Where a device has no float64 (MPS)
+    the CPU does it. A lack of memory is raised, not answered with a larger attempt.
 
     Raises:
-        ValueError: if every one of them fails, which a finite gradient does not cause.
+        ValueError: if neither this nor a full SVD converges, which a finite gradient does not cause.
     """
-    G = G.float()
-    attempts: tuple[Callable[[], tuple[Tensor, Tensor]], ...] = (
-        lambda: _gram_eigh(G),
-        lambda: _gram_eigh(G.double()),
-        lambda: svd_basis(G),
-        lambda: svd_basis(G.cpu()),
-    )
-    for attempt in attempts:
+    for decompose in (_gram_eigh, svd_basis):
         try:
-            U, sigma = (x.to(G) for x in attempt())
-        except (RuntimeError, NotImplementedError, TypeError):  # not converged; no float64 on the device
+            return decompose(G)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        if bool(torch.isfinite(U).all() & torch.isfinite(sigma).all()):  # squares of sigma may overflow
-            return U, sigma
     raise ValueError(f"no decomposition of a gradient of shape {tuple(G.shape)} succeeded; is it finite?")
 
 
 def _gram_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
     """Eigendecomposition of the Gram matrix on the short side of G."""
     wide = G.shape[-2] <= G.shape[-1]
-    values, vectors = torch.linalg.eigh(G @ G.mT if wide else G.mT @ G)
+    short = G if wide else G.mT
+    gram = torch.zeros(1, dtype=torch.float64, device=_exact_device(G))
+    for block in blocks(short):
+        X = short.narrow(-1, *block).to(gram)
+        gram = gram + X @ X.mT
+    values, vectors = torch.linalg.eigh(gram)
     sigma, vectors = values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
-    return (vectors if wide else orthonormalize(G @ vectors)), sigma
+    U = vectors if wide else orthonormalize(G.to(gram) @ vectors)
+    return _rounded(U, G), _rounded(sigma, G)
 
 
 def svd_basis(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all left singular vectors and values of G by a full singular value decomposition."""
-    U, sigma, _ = torch.linalg.svd(G.float(), full_matrices=False)
-    return U, sigma
+    """Return all left singular vectors and values of G by a full singular value decomposition in float64."""
+    U, sigma, _ = torch.linalg.svd(G.to(_exact_device(G), torch.float64), full_matrices=False)
+    return _rounded(U, G), _rounded(sigma, G)
+
+
+def _exact_device(X: Tensor) -> torch.device:
+    """Return where float64 is computed."""
+    return torch.device("cpu") if X.device.type == "mps" else X.device
+
+
+def _rounded(X: Tensor, like: Tensor) -> Tensor:
+    return X.to(like.device, torch.float32)
 
 
 def range_finder(

@@ -23,11 +23,11 @@ def rewrite_(
     back.
     """
     if W.dtype == torch.float32:
-        for start, length in blocks(W.shape) if blockwise else [(0, W.shape[-1])]:
+        for start, length in blocks(W) if blockwise else [(0, W.shape[-1])]:
             update_(piece(W, start, length), start, length)
         return
     gen = rounding()
-    for start, length in blocks(W.shape):
+    for start, length in blocks(W):
         target = W.narrow(-1, start, length)
         image = target.float()
         update_(image, start, length)

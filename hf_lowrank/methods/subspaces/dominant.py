@@ -21,8 +21,9 @@ class Dominant(Subspace, key="dominant"):
     References:
         GaLore, arXiv 2403.03507, Algorithm 2.
 
-    Differs from the authors' code: the vectors come from the Gram matrix G G^T instead of a full SVD (the same
-    vectors, a fraction of the time), and their signs are aligned with the basis before.
+    Differs from the authors' code: the vectors come from the Gram matrix G G^T in float64 instead of a full SVD
+    (the same vectors, as long as the singular value is above 1e-7 of the largest, in a fraction of the time), and
+    their signs are aligned with the basis before.
     """
 
     refresh: str = choice(
@@ -30,8 +31,8 @@ class Dominant(Subspace, key="dominant"):
         "svd",
         "randomized",
         "power",
-        help="gram: exact, eigenvectors of G G^T; svd: exact, full SVD; randomized: range finder with two power "
-        "iterations; power: one step warm-started at the old basis (the first basis is exact)",
+        help="gram: eigenvectors of G G^T in float64; svd: full SVD in float64, the same vectors; "
+        "randomized: range finder with two power iterations; power: one step warm-started at the old basis (the first basis is gram's)",
     )
 
     @override

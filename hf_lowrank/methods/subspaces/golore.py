@@ -32,7 +32,7 @@ class GoLore(Subspace, key="golore"):
 
     on_refresh: ClassVar[str] = "rotate"
 
-    refresh: str = choice("gram", "svd", help="how the leading vectors are found, both exact")
+    refresh: str = choice("gram", "svd", help="how the leading vectors are found, both in float64")
     switch_at: float = number(0.8, help="GoLore: share of the steps after which bases are random; 1 or more: never")
     total_steps: int | None = integer(
         None, minimum=1, help="GoLore: steps of the whole run; Trainer sets it", fact="total_steps"

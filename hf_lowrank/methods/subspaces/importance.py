@@ -20,8 +20,8 @@ def _spectrum_option() -> Any:
     return choice(
         "gram",
         "svd",
-        help="gram: eigenvectors of G G^T; svd: full SVD. Both give the whole spectrum, which sampling needs; "
-        "'randomized' and 'power' do not",
+        help="gram: eigenvectors of G G^T in float64; svd: full SVD in float64. Both give the whole "
+        "spectrum, which sampling needs; 'randomized' and 'power' do not",
     )
 
 
