@@ -31,8 +31,8 @@ class Dominant(Subspace, key="dominant"):
         "svd",
         "randomized",
         "power",
-        help="gram: eigenvectors of G G^T in float64; svd: full SVD in float64, the same vectors; "
-        "randomized: range finder with two power iterations; power: one step warm-started at the old basis (the first basis is gram's)",
+        help="gram: eigenvectors of G G^T in float64; svd: full SVD in float64, the same vectors; randomized: range "
+        "finder with two power iterations; power: one step warm-started at the old basis (the first is gram's)",
     )
 
     @override
