@@ -28,6 +28,7 @@ from hf_lowrank.engine.known import named_groups
 from hf_lowrank.engine.layerwise import Layerwise
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.plan import Plan
+from hf_lowrank.engine.stacks import gathered
 from hf_lowrank.engine.work import Declared, Work, declared, first_intervals
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.resolve import Config, split
@@ -189,13 +190,15 @@ class LowRankOptimizer(Optimizer):
             raise ValueError(
                 "layerwise projects gradients before GradScaler has unscaled them: use bf16, or no layerwise"
             )
-        units = [unit for unit in self._prepared().units if unit.ready]
+        work = self._prepared()
+        units = [unit for unit in work.units if unit.ready]
         with torch.autocast(units[0].device.type if units else "cpu", enabled=False):
             matrices = [unit for unit in units if isinstance(unit, MatrixStep)]
             self._refresh([u for u in matrices if u.started is None and u.due(after=False)])
             if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
                 self.projected_grad_norm = step.clip_(units, max_norm)
-            step.update_(units)
+            flags = step.foreseen(units)
+            step.update_(gathered(units, work.stacks, flags), flags)
             self._refresh([u for u in matrices if u.due(after=True)])
         if self.layerwise.waiting or self.layerwise.stepped:
             self.layerwise.forget()

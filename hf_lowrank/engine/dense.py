@@ -56,10 +56,15 @@ class DenseStep(Unit):
     def ready(self) -> bool:
         return any([has_gradient(p, shape) for p, shape in zip(self.weights, self.shapes, strict=True)])
 
+    @property
+    @override
+    def gradients(self) -> list[Tensor]:
+        return [self._here(weight.grad) for weight in self.weights if weight.grad is not None]
+
     @override
     def step_(self) -> Work[None]:
         todo = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
-        finite = yield Reading([self._grad(i) for i in todo])
+        finite = yield Reading(self.gradients)
         together, good = [], [i for i, flag in zip(todo, finite, strict=True) if flag]
         for i in (i for i in todo if i not in good):
             self.stored[i]["skipped"].add_(1)

@@ -56,7 +56,7 @@ class Layerwise:
         if due and unit.started is None:  # the first basis comes from the first gradient there is
             refresh_([unit])
         if in_hook:
-            step.update_([unit])
+            step.update_([unit], {})
             if unit.due(after=True):
                 refresh_([unit])
             self.stepped.add(weight)

@@ -59,6 +59,11 @@ class MatrixStep(Unit):
     def ready(self) -> bool:
         return self.started is not None or has_gradient(self.weight, self.shape)
 
+    @property
+    @override
+    def gradients(self) -> list[Tensor]:
+        return [self.gradient]
+
     def due(self, *, after: bool) -> bool:
         """Tell whether the subspace is to be refreshed before this step, or after it for the next."""
         late = self.config.parts.subspace.late and int(self.stored["refreshes"]) > 0

@@ -8,7 +8,7 @@ clipping scales what it has read before it is answered.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from math import isfinite
 from types import GeneratorType
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +24,12 @@ from hf_lowrank.tensors.sums import Rule, Sum
 SYNC_ELEMENTS = 2**26
 """Elements of projected gradients in one bucket on an accelerator, where many matrices share one finite check. Their
 moments, if decoded, and directions come on top."""
+
+
+def at_once(device: torch.device) -> bool:
+    """Tell whether the host runs ahead of a device, so that it had better ask little, for much at once."""
+    return device.type != "cpu"
+
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -56,6 +62,11 @@ class Unit(ABC):
     @abstractmethod
     def transient(self) -> int:
         """Elements that a started step keeps: the same number on every process."""
+
+    @property
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """This process's gradients, one for each answer to the reading."""
 
     @property
     @abstractmethod
@@ -108,14 +119,16 @@ def finite(tensors: Sequence[Tensor]) -> list[bool]:
 
     A sum of squares that overflows counts as not finite: it would overflow the second moment too.
     """
-    norms = []
-    for x in tensors:  # accumulated in fp32: fp16 could not hold a norm, bf16 can
-        norms.append(torch.linalg.vector_norm(x, dtype=None if x.dtype == torch.bfloat16 else torch.float32))
+    norms = kernels.norms(tensors)
     if len(norms) == 1:
-        norm = float(norms[0])
-        return [isfinite(norm) and norm * norm < LARGEST]
+        return [squares_fit(float(norms[0]))]
     together = [norm.float().to(norms[0].device) for norm in norms]
-    return torch.stack(together).square().isfinite().tolist() if together else []
+    return [squares_fit(norm) for norm in torch.stack(together).tolist()] if together else []
+
+
+def squares_fit(norm: float) -> bool:
+    """Tell whether the sum of squares is a finite number in fp32."""
+    return isfinite(norm) and norm * norm < LARGEST
 
 
 def start(units: Sequence[Unit]) -> list[Tensor]:
@@ -128,20 +141,48 @@ def start(units: Sequence[Unit]) -> list[Tensor]:
     return [x for unit in units if unit.started for x in unit.started[1].tensors]
 
 
-def run(units: Sequence[Unit]) -> None:
-    """Make the steps of units on one mesh: all flags travel in one collective, and so do all sums of a round."""
-    flags = iter(finite(start(units)))
-    if (group := group_of(units)) is not None:
-        flags = iter(collectives.all_true(list(flags), group, units[0].device))
+def run(units: Sequence[Unit], known: Mapping[Unit, list[bool]]) -> None:
+    """Make the steps of units on one mesh: all flags travel in one collective, and so do all sums of a round.
+
+    Args:
+        units: what to step.
+        known: answers to the readings of some of them.
+    """
+    start(units)
+    asked = [x for unit in units if unit.started and unit not in known for x in unit.started[1].tensors]
+    flags = iter(agreed(finite(asked), units))
+    del asked
     work, answers = [], []
     for unit in units:
         assert unit.started is not None
         step, reading = unit.started
         unit.started = None  # so that the memory of the reading is used again at once
         work.append(step)
-        answers.append([next(flags) for _ in reading.tensors])
+        answers.append(known[unit] if unit in known else [next(flags) for _ in reading.tensors])
         del reading
     advance(work, answers, units)
+
+
+def agreed(flags: list[bool], units: Sequence[Unit]) -> list[bool]:
+    """Return flags that hold on every process over which the units are split."""
+    group = group_of(units)
+    return flags if group is None or not flags else collectives.all_true(flags, group, units[0].device)
+
+
+def foreseen(work: Sequence[Unit]) -> dict[Unit, list[bool]]:
+    """Return the answers to the readings of all steps on an accelerator that have not been started.
+
+    There the host must not wait once a bucket: all gradients are looked at before the first of them is projected.
+    (What is projected is finite if they are, and their sum of squares no larger.)
+    """
+    fresh = [unit for unit in work if unit.started is None and at_once(unit.device)]
+    known: dict[Unit, list[bool]] = {}
+    for mesh in dict.fromkeys(unit.mesh for unit in fresh):
+        units = [unit for unit in fresh if unit.mesh == mesh]
+        gradients = [unit.gradients for unit in units]
+        flags = iter(agreed(finite([x for some in gradients for x in some]), units))
+        known |= {unit: [next(flags) for _ in some] for unit, some in zip(units, gradients, strict=True)}
+    return known
 
 
 def advance(work: Sequence[Work[Any]], answers: Sequence[Any], units: Sequence[Any]) -> list[Reading | None]:
@@ -165,10 +206,10 @@ def advance(work: Sequence[Work[Any]], answers: Sequence[Any], units: Sequence[A
     return readings
 
 
-def update_(work: Sequence[Unit]) -> None:
-    """Step all units, in buckets."""
+def update_(work: Sequence[Unit], known: Mapping[Unit, list[bool]]) -> None:
+    """Step all units, in buckets. See `run`."""
     for bucket in _buckets(work):
-        run(bucket)
+        run(bucket, known)
 
 
 def clip_(work: Sequence[Unit], max_norm: float) -> float:
@@ -212,7 +253,7 @@ def _buckets(work: Sequence[Unit]) -> Iterator[list[Unit]]:
             yield bucket
             bucket = []
         bucket.append(unit)
-        alone = unit.mesh is None and unit.device.type == "cpu"
+        alone = unit.mesh is None and not at_once(unit.device)
         if alone or sum(x.transient for x in bucket) >= SYNC_ELEMENTS:
             yield bucket
             bucket = []

@@ -13,6 +13,7 @@ from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.refresh import team
 from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
 from hf_lowrank.engine.sharding import allocate, check_weight
+from hf_lowrank.engine.stacks import Stack, stacked
 from hf_lowrank.methods.resolve import Config
 
 
@@ -51,6 +52,7 @@ class Work:
         self.plans: dict[Tensor, Plan] = {}
         self.matrices: dict[Tensor, MatrixStep] = {}
         self.units: list[MatrixStep | DenseStep] = []
+        self.stacks: list[Stack] = []
         for group, config in zip(groups, configs, strict=True):
             first, members = len(self.plans), list(declared([group], [config]))
             for _, p, _, plan in members:
@@ -65,6 +67,7 @@ class Work:
                 ]
                 self.matrices |= {unit.weight: unit for unit in steps}
                 self.units += steps
+                self.stacks += stacked(steps)
                 continue
             for mesh in dict.fromkeys(getattr(one.weight, "device_mesh", None) for one in members):
                 here = [

@@ -225,9 +225,12 @@ class Reconstruction(Part, ABC):
     Attributes:
         needs_gradient: whether the step looks at more of G than R, so that G must live until the weight is written.
         needs_momentum: whether it is told of a change of basis (`change_basis_`).
+        by_columns: whether all that it looks at of G, beside R, are the norms of columns, and all that it does is P Z
+            + G diag(d): then many matrices of one shape may step at once on an accelerator.
     """
 
     needs_gradient: ClassVar[bool] = False
+    by_columns: ClassVar[bool] = False
     needs_momentum: ClassVar[bool] = False
 
     def slots(self) -> Slots:

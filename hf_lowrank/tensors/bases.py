@@ -48,6 +48,10 @@ class Basis(ABC):
         """Return (..., n) as the columns of R lie, from what the rows that are held add to it."""
         return x
 
+    def project_into_(self, R: Tensor, G: Tensor) -> None:
+        """R <- P^T G."""
+        R.copy_(self.project(G))
+
     def accumulate_(self, X: Tensor, Z: Tensor, alpha: float) -> None:
         """X <- X + alpha P Z for a matrix X that lies as the gradient does, Z as R does."""
         whole, _ = self.spread(Z)
@@ -70,6 +74,10 @@ class Dense(Basis):
         for block in kernels.blocks(G):  # a gradient of lower precision is cast one block of columns at a time
             R.narrow(-1, *block).copy_(P.mT @ G.narrow(-1, *block).to(P.dtype))
         return R
+
+    @override
+    def project_into_(self, R: Tensor, G: Tensor) -> None:
+        torch.matmul(self.P.mT, G.to(self.P.dtype), out=R)
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:

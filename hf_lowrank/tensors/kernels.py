@@ -6,7 +6,7 @@ k) · sigma singular values (..., k), descending. Every function accepts leading
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,8 +42,13 @@ def piece(X: Tensor, start: int, length: int) -> Tensor:
     return X if length == X.shape[-1] else X.narrow(-1, start, length)
 
 
-def column_squared_norms(G: Tensor) -> Tensor:
-    """Return ||G_j||^2 of every column, (..., n), in fp32, with at most a small block as temporary."""
+def column_squared_norms(G: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return ||G_j||^2 of every column, (..., n), in fp32, with at most a small block as temporary.
+
+    Of several matrices of one shape: stacked.
+    """
+    if not isinstance(G, Tensor):
+        return torch.stack([column_squared_norms(one) for one in G])
     own = G.dtype == torch.float32 and G.stride(-2) == 1  # columns lie in one piece: one pass, no temporary
     if own or G.device.type != "cpu":  # an accelerator casts as it reads
         norms: Tensor = torch.linalg.vector_norm(G, dim=-2, dtype=torch.float32)
@@ -73,6 +78,20 @@ def sum_of_squares(x: Tensor) -> Tensor:
     # the norm is accumulated in fp32; fp16 could not hold it, bf16 can
     norm: Tensor = torch.linalg.vector_norm(x, dtype=None if x.dtype == torch.bfloat16 else torch.float32)
     return norm.float().square()
+
+
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norm of every tensor, as fp32 where that is free: many at once on an accelerator, without a copy."""
+    if tensors and tensors[0].device.type != "cpu":
+        found: list[Tensor] = [torch.empty(0)] * len(tensors)
+        for kind in dict.fromkeys((x.device, x.dtype) for x in tensors):
+            which = [i for i, x in enumerate(tensors) if (x.device, x.dtype) == kind]
+            some = torch._foreach_norm([tensors[i] for i in which], 2, dtype=torch.float32)
+            for i, norm in zip(which, some, strict=True):
+                found[i] = norm
+        return found
+    # accumulated in fp32: fp16 could not hold a norm, bf16 can
+    return [torch.linalg.vector_norm(x, dtype=None if x.dtype == torch.bfloat16 else torch.float32) for x in tensors]
 
 
 def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,7 @@ class Fira(Reconstruction, key="fira"):
     """
 
     needs_gradient: ClassVar[bool] = True
+    by_columns: ClassVar[bool] = True
     gauges: ClassVar[Mapping[str, Gauge]] = {
         "residual_share": Gauge("share of the gradient's squared norm outside the subspace"),
         **LIMITED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -22,6 +23,8 @@ class Project(Reconstruction, key="project"):
     Differs from the authors' code: the product is added to the weight as it is computed, without a matrix of the
     weight's size; weights decay before the step instead of after it.
     """
+
+    by_columns: ClassVar[bool] = True
 
     @override
     def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:

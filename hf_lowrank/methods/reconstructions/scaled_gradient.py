@@ -37,6 +37,7 @@ class ScaledGradient(Reconstruction, key="scaled_gradient"):
     """
 
     needs_gradient: ClassVar[bool] = True
+    by_columns: ClassVar[bool] = True
     gauges: ClassVar[Mapping[str, Gauge]] = LIMITED
 
     scaling: str = choice("channel", "tensor", help="APOLLO: one factor per column of the long side, or per matrix")

@@ -1,0 +1,163 @@
+"""Matrices of one shape that step as one on an accelerator, which would otherwise wait for many small kernels.
+
+What is small (moments, norms, factors of columns) lies in one tensor for all of them, of which the state of each has a
+view: checkpoints know nothing of it. What is large (gradients, weights, the products with them) is done one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from hf_lowrank.engine import step
+from hf_lowrank.engine.matrix import MatrixStep
+from hf_lowrank.engine.step import SYNC_ELEMENTS, Unit
+from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.parts import Update
+from hf_lowrank.state.slots import Stored
+from hf_lowrank.tensors.bases import Basis, Dense
+
+
+class Stack(MatrixStep):
+    """The step of several matrices of one group, shape and configuration, each with a state of its own.
+
+    Args:
+        members: their steps; their states become views of one tensor for each slot.
+    """
+
+    def __init__(self, members: Sequence[MatrixStep]) -> None:
+        first = members[0]
+        self.members = members
+        shared = {name for name, buffer in first.plan.buffers.items() if buffer.slot.shared}
+        stored: Stored = {name: tensor for name, tensor in first.stored.items() if name in shared}
+        for name in first.stored.keys() - shared:
+            stored[name] = torch.stack([member.stored[name] for member in members])
+            for member, tensor in zip(members, stored[name].unbind(0), strict=True):
+                member.stored[name] = tensor
+        super().__init__(first.weight, stored, first.config, first.plan, first.group, first.index)
+        self.views = [dict(member.stored) for member in members]
+
+    @property
+    @override
+    def transient(self) -> int:
+        return len(self.members) * super().transient
+
+    def agrees(self, flags: Mapping[Unit, Sequence[bool]]) -> bool:
+        """Tell whether all of them have a finite gradient and have had as many steps, in the state that is stacked."""
+        first = self.members[0].stored
+        return all(
+            all(flags.get(member, (False,)))
+            and member.stored["step"] == first["step"]
+            and member.stored["moment_step"] == first["moment_step"]
+            and all(member.stored[name] is view[name] for name in view)
+            for member, view in zip(self.members, self.views, strict=True)
+        )
+
+    @property
+    @override
+    def gradient(self) -> Any:
+        return [member.gradient for member in self.members]
+
+    @override
+    def basis_in_use(self) -> Basis:
+        return Several([member.basis_in_use() for member in self.members])
+
+    @override
+    def _write_(self, basis: Basis, G: Any, update: Update, c_t: float, ctx: Context) -> None:
+        assert isinstance(basis, Several)
+        none = [None] * len(self.members)
+        columns = zip(
+            self.members,
+            basis.bases,
+            none if G is None else G,
+            none if update.Z is None else update.Z.unbind(0),
+            none if update.d is None else update.d.unbind(0),
+            strict=True,
+        )
+        for member, own, gradient, Z, d in columns:
+            keyed = ctx._replace(key=(ctx.key[0], member.index))
+            member._write_(own, gradient, Update(Z, update.alpha, d), c_t, keyed)
+
+    @override
+    def _advance_(self) -> None:
+        for member in self.members:
+            member._advance_()
+
+
+@dataclass(frozen=True)
+class Several(Basis):
+    """The bases of the matrices of a stack, whose gradients lie in memory of their own: R is (k, r, n)."""
+
+    bases: Sequence[Basis]
+
+    @override
+    def project(self, G: Any) -> Tensor:
+        if not all(isinstance(basis, Dense) for basis in self.bases):
+            return torch.stack([basis.project(one) for basis, one in zip(self.bases, G, strict=True)])
+        r, n = self.bases[0].P.shape[-1], G[0].shape[-1]  # type: ignore[attr-defined]
+        R = torch.empty(len(G), r, n, device=G[0].device)
+        for out, basis, one in zip(R.unbind(0), self.bases, G, strict=True):
+            basis.project_into_(out, one)
+        return R
+
+    @override
+    def gram(self) -> Tensor:
+        return torch.stack([basis.gram() for basis in self.bases])
+
+    @override
+    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        raise TypeError("every matrix of a stack is written by its own basis")
+
+    @override
+    def rows(self, start: int, length: int) -> Several:
+        return Several([basis.rows(start, length) for basis in self.bases])
+
+
+def stacked(units: Iterable[MatrixStep]) -> list[Stack]:
+    """Return stacks of two or more of these matrices, as large as a bucket admits, where matrices may be stacked."""
+    alike: dict[Any, list[MatrixStep]] = {}
+    for unit in units:
+        if stackable(unit):
+            W, plan = unit.weight, unit.plan
+            key = (W.shape, W.dtype, W.device, id(unit.group), plan.layout, plan.columns)
+            alike.setdefault(key, []).append(unit)
+    found = []
+    for some in alike.values():
+        size = max(1, SYNC_ELEMENTS // some[0].transient)
+        found += [Stack(some[i : i + size]) for i in range(0, len(some), size) if len(some[i : i + size]) > 1]
+    return found
+
+
+def stackable(unit: MatrixStep) -> bool:
+    """Tell whether a matrix may step with others: no part looks at more of its gradient than the norms of columns."""
+    parts, layout = unit.config.parts, unit.layout
+    return (
+        step.at_once(unit.device)
+        and not layout.along
+        and not layout.stack
+        and unit.view.plain
+        and not unit.config.options["layerwise"]
+        and parts.reconstruction.by_columns
+        and not parts.subspace.needs_gradient
+    )
+
+
+def gathered(units: Sequence[Unit], stacks: Iterable[Stack], flags: dict[Unit, list[bool]]) -> list[Unit]:
+    """Return the units with stacks in the place of their members, wherever all members agree.
+
+    Args:
+        units: what is stepped.
+        stacks: all that there are.
+        flags: what is known of the gradients of units; that of a stack is added.
+    """
+    place: dict[Unit, Unit] = {}
+    for stack in stacks:
+        if stack.agrees(flags):
+            flags[stack] = [True]
+            place |= dict.fromkeys(stack.members, stack)
+    return list(dict.fromkeys(place.get(unit, unit) for unit in units))

@@ -1,0 +1,150 @@
+"""Matrices of one shape that step as one, as they do on an accelerator: the same numbers, the same checkpoints."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from fitting import fitting
+from streams import COVERING, gradients, weight
+
+from hf_lowrank import LowRankOptimizer
+from hf_lowrank.engine import stacks, step
+from hf_lowrank.methods import resolve
+
+
+SHAPES = [(6, 11)] * 3 + [(11, 6)] * 2 + [(7, 7)] * 2 + [(3, 5, 9), (4,)]
+STEPS, GAP = 12, 5
+
+
+def may_be_stacked(name):
+    parts = resolve.parts(name, {})
+    return parts.reconstruction.by_columns and not parts.subspace.needs_gradient
+
+
+STACKED = [name for name in COVERING if may_be_stacked(name)]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """What the engine does on an accelerator, on the CPU."""
+    monkeypatch.setattr(step, "at_once", lambda device: True)
+
+
+def model(dtype=torch.float32, shapes=SHAPES):
+    return [weight(shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def optimizer(name, params, **options):
+    matrices = fitting(name, {"rank": 3, "update_proj_gap": GAP} | options)
+    groups = [{"params": params[:-1], **matrices}, {"params": params[-1:]}]
+    return LowRankOptimizer(groups, name, lr=1e-2, weight_decay=0.1)
+
+
+@cache
+def stream(shape, seed):
+    if len(shape) > 1:
+        return gradients(shape, STEPS, seed=seed)
+    return [G[0, : shape[0]] for G in gradients((shape[0], shape[0]), STEPS, seed=seed)]
+
+
+def train(opt, params, steps, *, missing=()):
+    """Step through the streams; some gradients, by (step, parameter), are missing or bad."""
+    missing = dict(missing)
+    for t in steps:
+        for i, p in enumerate(params):
+            what = missing.get((t, i), "good")
+            p.grad = None if what == "none" else stream(p.shape, i)[t].to(p.dtype).clone()
+            if what == "bad":
+                p.grad.view(-1)[0] = torch.nan
+        opt.step()
+    return [p.detach().clone() for p in params]
+
+
+def same(a, b, exact):
+    for x, y in zip(a, b, strict=True):
+        if exact:
+            assert torch.equal(x, y)
+        else:
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacks_equal_matrices_one_by_one(name, monkeypatch):
+    plain = model()
+    expected = train(optimizer(name, plain), plain, range(STEPS))
+    monkeypatch.setattr(step, "at_once", lambda device: True)
+    params = model()
+    opt = optimizer(name, params)
+    got = train(opt, params, range(STEPS))
+    assert any(len(stack.members) == 3 for stack in opt._work.stacks)
+    same(expected, got, exact=False)
+
+
+@pytest.mark.parametrize("name", ["galore_dominant_adamw", "galore_i3s_msgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_the_kernels_allow_it_they_are_equal_bit_for_bit(name, dtype, monkeypatch):
+    """Lengths are multiples of the processor's vectors: the fused kernel rounds a rest of a tensor in another way."""
+    shapes = [(8, 16)] * 3 + [(32, 16)] * 2 + [(16,)]
+    plain = model(dtype, shapes)
+    expected = train(optimizer(name, plain, rank=4), plain, range(STEPS))
+    monkeypatch.setattr(step, "at_once", lambda device: True)
+    params = model(dtype, shapes)
+    opt = optimizer(name, params, rank=4)
+    same(expected, train(opt, params, range(STEPS)), exact=True)
+    assert len(opt._work.stacks) == 2
+
+
+UNEVEN = {(2, 1): "bad", (3, 0): "none", (GAP, 2): "bad", (7, 4): "none", (7, 8): "bad", (8, 3): "bad", (8, 4): "bad"}
+
+
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "fira_adamw", "apollo_random_adamw"])
+def test_a_matrix_that_skips_a_step_takes_no_other_with_it(name, monkeypatch):
+    plain = model()
+    expected = train(optimizer(name, plain), plain, range(STEPS), missing=UNEVEN)
+    monkeypatch.setattr(step, "at_once", lambda device: True)
+    params = model()
+    opt = optimizer(name, params)
+    same(expected, train(opt, params, range(STEPS), missing=UNEVEN), exact=False)
+    assert int(opt.state[params[1]]["skipped"]) == 1
+    assert int(opt.state[params[0]]["step"]) == STEPS - 1
+
+
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "fira_adamw"])
+@pytest.mark.parametrize("there", [True, False])
+def test_checkpoints_go_from_stacks_to_matrices_and_back(name, there, monkeypatch, tmp_path):
+    params = model()
+    expected = train(optimizer(name, params), params, range(STEPS))
+    monkeypatch.setattr(step, "at_once", lambda device: there)
+    params = model()
+    opt = optimizer(name, params)
+    train(opt, params, range(7))
+    torch.save(opt.state_dict(), tmp_path / "state.pt")
+    monkeypatch.setattr(step, "at_once", lambda device: not there)
+    again = optimizer(name, params)
+    again.load_state_dict(torch.load(tmp_path / "state.pt"))
+    same(expected, train(again, params, range(7, STEPS)), exact=False)
+    for p in params:
+        assert {k: v.shape for k, v in again.state[p].items()} == {k: v.shape for k, v in opt.state[p].items()}
+
+
+def test_a_state_that_is_put_in_the_place_of_a_stacked_one_is_the_one_that_is_used(at_once):
+    params = model()
+    opt = optimizer("galore_i3s_adamw", params)
+    train(opt, params, range(3))
+    moved = {key: value.clone() for key, value in opt.state[params[0]].items()}
+    opt.state[params[0]].update(moved)
+    train(opt, params, range(3, 4))
+    assert int(opt.state[params[0]]["step"]) == 4
+    assert opt.state[params[0]]["exp_avg"] is moved["exp_avg"]
+    assert not torch.equal(moved["exp_avg"], opt._work.stacks[0].stored["exp_avg"][0])
+
+
+def test_rows_whose_parts_look_at_every_element_of_the_gradient_are_not_stacked(at_once):
+    params = model()
+    for name in (name for name in COVERING if name not in STACKED):
+        opt = optimizer(name, params)
+        train(opt, params, range(2))
+        assert opt._work.stacks == []
+    assert stacks.stacked([]) == []
