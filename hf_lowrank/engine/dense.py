@@ -17,7 +17,7 @@ from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state.slots import Stored
 from hf_lowrank.state.view import View
-from hf_lowrank.tensors import kernels, rounding
+from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.layout import local
 
 
@@ -56,15 +56,14 @@ class DenseStep(Unit):
     def ready(self) -> bool:
         return any([has_gradient(p, shape) for p, shape in zip(self.weights, self.shapes, strict=True)])
 
-    @property
     @override
-    def gradients(self) -> list[Tensor]:
+    def look(self) -> list[Tensor]:
         return [self._here(weight.grad) for weight in self.weights if weight.grad is not None]
 
     @override
     def step_(self) -> Work[None]:
         todo = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
-        finite = yield Reading(self.gradients)
+        finite = yield Reading(self.look())
         together, good = [], [i for i, flag in zip(todo, finite, strict=True) if flag]
         for i in (i for i in todo if i not in good):
             self.stored[i]["skipped"].add_(1)
@@ -93,24 +92,24 @@ class DenseStep(Unit):
             image = W.float()
             image.mul_(1 - ctx.lr * ctx.weight_decay).sub_(step, alpha=ctx.lr * self.rule.step_scale(ctx))
             if image is not W:
-                rounding.round_(W, image, ctx.rounding(W.device))
+                ctx.rounding(W.device).store_(W, image)
 
     def _step_in_blocks(self, i: int) -> None:
         """Step a tensor of low precision or with encoded state: cast, step, round, one block at a time if possible."""
         rule, W, G, ctx = self.rule, self._here(self.weights[i]), self._grad(i), self._context(i)
-        gen = ctx.rounding(W.device)
+        rounding = ctx.rounding(W.device)
         if not W.is_contiguous():
             image = W.float()
             with self.views[i].writing() as s:
                 rule.dense_step_([image], [G.float()], [s], [ctx])
-            rounding.round_(W, image, gen)
+            rounding.store_(W, image)
             return
         flat, grad = W.view(-1), G.reshape(-1)
         for start, length in kernels.blocks(flat):
             image = flat.narrow(0, start, length).float()
             with self.views[i].narrow(start, length).writing() as s:
                 rule.dense_step_([image], [grad.narrow(0, start, length).float()], [s], [ctx])
-            rounding.round_(flat.narrow(0, start, length), image, gen)
+            rounding.store_(flat.narrow(0, start, length), image, start)
 
     def _here(self, tensor: Tensor) -> Tensor:
         """Return this process's piece."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -46,6 +45,7 @@ class MatrixStep(Unit):
         self.summed = "columns" if self.layout.along in ("rows", "columns") else ""  # axis of R that is split, or ""
         self.keeps_gradient = config.parts.needs_gradient
         self.shape = weight.shape
+        self.norms: Tensor | None = None  # of the columns of this gradient, if they are known
         self.refreshed = False  # whether a refresh has looked at this gradient
         self.basis: Basis | None = None  # the one in use, if it is known; nothing is kept of one that is encoded
 
@@ -59,10 +59,17 @@ class MatrixStep(Unit):
     def ready(self) -> bool:
         return self.started is not None or has_gradient(self.weight, self.shape)
 
-    @property
     @override
-    def gradients(self) -> list[Tensor]:
+    def look(self) -> list[Tensor]:
+        """A method that needs the norms of columns has them kept: the gradient is not read for its norm alone."""
+        if self.keeps_gradient and self.config.parts.reconstruction.by_columns:
+            self.norms = kernels.column_norms(self.gradient)
+            return [self.norms]
         return [self.gradient]
+
+    def column_norms(self) -> Tensor | None:
+        """Return the norms of the gradient's columns if they are known."""
+        return self.norms
 
     def due(self, *, after: bool) -> bool:
         """Tell whether the subspace is to be refreshed before this step, or after it for the next."""
@@ -84,7 +91,7 @@ class MatrixStep(Unit):
         with self.view.writing() as s:
             N = yield from asking(rules.moments.update(s, R, ctx), self.summed)
             c_t = rules.moments.step_scale(ctx)
-            norms = ColumnNorms(G, basis, self.isometric)
+            norms = ColumnNorms(G, basis, self.isometric, self.column_norms())
             U = yield from asking(rules.reconstruction.combine(s, norms, R, N, c_t, ctx), self.summed)
             self._write_(basis, G, U, c_t, ctx)
             for name, value in fresh.items():
@@ -114,21 +121,22 @@ class MatrixStep(Unit):
             if Z is not None:
                 basis.add_(block, Z.narrow(-1, start, length), beta=decay, alpha=alpha * update.alpha)
 
-        W = self.seen_wide(self.weight)
-        if W.dtype == torch.float32 and update.rest is None:
-            write_(W, 0, W.shape[-1])
+        W, way = self.seen_wide(self.weight), ctx.rounding(self.device)
+        if update.rest is None and way.fuses(W):
+            U = None if Z is None else basis.expand(Z, W)
+            way.fused_(W, beta, U, alpha * update.alpha, None if d is None else G, d, alpha)
         else:
-            rounding.rewrite_(W, write_, lambda: ctx.rounding(W.device), blockwise=update.rest is not None)
+            rounding.rewrite_(W, write_, way, blockwise=update.rest is not None)
 
     def _skip_(self) -> None:
         self.stored["skipped"].add_(1)
         self.view.forget()
-        self.refreshed = False
+        self.refreshed, self.norms = False, None
 
     def _advance_(self) -> None:
         self.stored["step"].add_(1)
         self.stored["moment_step"].add_(1)
-        self.refreshed = False
+        self.refreshed, self.norms = False, None
 
     # ---- the pieces -------------------------------------------------------------------------------------------------
 
@@ -147,7 +155,8 @@ class MatrixStep(Unit):
         """Return the basis in use, for this process's piece."""
         if self.basis is not None:
             return self.basis
-        basis = self.placed(self.config.parts.subspace.basis(self.view, self.context()))
+        products = self.config.options["products"]
+        basis = self.placed(self.config.parts.subspace.basis(self.view, self.context()).multiplied(products))
         if self.view.plain:
             self.basis = basis
         return basis

@@ -15,7 +15,7 @@ from hf_lowrank.engine.schedule import owners, refresh_cost, waves
 from hf_lowrank.engine.step import Work, advance, asking
 from hf_lowrank.methods.parts import Carried
 from hf_lowrank.state.slots import State
-from hf_lowrank.tensors import kernels
+from hf_lowrank.tensors import kernels, products
 from hf_lowrank.tensors.layout import sharded
 
 
@@ -24,7 +24,7 @@ UNKNOWN = -1.0
 
 
 def refresh_(due: Sequence[MatrixStep], intervals: Mapping[MatrixStep, int], *, share: bool) -> int:
-    """Choose new bases, each on one process where the work is shared, and carry the moments over.
+    """Choose new bases, each on one process where the work is shared, and carry the moments over, in full precision.
 
     Args:
         due: the matrices.
@@ -34,6 +34,11 @@ def refresh_(due: Sequence[MatrixStep], intervals: Mapping[MatrixStep, int], *, 
     Returns:
         How many this process chose.
     """
+    with products.precision("ieee"):
+        return _refresh_all(due, intervals, share=share)
+
+
+def _refresh_all(due: Sequence[MatrixStep], intervals: Mapping[MatrixStep, int], *, share: bool) -> int:
     here = 0
     for mesh in dict.fromkeys(unit.mesh for unit in due):
         # the costliest first, so that processes that work at the same time have as much to do

@@ -20,6 +20,7 @@ from hf_lowrank.engine.step import SYNC_ELEMENTS, Unit
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.parts import Update
 from hf_lowrank.state.slots import Stored
+from hf_lowrank.tensors import products
 from hf_lowrank.tensors.bases import Basis, Dense
 
 
@@ -64,24 +65,38 @@ class Stack(MatrixStep):
         return [member.gradient for member in self.members]
 
     @override
+    def column_norms(self) -> Tensor | None:
+        known = [member.norms for member in self.members if member.norms is not None]
+        return torch.stack(known) if len(known) == len(self.members) else None
+
+    @override
     def basis_in_use(self) -> Basis:
-        return Several([member.basis_in_use() for member in self.members])
+        bases = [member.basis_in_use() for member in self.members]
+        P = None
+        if all(isinstance(basis, Dense) for basis in bases):
+            given = [basis.P for basis in bases]  # type: ignore[attr-defined]
+            if all(one is given[0] for one in given):  # a sketch that they share
+                P = given[0].expand(len(given), *given[0].shape)
+            elif all(one is view.get("basis") for one, view in zip(given, self.views, strict=True)):
+                P = self.stored["basis"]
+        return Several(bases, P)
 
     @override
     def _write_(self, basis: Basis, G: Any, update: Update, c_t: float, ctx: Context) -> None:
         assert isinstance(basis, Several)
+        bases, Z = basis.factors(update.Z, self.weight)
         none = [None] * len(self.members)
         columns = zip(
             self.members,
-            basis.bases,
+            bases,
             none if G is None else G,
-            none if update.Z is None else update.Z.unbind(0),
+            none if Z is None else Z.unbind(0),
             none if update.d is None else update.d.unbind(0),
             strict=True,
         )
-        for member, own, gradient, Z, d in columns:
+        for member, own, gradient, coefficients, d in columns:
             keyed = ctx._replace(key=(ctx.key[0], member.index))
-            member._write_(own, gradient, Update(Z, update.alpha, d), c_t, keyed)
+            member._write_(own, gradient, Update(coefficients, update.alpha, d), c_t, keyed)
 
     @override
     def _advance_(self) -> None:
@@ -91,19 +106,35 @@ class Stack(MatrixStep):
 
 @dataclass(frozen=True)
 class Several(Basis):
-    """The bases of the matrices of a stack, whose gradients lie in memory of their own: R is (k, r, n)."""
+    """The bases of the matrices of a stack, whose gradients lie in memory of their own: R is (k, r, n).
+
+    Attributes:
+        bases: one for each matrix.
+        P: (k, m, r) if they are matrices that lie in one tensor, else None.
+    """
 
     bases: Sequence[Basis]
+    P: Tensor | None
 
     @override
     def project(self, G: Any) -> Tensor:
-        if not all(isinstance(basis, Dense) for basis in self.bases):
+        if self.P is None:
             return torch.stack([basis.project(one) for basis, one in zip(self.bases, G, strict=True)])
-        r, n = self.bases[0].P.shape[-1], G[0].shape[-1]  # type: ignore[attr-defined]
-        R = torch.empty(len(G), r, n, device=G[0].device)
-        for out, basis, one in zip(R.unbind(0), self.bases, G, strict=True):
-            basis.project_into_(out, one)
-        return R
+        kind = products.chosen(self.bases[0].products, G[0])  # type: ignore[attr-defined]
+        A = products.left_factor(self.P, kind)
+        out = torch.empty(len(G), A.shape[-1], G[0].shape[-1], device=A.device)
+        for product, factor, one in zip(out.unbind(0), A.unbind(0), G, strict=True):
+            products.multiply_(product, factor, one, kind)
+        return products.joined(out, kind)
+
+    def factors(self, Z: Tensor | None, W: Tensor) -> tuple[Sequence[Basis], Tensor | None]:
+        """Return bases and coefficients for the write, rounded at once where they are rounded to be multiplied."""
+        if self.P is None or Z is None:
+            return self.bases, Z
+        kind = self.bases[0].products  # type: ignore[attr-defined]
+        if not products.chosen(kind, W).startswith("bf16"):
+            return self.bases, Z
+        return [Dense(P, kind) for P in self.P.bfloat16().unbind(0)], Z.bfloat16()
 
     @override
     def gram(self) -> Tensor:
@@ -115,7 +146,8 @@ class Several(Basis):
 
     @override
     def rows(self, start: int, length: int) -> Several:
-        return Several([basis.rows(start, length) for basis in self.bases])
+        P = None if self.P is None else self.P.narrow(-2, start, length)
+        return Several([basis.rows(start, length) for basis in self.bases], P)
 
 
 def stacked(units: Iterable[MatrixStep]) -> list[Stack]:

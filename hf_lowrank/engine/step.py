@@ -63,10 +63,9 @@ class Unit(ABC):
     def transient(self) -> int:
         """Elements that a started step keeps: the same number on every process."""
 
-    @property
     @abstractmethod
-    def gradients(self) -> list[Tensor]:
-        """This process's gradients, one for each answer to the reading."""
+    def look(self) -> list[Tensor]:
+        """Return for each answer to the reading what has the norm of this process's gradient."""
 
     @property
     @abstractmethod
@@ -179,9 +178,9 @@ def foreseen(work: Sequence[Unit]) -> dict[Unit, list[bool]]:
     known: dict[Unit, list[bool]] = {}
     for mesh in dict.fromkeys(unit.mesh for unit in fresh):
         units = [unit for unit in fresh if unit.mesh == mesh]
-        gradients = [unit.gradients for unit in units]
-        flags = iter(agreed(finite([x for some in gradients for x in some]), units))
-        known |= {unit: [next(flags) for _ in some] for unit, some in zip(units, gradients, strict=True)}
+        looked = [unit.look() for unit in units]
+        flags = iter(agreed(finite([x for some in looked for x in some]), units))
+        known |= {unit: [next(flags) for _ in some] for unit, some in zip(units, looked, strict=True)}
     return known
 
 

@@ -9,6 +9,7 @@ import torch
 
 from hf_lowrank.tensors import random
 from hf_lowrank.tensors.random import Stream
+from hf_lowrank.tensors.rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Context(NamedTuple):
         """Return the generator of this basis, keyed by (seed, parameter, number of the basis)."""
         return random.generator(Stream.SUBSPACE, *self.key, self.number, device=device)
 
-    def rounding(self, device: torch.device) -> torch.Generator | None:
-        """Return the generator of this step's stochastic rounding, keyed by (seed, parameter, step), or None."""
-        if not self.stochastic_rounding:
-            return None
-        return random.generator(Stream.ROUNDING, *self.key, self.step, self.offset, device=device)
+    def rounding(self, device: torch.device) -> Rounding:
+        """Return how this step writes a weight of low precision, keyed by (seed, parameter, step)."""
+        key = (Stream.ROUNDING, *self.key, self.step, self.offset) if self.stochastic_rounding else None
+        return Rounding(key, device)

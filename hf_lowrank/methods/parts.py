@@ -33,16 +33,19 @@ class ColumnNorms(NamedTuple):
         G: the gradient, as it lies.
         basis: the basis in use.
         isometric: whether P^T P is the identity.
+        of_gradient: ||G_j|| of every column that is held, where they are known already.
     """
 
     G: Tensor | None
     basis: Basis
     isometric: bool
+    of_gradient: Tensor | None = None
 
     def gradient(self) -> Tensor:
         """Return ||G_j||^2 of every column that R holds, (..., n)."""
         assert self.G is not None, "a part that looks at the gradient says so: needs_gradient"
-        return self.basis.columns(kernels.column_squared_norms(self.G))
+        known = self.of_gradient
+        return self.basis.columns(kernels.column_squared_norms(self.G) if known is None else known.square())
 
     def projected(self, R: Tensor, r_squared: Tensor) -> Tensor:
         """Return ||P R_j||^2 of every column, (..., n), given ||R_j||^2, which it is for an isometric basis."""

@@ -46,6 +46,15 @@ class LowRankOptions:
         "full",
         help="which side of the weight is projected; full: both",
     )
+    products: str = opt.choice(
+        "auto",
+        "ieee",
+        "tf32",
+        "bf16x2",
+        "bf16",
+        help="precision of the two products of a step: ieee (fp32), tf32, bf16, or bf16x2, where the basis is two "
+        "numbers of bf16; auto: bf16x2 for bf16 weights on an accelerator, else fp32, or TF32 where torch is told so",
+    )
     on_refresh: str = opt.choice(*TRANSPORTS, help="what happens to the moments at a refresh")
     stagger: bool = opt.flag(False, help="spread the refreshes of the matrices evenly over the interval")
 

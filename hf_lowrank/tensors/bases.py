@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hf_lowrank.tensors import kernels
+from hf_lowrank.tensors import kernels, products
 
 
 class Basis(ABC):
@@ -48,9 +48,15 @@ class Basis(ABC):
         """Return (..., n) as the columns of R lie, from what the rows that are held add to it."""
         return x
 
-    def project_into_(self, R: Tensor, G: Tensor) -> None:
-        """R <- P^T G."""
-        R.copy_(self.project(G))
+    def multiplied(self, kind: str) -> Basis:
+        """Return the same map, whose matrix products are of this kind (tensors.products)."""
+        return self
+
+    def expand(self, Z: Tensor, like: Tensor) -> Tensor:
+        """Return P Z (m, n), for coefficients of all columns, lying in memory as `like` does."""
+        U = torch.zeros_like(like, dtype=torch.float32)
+        self.add_(U, Z, beta=1.0, alpha=1.0)
+        return U
 
     def accumulate_(self, X: Tensor, Z: Tensor, alpha: float) -> None:
         """X <- X + alpha P Z for a matrix X that lies as the gradient does, Z as R does."""
@@ -61,35 +67,47 @@ class Basis(ABC):
 
 @dataclass(frozen=True)
 class Dense(Basis):
-    """A matrix P (..., m, r)."""
+    """A matrix P (..., m, r).
+
+    Attributes:
+        P: the matrix, fp32.
+        products: the precision of what is computed with it (tensors.products).
+    """
 
     P: Tensor
+    products: str = "auto"
 
     @override
     def project(self, G: Tensor) -> Tensor:
-        P = self.P
-        if G.dtype == P.dtype:
+        kind, P = products.chosen(self.products, G), self.P
+        if G.dtype == P.dtype and kind == products.OWN:
             return P.mT @ G
-        R = torch.empty(*G.shape[:-2], P.shape[-1], G.shape[-1], dtype=P.dtype, device=G.device)
+        A = products.left_factor(P, kind)
+        out = torch.empty(*G.shape[:-2], A.shape[-1], G.shape[-1], dtype=P.dtype, device=G.device)
         for block in kernels.blocks(G):  # a gradient of lower precision is cast one block of columns at a time
-            R.narrow(-1, *block).copy_(P.mT @ G.narrow(-1, *block).to(P.dtype))
-        return R
+            if block[1] == G.shape[-1]:
+                products.multiply_(out, A, G, kind)
+            else:
+                columns = torch.empty(*out.shape[:-1], block[1], device=G.device)
+                products.multiply_(columns, A, G.narrow(-1, *block), kind)
+                out.narrow(-1, *block).copy_(columns)
+        return products.joined(out, kind)
 
     @override
-    def project_into_(self, R: Tensor, G: Tensor) -> None:
-        torch.matmul(self.P.mT, G.to(self.P.dtype), out=R)
+    def multiplied(self, kind: str) -> Dense:
+        return Dense(self.P, kind)
+
+    @override
+    def expand(self, Z: Tensor, like: Tensor) -> Tensor:
+        return products.expand(self.P, Z, like, products.chosen(self.products, like))
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        if W.dim() == 2:
-            W.addmm_(self.P, Z, beta=beta, alpha=alpha)
-        else:
-            P = self.P.expand(*W.shape[:-2], *self.P.shape[-2:])  # a stack may share one
-            W.flatten(0, -3).baddbmm_(P.flatten(0, -3), Z.flatten(0, -3), beta=beta, alpha=alpha)
+        products.add_(W, self.P, Z, beta=beta, alpha=alpha, kind=products.chosen(self.products, W))
 
     @override
     def rows(self, start: int, length: int) -> Dense:
-        return Dense(self.P.narrow(-2, start, length))
+        return Dense(self.P.narrow(-2, start, length), self.products)
 
     @override
     def gram(self) -> Tensor:
@@ -107,6 +125,10 @@ class TwoSided(Basis):
 
     left: Basis
     right: Tensor
+
+    @override
+    def multiplied(self, kind: str) -> TwoSided:
+        return TwoSided(self.left.multiplied(kind), self.right)
 
     @override
     def project(self, G: Tensor) -> Tensor:

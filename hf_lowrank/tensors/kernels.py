@@ -48,11 +48,9 @@ def column_squared_norms(G: Tensor | Sequence[Tensor]) -> Tensor:
     Of several matrices of one shape: stacked.
     """
     if not isinstance(G, Tensor):
-        return torch.stack([column_squared_norms(one) for one in G])
-    own = G.dtype == torch.float32 and G.stride(-2) == 1  # columns lie in one piece: one pass, no temporary
-    if own or G.device.type != "cpu":  # an accelerator casts as it reads
-        norms: Tensor = torch.linalg.vector_norm(G, dim=-2, dtype=torch.float32)
-        return norms.square_()
+        return torch.stack([column_norms(one) for one in G]).square_()
+    if _in_one_pass(G):
+        return column_norms(G).square_()
     if G.numel() <= CACHED:
         return G.float().square().sum(-2)
     if G.stride(-2) == 1:
@@ -211,5 +209,13 @@ def overlap(C: Tensor) -> Tensor:
 
 
 def column_norms(R: Tensor) -> Tensor:
-    """Return the Euclidean norm of every column of R (..., r, n), (..., n)."""
+    """Return the Euclidean norm of every column of R (..., r, n), (..., n), in fp32."""
+    if _in_one_pass(R):
+        norms: Tensor = torch.linalg.vector_norm(R, dim=-2, dtype=torch.float32)
+        return norms
     return column_squared_norms(R).sqrt_()
+
+
+def _in_one_pass(G: Tensor) -> bool:
+    """Tell whether a reduction over rows reads once, with no temporary: an accelerator casts as it reads."""
+    return G.device.type != "cpu" or (G.dtype == torch.float32 and G.stride(-2) == 1)

@@ -207,6 +207,11 @@ class RowsOf(Basis):
         self.here.add_(W, Z, beta=beta, alpha=alpha)
 
     @override
+    def expand(self, Z: Tensor, like: Tensor) -> Tensor:
+        """Z has been spread."""
+        return self.here.expand(Z, like)
+
+    @override
     def rows(self, start: int, length: int) -> Basis:
         return self.here.rows(start, length)
 

@@ -22,10 +22,15 @@ class Stream(IntEnum):
     SKETCH = 3
 
 
+def seed(*key: int) -> int:
+    """Return a number of 63 bits that is a function of `key` alone."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a private generator whose stream is a function of `key` alone (never the global generator)."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device=device).manual_seed(seed(*key))
 
 
 def uniform_stiefel(shape: torch.Size, gen: torch.Generator) -> Tensor:

@@ -3,35 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from hf_lowrank.tensors import fused, random
 from hf_lowrank.tensors.kernels import blocks, piece
 
 
+class Rounding:
+    """How one parameter is written at one step: stochastically from a key, or to nearest.
+
+    Args:
+        key: of what is drawn; None for the nearest number.
+        device: where the weight is.
+    """
+
+    def __init__(self, key: tuple[int, ...] | None, device: torch.device) -> None:
+        self.key, self.device = key, device
+
+    @cached_property
+    def generator(self) -> torch.Generator | None:
+        """What is drawn from."""
+        return None if self.key is None else random.generator(*self.key, device=self.device)
+
+    def store_(self, target: Tensor, value: Tensor, start: int = 0) -> None:
+        """Write an fp32 value, which is overwritten, to a piece of the weight that starts at an element."""
+        if self.fuses(target) and value.stride() == target.stride():
+            self.fused_(target, 0.0, value, 1.0, None, None, 0.0, start)
+        else:
+            round_(target, value, self.generator)
+
+    def fuses(self, W: Tensor) -> bool:
+        """Tell whether one kernel writes this weight (`fused_`)."""
+        return self.key is not None and fused.fits(W)
+
+    def fused_(
+        self,
+        W: Tensor,
+        beta: float,
+        U: Tensor | None,
+        alpha: float,
+        G: Tensor | None,
+        d: Tensor | None,
+        gamma: float,
+        start: int = 0,
+    ) -> None:
+        """W <- beta W + alpha U + gamma G diag(d), in one kernel. See `fused.rewrite_`."""
+        assert self.key is not None
+        if G is not None and G.stride() != W.stride():
+            G = torch.empty_like(W, dtype=G.dtype).copy_(G)
+        fused.rewrite_(W, beta, U, alpha, G, d, gamma, random.seed(*self.key, start))
+
+
 def rewrite_(
-    W: Tensor,
-    update_: Callable[[Tensor, int, int], None],
-    rounding: Callable[[], torch.Generator | None],
-    *,
-    blockwise: bool = False,
+    W: Tensor, update_: Callable[[Tensor, int, int], None], rounding: Rounding, *, blockwise: bool = False
 ) -> None:
     """Let `update_(block, start, length)` change an fp32 image of some columns of W in place.
 
     An fp32 weight is its own image, in one piece or `blockwise`; one of lower precision is cast in blocks, and rounded
     back.
     """
-    if W.dtype == torch.float32:
-        for start, length in blocks(W) if blockwise else [(0, W.shape[-1])]:
-            update_(piece(W, start, length), start, length)
-        return
-    gen = rounding()
-    for start, length in blocks(W):
-        target = W.narrow(-1, start, length)
-        image = target.float()
+    own = W.dtype == torch.float32
+    for start, length in blocks(W) if blockwise or not own else [(0, W.shape[-1])]:
+        target = piece(W, start, length)
+        image = target.float()  # itself if it is fp32
         update_(image, start, length)
-        round_(target, image, gen)
+        if not own:
+            rounding.store_(target, image)
 
 
 def round_(target: Tensor, value: Tensor, gen: torch.Generator | None) -> None:
@@ -40,7 +80,7 @@ def round_(target: Tensor, value: Tensor, gen: torch.Generator | None) -> None:
     The expectation of the written number is `value`, and a value that the format can hold is written exactly. `value`
     is overwritten.
     """
-    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(target.dtype)
+    dropped = fused.DROPPED.get(target.dtype)
     if gen is None or dropped is None:
         target.copy_(value)
         return

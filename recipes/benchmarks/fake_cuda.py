@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 import hf_lowrank
 from hf_lowrank.methods.moments import adam
-from hf_lowrank.tensors import random
+from hf_lowrank.tensors import fused, products, random
 
 
 DEVICE = torch.device("cuda:0")
@@ -93,7 +93,7 @@ class Counted(TorchDispatchMode):
     Attributes:
         launches, syncs, mixed: how often, by operation, by (kind, line) and by (operation, line).
         flops: by type.
-        bytes: of all operations.
+        moved: bytes that are read and written, by operation.
         largest: (elements, operation, line) of the largest tensor that was allocated.
     """
 
@@ -105,7 +105,7 @@ class Counted(TorchDispatchMode):
         self.syncs: Counter[tuple[str, str]] = Counter()
         self.mixed: Counter[tuple[str, str]] = Counter()
         self.flops: Counter[str] = Counter()
-        self.bytes = 0
+        self.moved: Counter[str] = Counter()
         self.largest = (0, "", "")
 
     def __enter__(self) -> Counted:
@@ -116,6 +116,11 @@ class Counted(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         Counted.active.pop()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all operations read and write."""
+        return sum(self.moved.values())
 
     def waits(self, kind: str) -> None:
         """Note that the host waits."""
@@ -173,7 +178,7 @@ class Counted(TorchDispatchMode):
         fills = name in FILLS or any(arg.is_out for arg, _ in values)
         read = [x for x in given if not (fills and any(x is y for y in written))]
         fresh = [x for x in made if not any(x is y for y in written)]
-        self.bytes += sum(map(nbytes, (*read, *written, *fresh)))
+        self.moved[name] += sum(map(nbytes, (*read, *written, *fresh)))
 
 
 def nbytes(x: Tensor) -> int:
@@ -246,7 +251,7 @@ def _copy(self: FakeTensor, source: Tensor, non_blocking: bool = False) -> FakeT
         counted.copies(source, self, non_blocking)
     elif counted is not None and self.device.type == "cuda":
         counted.launches["copy_"] += 1
-        counted.bytes += nbytes(self) + nbytes(source)
+        counted.moved["copy_"] += nbytes(self) + nbytes(source)
     return self
 
 
@@ -269,7 +274,7 @@ PATCHES = {
 def fake_cuda() -> Iterator[None]:
     """Let fake tensors on `DEVICE` be made and used, on a build of torch without CUDA too."""
     before = {name: FakeTensor.__dict__.get(name) for name in PATCHES}
-    generator = random.generator
+    generator, runs_on = random.generator, fused.runs_on
 
     def on_host(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
         return generator(*key)
@@ -277,16 +282,18 @@ def fake_cuda() -> Iterator[None]:
     def clear() -> None:
         adam.has_fused_kernel.cache_clear()
         adam._step_tensor.cache_clear()
+        products.has_mixed_product.cache_clear()
 
     for name, patch in PATCHES.items():
         setattr(FakeTensor, name, patch)
     random.generator = on_host
+    fused.runs_on = lambda device: device.type == "cuda"
     clear()
     try:
         with FAKE:
             yield
     finally:
-        random.generator = generator
+        random.generator, fused.runs_on = generator, runs_on
         clear()
         for name, own in before.items():
             if own is None:
