@@ -22,9 +22,8 @@ DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 
 def fits(W: Tensor) -> bool:
     """Tell whether the kernel writes this weight, (m, n) or (n,): of low precision, in one piece, on CUDA."""
-    return (
-        W.dtype in DROPPED and W.dim() in (1, 2) and (W.is_contiguous() or W.mT.is_contiguous()) and runs_on(W.device)
-    )
+    in_one_piece = W.is_contiguous() or (W.dim() == 2 and W.mT.is_contiguous())
+    return W.dtype in DROPPED and W.dim() in (1, 2) and in_one_piece and W.numel() < 2**31 and runs_on(W.device)
 
 
 @lru_cache

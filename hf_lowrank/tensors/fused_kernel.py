@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,25 +12,25 @@ BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _kernel(
-    W: Any,
-    U: Any,
-    G: Any,
-    d: Any,
-    beta: Any,
-    alpha: Any,
-    gamma: Any,
-    seed: Any,
-    numel: Any,
-    columns: Any,
-    stride: Any,
+def _kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations, and knows its own alone
+    W,
+    U,
+    G,
+    d,
+    beta,
+    alpha,
+    gamma,
+    seed,
+    numel,
+    columns,
+    stride,
     READS: tl.constexpr,
     HAS_U: tl.constexpr,
     HAS_G: tl.constexpr,
     DROPPED: tl.constexpr,
     SIZE: tl.constexpr,
-) -> None:
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+):
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = i < numel
     x = tl.zeros((SIZE,), tl.float32)
     if READS:
@@ -42,18 +40,21 @@ def _kernel(
     if HAS_G:
         factor = tl.load(d + (i // stride) % columns, mask=inside, other=0.0)
         x += gamma * factor * tl.load(G + i, mask=inside, other=0.0).to(tl.float32)
-    drawn = tl.randint(seed, i.to(tl.uint32)).to(tl.int32, bitcast=True)
+    drawn = tl.randint(seed, i).to(tl.int32, bitcast=True)
     noise = drawn & ((1 << DROPPED) - 1)
     bits = x.to(tl.int32, bitcast=True)
-    rounded = (((bits + noise) >> DROPPED) << DROPPED).to(tl.float32, bitcast=True)
-    if DROPPED == 13:  # below 2^-14 fp16 has a fixed grid of 2^-24
+    finite = (bits & 0x7F800000) != 0x7F800000
+    kept = tl.where(finite, ((bits + noise) >> DROPPED) << DROPPED, bits)
+    if DROPPED == 16:  # bf16 is the upper half of the bits; one NaN for all
+        half = tl.where(x == x, kept >> 16, 0x7FC0).to(tl.int16)
+        tl.store(W + i, half.to(tl.bfloat16, bitcast=True), mask=inside)
+    else:  # below 2^-14 fp16 has a fixed grid of 2^-24
         uniform = ((drawn >> 8) & 0xFFFFFF).to(tl.float32) * (1.0 / 16777216.0)
         scaled = x * 16777216.0
         below = tl.floor(scaled)
         small = (below + (uniform < scaled - below).to(tl.float32)) * (1.0 / 16777216.0)
-        rounded = tl.where(tl.abs(x) < 0.00006103515625, small, rounded)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    tl.store(W + i, tl.where(finite, rounded, x).to(W.dtype.element_ty), mask=inside)
+        rounded = tl.where(tl.abs(x) < 0.00006103515625, small, kept.to(tl.float32, bitcast=True))
+        tl.store(W + i, rounded.to(tl.float16), mask=inside)
 
 
 def launch(
