@@ -29,6 +29,7 @@ from hf_lowrank.engine.layerwise import Layerwise
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.stacks import gathered
+from hf_lowrank.engine.step import Unit
 from hf_lowrank.engine.work import Declared, Work, declared, first_intervals
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.resolve import Config, split
@@ -194,21 +195,21 @@ class LowRankOptimizer(Optimizer):
         units = [unit for unit in work.units if unit.ready]
         with torch.autocast(units[0].device.type if units else "cpu", enabled=False):
             matrices = [unit for unit in units if isinstance(unit, MatrixStep)]
-            self._refresh([u for u in matrices if u.started is None and u.due(after=False)])
+            flags = step.foreseen(units)
+            self._refresh([u for u in matrices if u.started is None and u.due(after=False)], flags)
             if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
                 self.projected_grad_norm = step.clip_(units, max_norm)
-            flags = step.foreseen(units)
             step.update_(gathered(units, work.stacks, flags), flags)
-            self._refresh([u for u in matrices if u.due(after=True)])
+            self._refresh([u for u in matrices if u.due(after=True)], flags)
         if self.layerwise.waiting or self.layerwise.stepped:
             self.layerwise.forget()
         return loss
 
-    def _refresh(self, due: Sequence[MatrixStep]) -> None:
+    def _refresh(self, due: Sequence[MatrixStep], flags: Mapping[Unit, Sequence[bool]]) -> None:
         if due:
             start = perf_counter()
             intervals = first_intervals(due, share=self.share_refreshes)
-            self.refreshes_here += refresh.refresh_(due, intervals, share=self.share_refreshes)
+            self.refreshes_here += refresh.refresh_(due, intervals, flags, share=self.share_refreshes)
             self.refresh_seconds += perf_counter() - start
 
     def _prepared(self) -> Work:

@@ -38,7 +38,9 @@ class Layerwise:
         self.waiting.clear()
         self.stepped.clear()
 
-    def take_(self, unit: MatrixStep, refresh_: Callable[[Sequence[MatrixStep]], None]) -> None:
+    def take_(
+        self, unit: MatrixStep, refresh_: Callable[[Sequence[MatrixStep], Mapping[step.Unit, Sequence[bool]]], None]
+    ) -> None:
         """Take the gradient of one matrix and free it; one whose refresh is due is left for the optimizer's step.
 
         Raises:
@@ -54,11 +56,11 @@ class Layerwise:
                 "before step(): set gradient_accumulation_steps=1, or leave out layerwise"
             )
         if due and unit.started is None:  # the first basis comes from the first gradient there is
-            refresh_([unit])
+            refresh_([unit], {})
         if in_hook:
             step.update_([unit], {})
             if unit.due(after=True):
-                refresh_([unit])
+                refresh_([unit], {})
             self.stepped.add(weight)
         else:
             before, unit.started = unit.started, None

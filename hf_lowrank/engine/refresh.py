@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_lowrank.engine import collectives
+from hf_lowrank.engine.collectives import broadcast_
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.schedule import owners, refresh_cost, waves
-from hf_lowrank.engine.step import Work, advance, asking
+from hf_lowrank.engine.step import SYNC_ELEMENTS, Unit, Work, advance, asking, at_once
 from hf_lowrank.methods.parts import Carried
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels, products
@@ -23,22 +23,35 @@ UNKNOWN = -1.0
 """Entry of a report that the rule does not know."""
 
 
-def refresh_(due: Sequence[MatrixStep], intervals: Mapping[MatrixStep, int], *, share: bool) -> int:
+def refresh_(
+    due: Sequence[MatrixStep],
+    intervals: Mapping[MatrixStep, int],
+    flags: Mapping[Unit, Sequence[bool]],
+    *,
+    share: bool,
+) -> int:
     """Choose new bases, each on one process where the work is shared, and carry the moments over, in full precision.
 
     Args:
         due: the matrices.
         intervals: steps from the first refresh to the second, where that is not the usual interval.
+        flags: what is known of their gradients: whether they are finite.
         share: whether the processes of DistributedDataParallel share the work.
 
     Returns:
         How many this process chose.
     """
     with products.precision("ieee"):
-        return _refresh_all(due, intervals, share=share)
+        return _refresh_all(due, intervals, flags, share=share)
 
 
-def _refresh_all(due: Sequence[MatrixStep], intervals: Mapping[MatrixStep, int], *, share: bool) -> int:
+def _refresh_all(
+    due: Sequence[MatrixStep],
+    intervals: Mapping[MatrixStep, int],
+    flags: Mapping[Unit, Sequence[bool]],
+    *,
+    share: bool,
+) -> int:
     here = 0
     for mesh in dict.fromkeys(unit.mesh for unit in due):
         # the costliest first, so that processes that work at the same time have as much to do
@@ -46,16 +59,28 @@ def _refresh_all(due: Sequence[MatrixStep], intervals: Mapping[MatrixStep, int],
         units = sorted(costs, key=lambda unit: -costs[unit])
         rank, world = team(mesh, share=share)
         group = None if world == 1 else _group_of(mesh)
-        for wave in waves(units, owners([costs[unit] for unit in units], world)):
+        for wave in waves(units, owners([costs[unit] for unit in units], world), wave_size(units)):
             refreshes = [Refresh(unit, chooser) for unit, chooser in wave]
             advance([refresh.collect_() for refresh in refreshes], [None] * len(refreshes), [unit for unit, _ in wave])
             for refresh in refreshes:
                 if refresh.owner == rank:
-                    refresh.choose_()
+                    refresh.choose_(finite=all(flags.get(refresh.unit, (True,))))
                     here += 1
-            for refresh in refreshes:
-                refresh.adopt_(group, intervals.get(refresh.unit))
+            if group is not None:
+                for refresh in refreshes:
+                    broadcast_([refresh.choice, *refresh.new.values()], refresh.owner, group)
+            choices = torch.stack([refresh.choice for refresh in refreshes]).tolist()  # the host waits here, once
+            for refresh, (changed, overlap, *_) in zip(refreshes, choices, strict=True):
+                if changed:
+                    refresh.adopt_(overlap, intervals.get(refresh.unit))
     return here
+
+
+def wave_size(units: Sequence[MatrixStep]) -> int:
+    """Return how many bases one process chooses before the host looks at the outcome: one on the CPU."""
+    if not units or not at_once(units[0].device):
+        return 1
+    return max(1, SYNC_ELEMENTS // max(unit.layout.m * unit.plan.r for unit in units))
 
 
 def team(mesh: Any, *, share: bool) -> tuple[int, int]:
@@ -87,7 +112,8 @@ class Refresh:
         self.new: dict[str, Tensor] = {}  # the basis on its way in
         self.changes: list[Tensor] = []  # from the basis before to the new one, where this process knows them
         # whether the basis changes, then overlap with the one before, energy, stable rank
-        self.choice = torch.tensor([0.0, UNKNOWN, UNKNOWN, UNKNOWN], device=unit.device)
+        self.choice = torch.full((4,), UNKNOWN, device=unit.device)
+        self.choice[:1].zero_()
 
     def collect_(self) -> Work[None]:
         """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
@@ -100,41 +126,40 @@ class Refresh:
             self.momentum = self._whole_moment(unit.config.parts.moments.momentum(s, self.ctx))
         s.forget()
 
-    def choose_(self) -> None:
-        """Choose a new basis from the whole gradient, unless that is zero or not finite."""
+    def choose_(self, *, finite: bool) -> None:
+        """Choose a new basis from the whole gradient, unless that is zero or not finite; the host waits for nothing.
+
+        Args:
+            finite: False if it is known that the gradient is not finite, which no decomposition would survive.
+        """
         G, self.gradient = self.gradient, None
         assert G is not None
         total = kernels.squared_norm(G)  # (...)
-        live = total > 0
-        if not bool(torch.isfinite(total.sum()) & live.any()):
+        if not finite or (not at_once(G.device) and not bool(torch.isfinite(total.sum()))):
             return
-        dead, split = not bool(live.all()), self.unit.layout.along == "batch"
-        old = {name: tensor.clone() for name, tensor in self.new.items()} if dead or split else {}
+        live, stacked, split = total > 0, total.dim() > 0, self.unit.layout.along == "batch"
+        old = {name: tensor.clone() for name, tensor in self.new.items()} if stacked else {}
         known = {"momentum": self.momentum} if self.subspace.needs_momentum else {}
         s = self.unit.view.with_({**known, **self.new})
         sigma = self.subspace.refresh_(s, G, self.ctx)
-        if dead:  # a slice of zeros (an expert that saw no token) keeps its basis
-            for name, tensor in old.items():
-                keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
-                self.new[name].copy_(torch.where(keep, self.new[name], tensor))
+        for name, tensor in old.items():  # a slice of zeros (an expert that saw no token) keeps its basis
+            keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
+            self.new[name].copy_(torch.where(keep, self.new[name], tensor))
         basis = self.subspace.basis(s, self.ctx)
-        overlap = energy = torch.tensor(UNKNOWN)
+        changed, overlap, energy, stable_rank = self.choice.unbind(0)
+        changed.copy_(live.any())
         if self.subspace.orthonormal:
             if self.ctx.number:
-                changes = basis.changes(self.subspace.basis(self.unit.view.with_(old), self.before))
-                overlap, self.changes = kernels.overlap(changes[0]), [] if split else changes
-            energy = kernels.squared_norm(basis.project(G)).sum() / total.sum()
-        stable_rank = torch.tensor(UNKNOWN) if sigma is None else _stable_rank(total, sigma, live)
-        report = [x.to(self.choice) for x in (torch.ones(()), overlap, energy, stable_rank)]
-        self.choice.copy_(torch.stack(report))
+                before = self.subspace.basis(self.unit.view.with_(old), self.before)
+                changes = basis.changes(before)
+                overlap.copy_(kernels.overlap(changes[0]))
+                self.changes = [] if split else changes
+            energy.copy_(kernels.squared_norm(basis.project(G)).sum() / total.sum())
+        if sigma is not None:
+            stable_rank.copy_(_stable_rank(total, sigma, live))
 
-    def adopt_(self, group: Any, first_interval: int | None) -> None:
-        """Take over the basis that the owner chose, if it did, and carry the moments into it."""
-        if group is not None:
-            collectives.broadcast_([self.choice, *self.new.values()], self.owner, group)
-        changed, overlap, energy, stable_rank = self.choice.tolist()
-        if not changed:
-            return
+    def adopt_(self, overlap: float, first_interval: int | None) -> None:
+        """Take over the basis that the owner chose, and carry the moments into it."""
         unit, layout, new = self.unit, self.unit.layout, self.new
         if layout.along == "batch":
             new = {name: x.narrow(0, layout.offset, layout.stack[0]) for name, x in new.items()}
@@ -143,7 +168,7 @@ class Refresh:
                 self._carry_over_(s, new)
             for name, tensor in new.items():
                 s[name].copy_(tensor)
-            s["report"].copy_(torch.tensor([overlap, energy, stable_rank]))
+            s["report"].copy_(self.choice[1:])
             interval = self.subspace.interval_(s, unit.config.options.get("update_proj_gap", 1), overlap)
         unit.basis, unit.refreshed, self.new = None, True, {}
         self._schedule_next(interval, first_interval)
@@ -193,4 +218,5 @@ class Refresh:
 def _stable_rank(total: Tensor, sigma: Tensor, live: Tensor) -> Tensor:
     """Return ||G||_F^2 / ||G||_2^2, averaged over the slices that are not zero (GaLore, section 3.2)."""
     largest = sigma[..., 0].square()
-    return torch.where(largest > 0, total / largest, UNKNOWN)[live].mean()
+    ranks = torch.where(largest > 0, total / largest, UNKNOWN)
+    return torch.where(live, ranks, 0.0).sum() / live.sum()

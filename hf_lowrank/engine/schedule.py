@@ -22,12 +22,13 @@ def owners(costs: list[float], world: int) -> list[int]:
     return owner
 
 
-def waves(items: list[T], owner: list[int]) -> list[list[tuple[T, int]]]:
-    """Split work into waves in which every process owns one item at most, so that no more is held at once."""
+def waves(items: list[T], owner: list[int], size: int = 1) -> list[list[tuple[T, int]]]:
+    """Split work into waves in which every process owns `size` items at most, so that no more is held at once."""
     queues: dict[int, list[tuple[T, int]]] = {}
     for item, rank in zip(items, owner, strict=True):
         queues.setdefault(rank, []).append((item, rank))
-    return [[pair for pair in wave if pair is not None] for wave in zip_longest(*queues.values())]
+    rounds = [[pair for pair in wave if pair is not None] for wave in zip_longest(*queues.values())]
+    return [sum(rounds[i : i + size], []) for i in range(0, len(rounds), size)]
 
 
 def staggered_intervals(costs: list[float], gap: int, together: int = 1) -> list[int]:

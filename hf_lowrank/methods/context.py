@@ -70,9 +70,9 @@ class Context(NamedTuple):
     offset: int
     device: torch.device
 
-    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """Return the generator of this basis, keyed by (seed, parameter, number of the basis)."""
-        return random.generator(Stream.SUBSPACE, *self.key, self.number, device=device)
+    def generator(self) -> torch.Generator:
+        """Return the generator of this basis, keyed by (seed, parameter, number of the basis), on the device."""
+        return random.generator(Stream.SUBSPACE, *self.key, self.number, device=random.where_drawn(self.device))
 
     def rounding(self, device: torch.device) -> Rounding:
         """Return how this step writes a weight of low precision, keyed by (seed, parameter, step)."""

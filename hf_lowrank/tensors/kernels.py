@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hf_lowrank.tensors.random import where_drawn
+
 
 BLOCK = 2**18
 """Elements of the largest fp32 copy made of a low-precision weight or gradient on the CPU."""
@@ -151,7 +153,7 @@ def range_finder(
     """
     G = G.float()
     k = min(r + oversample, *G.shape[-2:])
-    sketch = torch.randn(*G.shape[:-2], G.shape[-1], k, generator=gen).to(G)
+    sketch = torch.randn(*G.shape[:-2], G.shape[-1], k, generator=gen, device=where_drawn(G.device)).to(G)
     Q = orthonormalize(G @ sketch)
     for _ in range(iterations):
         Q = orthonormalize(G @ orthonormalize(G.mT @ Q))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -33,9 +34,18 @@ def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed(*key))
 
 
-def uniform_stiefel(shape: torch.Size, gen: torch.Generator) -> Tensor:
+def where_drawn(device: torch.device) -> torch.device:
+    """Return where numbers for a device are drawn: there, but for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _uniform(shape: Sequence[int], gen: torch.Generator, device: torch.device) -> Tensor:
+    return torch.rand(shape, generator=gen, dtype=torch.float64, device=device)
+
+
+def uniform_stiefel(shape: torch.Size, gen: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """Draw an orthonormal (..., m, r) matrix uniformly (Haar): QR of a Gaussian with the signs of diag(R) fixed."""
-    Q, R = torch.linalg.qr(torch.randn(shape, generator=gen))
+    Q, R = torch.linalg.qr(torch.randn(shape, generator=gen, device=device))
     uniform: Tensor = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return uniform
 
@@ -50,15 +60,16 @@ def gumbel_top_r(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
     Args:
         weights: (..., k), non-negative.
         r: number of draws, at most k.
-        gen: CPU generator; the draw is the same on every device and rank.
+        gen: what is drawn from, on the device of the weights: nothing waits for it there.
 
     Returns:
         Indices (..., r), int64.
     """
-    uniform = torch.rand(weights.shape, generator=gen, dtype=torch.float64).clamp_min_(torch.finfo(torch.float64).tiny)
+    device = where_drawn(weights.device)
+    uniform = _uniform(weights.shape, gen, device).clamp_min_(torch.finfo(torch.float64).tiny)
     noise = -torch.log(-torch.log(uniform))
-    filler = -1e30 - torch.arange(weights.shape[-1], dtype=torch.float64) * 1e25
-    logs = weights.cpu().double().log()
+    filler = -1e30 - torch.arange(weights.shape[-1], dtype=torch.float64, device=device) * 1e25
+    logs = weights.to(device).double().log()
     keys = torch.where(logs.isneginf(), filler, logs + noise)
     return keys.topk(r, dim=-1).indices.sort(-1).values.to(weights.device)
 
@@ -66,9 +77,10 @@ def gumbel_top_r(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
 def draw(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
     """Draw r of k indices with replacement, with probability proportional to `weights` (..., k); int64 (..., r).
 
-    By inversion of the cumulative sums in float64, so that the draw is the same on every device.
+    By inversion of the cumulative sums in float64, on the device.
     """
-    sums = weights.cpu().double().cumsum(-1)
-    uniform = torch.rand(*weights.shape[:-1], r, generator=gen, dtype=torch.float64) * sums[..., -1:]
+    device = where_drawn(weights.device)
+    sums = weights.to(device).double().cumsum(-1)
+    uniform = _uniform((*weights.shape[:-1], r), gen, device) * sums[..., -1:]
     found = torch.searchsorted(sums, uniform, right=True)
     return found.clamp_max_(weights.shape[-1] - 1).to(weights.device)
