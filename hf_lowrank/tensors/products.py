@@ -75,7 +75,7 @@ def left_factor(P: Tensor, kind: str) -> Tensor:
     halves = torch.empty(*P.shape[:-1], 2 * P.shape[-1], dtype=torch.bfloat16, device=P.device)
     high, low = halves.chunk(2, dim=-1)
     high.copy_(P)
-    low.copy_(P - high)
+    torch.sub(P, high, out=low)
     return halves
 
 

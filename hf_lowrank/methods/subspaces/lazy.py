@@ -40,7 +40,7 @@ class Lazy(Subspace, key="lazy"):
 
     @override
     def slots(self) -> Slots:
-        overlaps = Slot(f"{self.queue_size}", values="exact", shared=True)
+        overlaps = Slot(f"{self.queue_size}", values="exact", shared=True, host=True)
         return {**super().slots(), "overlaps": overlaps, "known": counter(), "doublings": counter()}
 
     @override
