@@ -38,11 +38,6 @@ def test_it_equals_the_plain_run_bit_for_bit(name, stagger, dtype):
         assert all(torch.equal(a.state[p][key], b.state[q][key]) for key in a.state[p])
 
 
-def test_it_is_staggered_by_default():
-    assert run("galore_i3s_adamw_layerwise", steps=1)[1].param_groups[0]["stagger"]
-    assert not run("galore_i3s_adamw", steps=1)[1].param_groups[0]["stagger"]
-
-
 @pytest.mark.parametrize("name", COVERING)
 def test_gradients_are_gone_before_step_but_for_the_matrices_that_are_due(name):
     net, opt = run(name + "_layerwise", steps=1, update_proj_gap=4)

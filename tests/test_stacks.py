@@ -37,7 +37,7 @@ def model(dtype=torch.float32, shapes=SHAPES):
 
 
 def optimizer(name, params, **options):
-    matrices = fitting(name, {"rank": 3, "update_proj_gap": GAP} | options)
+    matrices = fitting(name, {"rank": 3, "update_proj_gap": GAP, "stagger": False} | options)
     groups = [{"params": params[:-1], **matrices}, {"params": params[-1:]}]
     return LowRankOptimizer(groups, name, lr=1e-2, weight_decay=0.1)
 
@@ -148,3 +148,16 @@ def test_rows_whose_parts_look_at_every_element_of_the_gradient_are_not_stacked(
         train(opt, params, range(2))
         assert opt._work.stacks == []
     assert stacks.stacked([]) == []
+
+
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "apollo_random_adamw", "galore_i3s_adamw_layerwise"])
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_refreshes_are_spread_by_default_where_somebody_would_wait_for_them(name, accelerated, monkeypatch):
+    monkeypatch.setattr(step, "at_once", lambda device: accelerated)
+    params = model()
+    groups = [{"params": params[:-1], "rank": 3, "update_proj_gap": 50}, {"params": params[-1:]}]
+    opt = LowRankOptimizer(groups, name)
+    train(opt, params, range(1))
+    due = [int(opt.state[p]["refresh_at"]) for p in params[:-1]]
+    spread = "layerwise" in name or (accelerated and "apollo" not in name)  # a sketch is drawn in no time
+    assert (len(set(due)) > 4) == spread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ class MatrixStep(Unit):
     @property
     @override
     def transient(self) -> int:
-        return self.plan.r * self.layout.n
+        return transient(self.plan, self.config)
 
     @property
     @override
@@ -182,6 +183,14 @@ class MatrixStep(Unit):
             offset=self.layout.offset if self.layout.along else 0,
             device=self.device,
         )
+
+
+def transient(plan: Plan, config: Config) -> int:
+    """Return the elements that a started step of one matrix keeps: R, and what may take the place of the gradient."""
+    assert plan.layout is not None
+    m, n = plan.layout.piece
+    whole = config.parts.needs_gradient and not config.parts.reconstruction.by_columns
+    return plan.r * plan.layout.n + (math.prod(plan.layout.stack) * m * n if whole else 0)
 
 
 def context_of(

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_lowrank.engine import step
 from hf_lowrank.engine.collectives import broadcast_
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.schedule import owners, refresh_cost, waves
-from hf_lowrank.engine.step import SYNC_ELEMENTS, Unit, Work, advance, asking, at_once
+from hf_lowrank.engine.step import SYNC_ELEMENTS, Unit, Work, advance, asking
 from hf_lowrank.methods.parts import Carried
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels, products
@@ -78,7 +79,7 @@ def _refresh_all(
 
 def wave_size(units: Sequence[MatrixStep]) -> int:
     """Return how many bases one process chooses before the host looks at the outcome: one on the CPU."""
-    if not units or not at_once(units[0].device):
+    if not units or not step.at_once(units[0].device):
         return 1
     return max(1, SYNC_ELEMENTS // max(unit.layout.m * unit.plan.r for unit in units))
 
@@ -135,7 +136,7 @@ class Refresh:
         G, self.gradient = self.gradient, None
         assert G is not None
         total = kernels.squared_norm(G)  # (...)
-        if not finite or (not at_once(G.device) and not bool(torch.isfinite(total.sum()))):
+        if not finite or (not step.at_once(G.device) and not bool(torch.isfinite(total.sum()))):
             return
         live, stacked, split = total > 0, total.dim() > 0, self.unit.layout.along == "batch"
         old = {name: tensor.clone() for name, tensor in self.new.items()} if stacked else {}

@@ -34,7 +34,8 @@ def adopt(saved: Tensor, fresh: Tensor) -> Tensor:
         rank = fresh.device_mesh.get_local_rank()
         fresh.to_local().copy_(saved.narrow(axis, sum(lengths[:rank]), lengths[rank]))
         return fresh
-    return saved.detach().to(fresh.device, copy=True)
+    # the device that trains has no room for two of them: what lies there already is taken over
+    return saved.detach().to(fresh.device, copy=saved.device.type == "cpu")
 
 
 def whole_if_needed(saved: Any, weight: Tensor) -> Any:

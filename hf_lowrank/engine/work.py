@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hf_lowrank.engine import step
 from hf_lowrank.engine.dense import DenseStep
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.plan import Plan
@@ -81,12 +82,21 @@ class Work:
                 )
 
 
+def spreads(unit: MatrixStep) -> bool:
+    """Tell whether refreshes are spread over the interval: with `auto` where somebody would wait for them."""
+    options = unit.config.options
+    wanted = options.get("stagger", False)
+    if wanted == "auto":
+        return bool(options["layerwise"] or (step.at_once(unit.device) and unit.view.bases))
+    return bool(wanted)
+
+
 def first_intervals(due: Sequence[MatrixStep], *, share: bool) -> dict[MatrixStep, int]:
     """Return the steps from the first refresh to the second, where refreshes are spread over the interval."""
     found = {}
     for unit in due:
         options = unit.config.options
-        if options.get("stagger") and unit.stored["refreshes"] == 0:
+        if unit.stored["refreshes"] == 0 and spreads(unit):
             weights, world = unit.group["params"], team(unit.mesh, share=share)[1]
             intervals = staggered_intervals([refresh_cost(p) for p in weights], options["update_proj_gap"], world)
             found[unit] = next(first for p, first in zip(weights, intervals, strict=True) if p is unit.weight)

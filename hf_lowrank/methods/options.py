@@ -64,6 +64,11 @@ def flag(default: bool, *, help: str) -> Any:
     return _option(default, _boolean, lambda v: True, "true or false", help)
 
 
+def switch(*, help: str) -> Any:
+    """Declare an option that is on, off or, by default, "auto"."""
+    return _option("auto", _switch, lambda v: True, "true, false or auto", help)
+
+
 def rank(default: float, *, help: str) -> Any:
     """Declare a rank: an integer >= 1, or a decimal below 1 as a fraction of the short side."""
     return _option(
@@ -86,6 +91,10 @@ def _boolean(value: Any) -> bool:
         return value
     words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
     return words[str(value).lower()]
+
+
+def _switch(value: Any) -> bool | str:
+    return "auto" if str(value).lower() == "auto" else _boolean(value)
 
 
 def _rank(value: Any) -> float | int:

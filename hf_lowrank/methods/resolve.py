@@ -56,7 +56,10 @@ class LowRankOptions:
         "numbers of bf16; auto: bf16x2 for bf16 weights on an accelerator, else fp32, or TF32 where torch is told so",
     )
     on_refresh: str = opt.choice(*TRANSPORTS, help="what happens to the moments at a refresh")
-    stagger: bool = opt.flag(False, help="spread the refreshes of the matrices evenly over the interval")
+    stagger: bool | str = opt.switch(
+        help="spread the refreshes of the matrices evenly over the interval; auto: on an accelerator, unless they "
+        "cost nothing, and in the layerwise mode",
+    )
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,7 @@ class Config:
         values = {key: given[key] for key in schema if key in given}
         facts = facts or {}
         known = {key: facts[fact] for key, item in schema.items() if (fact := opt.of(item).fact) in facts}
-        layerwise = opt.parse("layerwise", values.get("layerwise", False), schema, what=what)
-        defaults = {**_defaults(METHODS[row], chosen, schema, layerwise), **known}
+        defaults = {**_defaults(METHODS[row], chosen, schema), **known}
         options = {key: opt.parse(key, values.get(key, defaults[key]), schema, what=what) for key in schema}
         named = {kind: given.get(kind, getattr(METHODS[row], kind)) for kind in kinds}
         try:
@@ -238,7 +240,7 @@ def _schema(chosen: Parts, low_rank: bool) -> dict[str, Field[Any]]:
     return {key: item for key, item in found.items() if key not in without}
 
 
-def _defaults(method: Method, chosen: Parts, schema: Mapping[str, Field[Any]], layerwise: bool) -> dict[str, Any]:
+def _defaults(method: Method, chosen: Parts, schema: Mapping[str, Field[Any]]) -> dict[str, Any]:
     """Return the default of every option: of its field, of the parts as the row has them, of the row."""
     on_refresh = chosen.subspace.on_refresh
     if on_refresh not in chosen.moments.transports:  # LDAdam's rule, say, with momentum alone
@@ -246,7 +248,7 @@ def _defaults(method: Method, chosen: Parts, schema: Mapping[str, Field[Any]], l
     made: tuple[Any, ...] = (chosen.moments, chosen.subspace, chosen.reconstruction)
     own = {item.name: getattr(part, item.name) for part in made for item in fields(part)}
     common = {key: item.default for key, item in schema.items()}
-    return {**common, **own, "on_refresh": on_refresh, "stagger": layerwise, **method.defaults}
+    return {**common, **own, "on_refresh": on_refresh, **method.defaults}
 
 
 def _filled(chosen: Parts, options: Mapping[str, Any]) -> Parts:

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
+from hf_lowrank.engine.matrix import transient
 from hf_lowrank.engine.plan import Plan, projected_bytes
+from hf_lowrank.engine.step import SYNC_ELEMENTS
 from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.tensors.kernels import BLOCK_ON_DEVICE
 from hf_lowrank.tensors.layout import local
 
 
@@ -16,6 +19,10 @@ Size = Callable[[Tensor], int]
 
 ADAMW_STEP = 4
 """Bytes of the count of steps that torch.optim.AdamW keeps with every parameter, a scalar in fp32."""
+
+
+SMALL = 2**23
+"""Bytes that vectors and scalars of a step may take."""
 
 
 def own_type(p: Tensor) -> int:
@@ -61,6 +68,31 @@ def state_bytes(
         else:
             dense += count(plan)
     return low_rank, dense
+
+
+def workspace_bytes(optimizer: LowRankOptimizer, size: Size = own_type) -> int:
+    """Return what a step allocates for a moment on an accelerator, at most: an ordinary one, or one that refreshes.
+
+    An ordinary step holds what is projected and its direction for two buckets (`engine.step.SYNC_ELEMENTS`), the
+    halves of the bases of one, three images of the largest matrix where a method looks at each of its elements, and
+    the fp32 images of a block of one dense tensor. A refresh holds the float64 copy of a gradient, its Gram matrix,
+    the eigenvectors and what the library works in, and the new bases of a wave.
+    """
+    held = bases = whole = dense = decomposed = 0
+    for _, p, config, plan in optimizer.declared():
+        block = min(local(p).numel(), BLOCK_ON_DEVICE)
+        if plan.layout is None:
+            dense = max(dense, 2 * 4 * block * (size(p) < 4))
+            continue
+        held += transient(plan, config)
+        if transient(plan, config) > plan.r * plan.layout.n:
+            whole = max(whole, 3 * 4 * local(p).numel())
+        own = sum(buffer.numel for buffer in plan.buffers.values() if buffer.slot.lifetime == "basis")
+        bases += own
+        if own:
+            decomposed = max(decomposed, 8 * block + 6 * 8 * plan.layout.m**2)
+    new = 4 * min(bases, SYNC_ELEMENTS)
+    return SMALL + max(2 * 4 * min(held, 2 * SYNC_ELEMENTS) + new + whole, dense, decomposed + new)
 
 
 def component_bytes(optimizer: LowRankOptimizer, model_weights: Iterable[Tensor]) -> dict[str, int]:

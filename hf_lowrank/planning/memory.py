@@ -1,8 +1,9 @@
 """How much memory a training run takes, before it starts: bytes from shapes alone, nothing is allocated.
 
 Weights, gradients and optimizer state are exact: the state is what the method's parts declare, which is what the
-first step allocates. Activations follow a simple rule, see `activations.activation_bytes`. What a step allocates for a
-moment, the context of an accelerator (about 0.5 GB under CUDA) and fragmentation are not counted.
+first step allocates. Activations follow a simple rule, see `activations.activation_bytes`; what a step allocates for a
+moment on an accelerator is bounded (`counting.workspace_bytes`). The context of an accelerator (about 0.5 GB under
+CUDA) and fragmentation are not counted.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class MemoryEstimate:
         low_rank_state: optimizer state of the matrices that have a subspace.
         dense_state: optimizer state of everything else.
         activations: what is kept for the backward pass; 0 for a model without a config.
+        workspace: what a step allocates for a moment on an accelerator, at most (`counting.workspace_bytes`).
     """
 
     model: str
@@ -75,6 +77,7 @@ class MemoryEstimate:
     low_rank_state: int
     dense_state: int
     activations: int
+    workspace: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -84,8 +87,8 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Sum of all parts: an upper bound, since activations have been freed when the last gradient is there."""
-        return self.weights + self.gradients + self.state + self.activations
+        """Bytes at most: activations are gone when a step needs its workspace."""
+        return self.weights + self.gradients + self.state + max(self.activations, self.workspace)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields and sums, ready for JSON."""
@@ -109,7 +112,8 @@ class MemoryEstimate:
             ("gradients", self.gradients),
             ("optimizer state, matrices", self.low_rank_state),
             ("optimizer state, all else", self.dense_state),
-            ("activations", self.activations),
+            ("activations, until the step", self.activations),
+            ("workspace of the step", self.workspace),
             ("total", self.total),
         ]
         lines = ["| part | GB | GiB |", "|---|---:|---:|"]
@@ -223,6 +227,7 @@ def _with_method(
         rank=matrices[0]["rank"] if matrices else blank.rank,
         layerwise=any(group["layerwise"] for group in matrices),
         gradients=bytes_of.gradient_bytes(optimizer, size),
+        workspace=bytes_of.workspace_bytes(optimizer, size),
         low_rank_state=low_rank,
         dense_state=dense,
     )

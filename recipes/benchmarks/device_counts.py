@@ -28,6 +28,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hf_lowrank import METHODS, LowRankOptimizer  # noqa: E402
 from hf_lowrank.methods import resolve  # noqa: E402
+from hf_lowrank.observe.counting import workspace_bytes  # noqa: E402
 from recipes.benchmarks.fake_cuda import DEVICE, Counted, fake_cuda  # noqa: E402
 from recipes.benchmarks.shapes import shapes  # noqa: E402
 
@@ -57,19 +58,27 @@ DEVICES = {"H100": Device(0.85 * 3.35e12, FLOPS), "H200": Device(0.85 * 4.8e12, 
 
 @dataclass(frozen=True)
 class Counts:
-    """The counts of three kinds of steps, and the bytes that an ordinary one cannot do without."""
+    """The counts of three kinds of steps, the bytes that an ordinary one cannot do without, and the estimate of what
+    a step allocates for a moment."""
 
     first: Counted
     ordinary: Counted
     refresh: Counted
     needed: int
+    workspace: int
 
 
 def fitting(name: str, rank: int, **options: Any) -> dict[str, Any]:
     """Return options of a group of matrices: those given, where the method has them."""
     default = METHODS[name].defaults.get("rank", 128)
     known = resolve.complete(name, {"rank": default})
-    wanted = {"rank": rank if default >= 1 else default, "update_proj_gap": GAP, "total_steps": 100, **options}
+    wanted = {
+        "rank": rank if default >= 1 else default,
+        "update_proj_gap": GAP,
+        "stagger": False,
+        "total_steps": 100,
+        **options,
+    }
     return {key: value for key, value in wanted.items() if key in known}
 
 
@@ -101,7 +110,7 @@ def counted(
                 optimizer.step()
             steps.append(step)
         needed = sum(needed_bytes(optimizer, p) for p in (*low_rank, *rest))
-    return Counts(steps[0], steps[1], steps[-1], needed)
+    return Counts(steps[0], steps[1], steps[-1], needed, workspace_bytes(optimizer))
 
 
 def needed_bytes(optimizer: LowRankOptimizer, p: nn.Parameter) -> int:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -94,6 +95,7 @@ class Counted(TorchDispatchMode):
         launches, syncs, mixed: how often, by operation, by (kind, line) and by (operation, line).
         flops: by type.
         moved: bytes that are read and written, by operation.
+        peak: bytes of all tensors that were made and not yet given back, at most.
         largest: (elements, operation, line) of the largest tensor that was allocated.
     """
 
@@ -107,6 +109,8 @@ class Counted(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
         self.largest = (0, "", "")
+        self.peak = 0
+        self._live: dict[StorageWeakRef, int] = {}
 
     def __enter__(self) -> Counted:
         Counted.active.append(self)
@@ -151,6 +155,10 @@ class Counted(TorchDispatchMode):
         for x in made if "empty" in name or not (name in FREE or name.endswith("_")) else ():
             if x.numel() > self.largest[0]:
                 self.largest = x.numel(), name, where()
+            if x.device.type == "cuda":
+                self._live[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
+        self._live = {ref: size for ref, size in self._live.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self._live.values()))
         if name in PRODUCTS:
             A, B = args[PRODUCTS[name]], args[PRODUCTS[name] + 1]
             self.flops[str(A.dtype).removeprefix("torch.")] += 2 * A.numel() * B.shape[-1]

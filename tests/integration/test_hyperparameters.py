@@ -116,7 +116,7 @@ def test_weight_decay_goes_where_trainer_puts_it(name, tmp_path):
         ("proj_type=up", "proj_type must be one of std, paper"),
         ("on_refresh=turn", "on_refresh must be one of keep, rotate"),
         ("refresh=power", "refresh must be one of gram, svd"),  # I3S needs the whole spectrum
-        ("stagger=perhaps", "stagger must be true or false"),
+        ("stagger=perhaps", "stagger must be true, false or auto"),
         ("r0=2", "no option 'r0'"),  # an option of another method
         ("lr=1", "set by the training argument learning_rate"),
         ("rank", "not of the form option=value"),

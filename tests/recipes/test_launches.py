@@ -31,6 +31,7 @@ def check(name, size, dtype, layers, per_matrix):
     assert sum(counts.ordinary.syncs.values()) <= 1 + (name in EVERY_STEP), counts.ordinary.syncs
     # a wave of bases is chosen before the host looks
     assert sum(counts.refresh.syncs.values()) <= 1 + -(-matrices // 16), counts.refresh.syncs
+    assert max(counts.ordinary.peak, counts.refresh.peak) <= counts.workspace
     assert launches(counts.ordinary) <= per_matrix * matrices, counts.ordinary.launches
 
 
