@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.model_card import describe_optimizer
 from hf_lowrank.methods import resolve
+from hf_lowrank.observe import folder
 
 
 names.add_to(OptimizerNames)  # so that TrainingArguments(optim=...) takes them
@@ -37,6 +39,13 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             self.optimizer: torch.optim.Optimizer | None = cls(**kwargs)
             return self.optimizer
         return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[no-any-return]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; however it ends, other processes may have the output folder then."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            folder.let_go(Path(self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card, with a section on the optimizer."""
