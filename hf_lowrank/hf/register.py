@@ -38,11 +38,9 @@ def register() -> None:
     wrapped = checkpoints.skipping_incomplete(trainer_utils.get_last_checkpoint)
     _replace(trainer_utils, "get_last_checkpoint", wrapped)
     _replace(trainer, "get_last_checkpoint", wrapped)
-    _replace(
-        Trainer,
-        "_load_optimizer_and_scheduler",
-        checkpoints.naming_what_is_wrong(Trainer._load_optimizer_and_scheduler),
-    )
+    loading, saving = Trainer._load_optimizer_and_scheduler, Trainer._save_optimizer_and_scheduler
+    _replace(Trainer, "_load_optimizer_and_scheduler", checkpoints.naming_what_is_wrong(loading))
+    _replace(Trainer, "_save_optimizer_and_scheduler", checkpoints.with_sums(saving))
     _replace(Trainer, "train", _letting_go(Trainer.train))
     _replace(Trainer, "create_model_card", _with_our_section(Trainer.create_model_card))
     for printer in console.PRINTERS:

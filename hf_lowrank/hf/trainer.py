@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.training_args import OptimizerNames as OptimizerNames
 
-from hf_lowrank.hf import console, names
+from hf_lowrank.hf import checkpoints, console, names
 from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.model_card import describe_optimizer
@@ -46,6 +46,12 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             return super().train(*args, **kwargs)
         finally:
             folder.let_go(Path(self.args.output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        checkpoints.naming_what_is_wrong(Trainer._load_optimizer_and_scheduler)(self, checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        checkpoints.with_sums(Trainer._save_optimizer_and_scheduler)(self, output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card, with a section on the optimizer."""
