@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_lowrank.hf.arguments import name_of, refuse_unsupported
 from hf_lowrank.hf.model_card import TAG
+from hf_lowrank.methods import resolve
 from hf_lowrank.observe import folder
 from hf_lowrank.observe.describe import described, headline, summary
 from hf_lowrank.observe.progress import FirstRefresh
@@ -55,6 +57,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the optimizer, say and write what it is, in a folder that no other process trains in."""
+        if name_of(args) in resolve.names():
+            refuse_unsupported(args)  # DeepSpeed may have built an optimizer of its own, without asking for ours
         optimizer = kwargs.get("optimizer")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         self.optimizer, self.run, self._first_refresh = None, None, None
