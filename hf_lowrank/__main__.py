@@ -68,7 +68,10 @@ def main() -> None:
     except Exception as error:
         if not _could_not_write(error):
             raise
-        _stop(f"the run ended because Trainer could not write its files: {error}. Checkpoints saved before are whole")
+        _stop(
+            f"the run ended because Trainer could not write its files: {error}. Checkpoints saved before are whole; "
+            "make room there, or name another --output_dir"
+        )
 
 
 def _print(text: str) -> None:
@@ -154,15 +157,16 @@ def _raised_here(error: ValueError) -> bool:
 _FULL = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos|\(os error \d+\)", re.DOTALL)
 """How torch.save and safetensors say that a file could not be written."""
 
+_REFUSED = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")
+
 
 def _could_not_write(error: Exception) -> bool:
     """Tell whether the disk or the folder refused what Trainer saves."""
-    refused = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-    by_system = isinstance(error, OSError) and error.errno in refused
-    saving = {"_save_checkpoint", "save_model"}
+    by_system = isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _REFUSED
+    writing = {"__init__", "_save_checkpoint", "save_model"}
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return (by_system or bool(_FULL.search(str(error)))) and any(
-        frame.f_globals.get("__name__") == "transformers.trainer" and frame.f_code.co_name in saving
+        frame.f_globals.get("__name__") == "transformers.trainer" and frame.f_code.co_name in writing
         for frame in frames
     )
 

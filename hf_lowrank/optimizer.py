@@ -228,6 +228,7 @@ class LowRankOptimizer(Optimizer):
     def _look_at(self, i: int, group: Mapping[str, Any]) -> None:
         """Check the values of a group that was edited."""
         check_numbers(group)
+        check_parameters(group, self.configs[i].low_rank)
         now = edited(group, self.configs[i], {} if self._work is None else self._work.plans)
         if now is not self.configs[i]:
             self.configs[i], self._work = now, None

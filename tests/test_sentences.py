@@ -54,6 +54,19 @@ def test_a_weight_that_changed_its_shape_is_refused(options):
     assert torch.equal(p, torch.ones(4, 6))
 
 
+def test_a_flat_partition_in_the_place_of_a_matrix_is_told_so():
+    flat = nn.Parameter(torch.ones(48))
+    sentence = r"has shape \(48,\); only matrices .*DeepSpeed's ZeRO flatten parameters: use FSDP2 or DDP"
+    with pytest.raises(ValueError, match=sentence):
+        LowRankOptimizer([{"params": [flat], "rank": 2}], NAME)
+    optimizer = LowRankOptimizer([{"params": [matrix()], "rank": 2}], NAME)
+    optimizer.param_groups[0]["params"] = [flat]  # as ZeRO does with the optimizer that it is given
+    flat.grad = torch.ones(48)
+    with pytest.raises(ValueError, match=sentence):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(48))
+
+
 class OnlyAHead(nn.Module):
     def __init__(self):
         super().__init__()

@@ -41,13 +41,13 @@ def check_numbers(group: Mapping[str, Any]) -> None:
 def check_parameters(group: Mapping[str, Any], low_rank: bool) -> None:
     """Refuse parameters that cannot be trained."""
     for i, p in enumerate(group["params"]):
-        name = group["param_names"][i] if "param_names" in group else f"of shape {tuple(p.shape)}"
+        name = group["param_names"][i] if "param_names" in group else f"{i} of a group"
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"parameter {name} is {p.dtype}; train it in float32, bfloat16 or float16, or freeze it")
         if low_rank and (p.dim() not in (2, 3) or 0 in p.shape):
             raise ValueError(
                 f"parameter {name} has shape {tuple(p.shape)}; only matrices and stacks of matrices are projected. "
-                "Put it in a group without 'rank'. (FSDP1 and ZeRO flatten parameters: use FSDP2.)"
+                "Put it in a group without 'rank'. (FSDP1 and DeepSpeed's ZeRO flatten parameters: use FSDP2 or DDP.)"
             )
 
 

@@ -90,7 +90,7 @@ class AskedWithoutModel(LowRankOptimizer):
 
 def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
     """Build the class and its arguments as Trainer wants them, every training argument honoured or refused."""
-    _refuse_unsupported(args)
+    refuse_unsupported(args)
     values = _hyperparameters(args)
     if model is None:  # LLaMA-Factory asks without a model to read lr, betas and eps
         return AskedWithoutModel, {"method": name_of(args), **{k: values[k] for k in ("lr", "betas", "eps")}}
@@ -157,13 +157,18 @@ _TRAINING_ARGUMENTS = {
 }
 
 
-def _refuse_unsupported(args: TrainingArguments) -> None:
-    """Refuse what would train wrongly, naming the way out."""
+def refuse_unsupported(args: TrainingArguments) -> None:
+    """Refuse what would train wrongly, naming the way out.
+
+    Raises:
+        ValueError: under DeepSpeed and FSDP1.
+    """
     launched = AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
     if getattr(args, "deepspeed", None) or launched:
         raise ValueError(
-            f"{name_of(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. "
-            "Use FSDP2 (--fsdp) or DDP (torchrun) instead of --deepspeed or accelerate launch --use_deepspeed."
+            f"{name_of(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. Instead of "
+            "--deepspeed or accelerate launch --use_deepspeed use FSDP2 (--fsdp; names in _layerwise work there too) "
+            "or DDP (torchrun; names in _8bit work there too)."
         )
     if _fsdp_version(args) == 1:
         raise ValueError(

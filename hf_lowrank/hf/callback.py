@@ -8,7 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_lowrank.hf.arguments import name_of, refuse_unsupported
 from hf_lowrank.hf.model_card import TAG
+from hf_lowrank.methods import resolve
+from hf_lowrank.observe import folder
 from hf_lowrank.observe.describe import described, headline, summary
 from hf_lowrank.observe.progress import FirstRefresh
 from hf_lowrank.observe.run import Run
@@ -53,7 +56,9 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self._clipping: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the optimizer, say and write what it is."""
+        """Find the optimizer, say and write what it is, in a folder that no other process trains in."""
+        if name_of(args) in resolve.names():
+            refuse_unsupported(args)  # DeepSpeed may have built an optimizer of its own, without asking for ours
         optimizer = kwargs.get("optimizer")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         self.optimizer, self.run, self._first_refresh = None, None, None
@@ -68,6 +73,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         optimizer.tell(total_steps=state.max_steps)  # for the rules that switch at a share of the run
         saved = (state.stateful_callbacks or {}).get(SAVED, {})
         main, step = state.is_world_process_zero, state.global_step
+        if main:
+            folder.hold(Path(args.output_dir))
         self.run = Run(optimizer, Path(args.output_dir), step=step, history=state.log_history, saved=saved, main=main)
         model = kwargs.get("model")
         if model is not None and hasattr(model, "add_model_tags"):
@@ -123,10 +130,11 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self._before_saving(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the hooks of the layerwise mode off the model."""
+        """Take the hooks of the layerwise mode off the model, and let others have the output folder."""
         self._end_first_refresh()
         if self.run is not None:
             self.run.optimizer.remove_hooks()
+            folder.let_go(self.run.folder)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the metrics to a training log, for the reporters and for the log history."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import Trainer, trainer, trainer_utils
 
 from hf_lowrank.hf.arguments import name_of
@@ -19,6 +24,15 @@ from hf_lowrank.observe.records import RUN_FILE
 
 
 logger = logging.getLogger("hf_lowrank")
+
+SUMS_FILE = "hf_lowrank_sums.json"
+"""In a checkpoint of a sharded run: checksums (CRC32) of the files that have none of their own, by path."""
+
+SHARDED = "*/.metadata"
+"""Where a checkpoint has folders of torch.distributed.checkpoint: of the optimizer, and of the weights."""
+
+ARCHIVES = ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+"""What torch.save writes into a checkpoint beside the weights; each record in it has a checksum."""
 
 
 def skipping_incomplete(original: Callable[[str], str | None]) -> Callable[[str], str | None]:
@@ -63,8 +77,24 @@ def naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
     return _load_optimizer_and_scheduler
 
 
+def with_sums(original: Callable[..., None]) -> Callable[..., None]:
+    """Write the checksums of the files that have none of their own: what says where the shards of a state lie."""
+
+    @functools.wraps(original)
+    def _save_optimizer_and_scheduler(self: Trainer, output_dir: str) -> None:
+        original(self, output_dir)
+        if not self.args.should_save or name_of(self.args) not in resolve.names():
+            return
+        folder = Path(output_dir)
+        sums = {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in folder.glob(SHARDED)}
+        if sums:
+            (folder / SUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n")
+
+    return _save_optimizer_and_scheduler
+
+
 def checkpoint_fault(path: Path) -> str | None:
-    """Say what keeps a checkpoint folder from being resumed, or None: its trainer state and optimizer are readable."""
+    """Say what keeps a checkpoint folder from being resumed, or None: trainer state and optimizer are as written."""
     try:
         json.loads((path / trainer.TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError) as error:
@@ -73,14 +103,54 @@ def checkpoint_fault(path: Path) -> str | None:
     sharded = any((folder / ".metadata").exists() for folder in path.glob("optimizer_*"))  # FSDP's own format
     if not sharded and not any(file.exists() and zipfile.is_zipfile(file) for file in files):
         return f"{trainer.OPTIMIZER_NAME} is missing or unreadable"
-    return next((fault for file in files if file.exists() and (fault := archive_fault(file))), None)
+    return next(_faults(path), None)
 
 
-def archive_fault(file: Path) -> str | None:
-    """Say which record of an archive that torch.save wrote does not match its checksum (CRC32), or None."""
+def _faults(path: Path) -> Iterator[str]:
+    """Yield which files of a checkpoint are not what was written, by their checksums (CRC32)."""
+    try:
+        sums = json.loads((path / SUMS_FILE).read_text()) if (path / SUMS_FILE).exists() else {}
+        wrong = [name for name, value in sums.items() if zlib.crc32((path / name).read_bytes()) != value]
+    except (OSError, ValueError, AttributeError) as error:
+        yield f"{SUMS_FILE}, or a file that it names, is damaged ({error})"
+    else:
+        yield from (f"{name} is damaged: its checksum is not the one in {SUMS_FILE}" for name in wrong)
+    for name in (file.name for pattern in ARCHIVES for file in sorted(path.glob(pattern))):
+        with (path / name).open("rb") as file:
+            if fault := archive_fault(file):
+                yield f"{name} is damaged: {fault}"
+    for metadata in sorted(path.glob(SHARDED)):
+        yield from _shard_faults(metadata.parent)
+
+
+def _shard_faults(folder: Path) -> Iterator[str]:
+    """Yield what is wrong with a folder of torch.distributed.checkpoint: each file is one archive after another."""
+    name = folder.name
+    try:
+        stored = FileSystemReader(folder).read_metadata().storage_data.values()
+        places = sorted({(place.relative_path, place.offset, place.length) for place in stored})
+    except Exception as error:  # an unpickled file that is damaged may raise anything
+        yield f"{name}/.metadata is damaged ({type(error).__name__}: {error})"
+        return
+    for shard, offset, length in places:
+        try:
+            with (folder / shard).open("rb") as file:
+                file.seek(offset)
+                archive = io.BytesIO(file.read(length))
+        except OSError as error:
+            yield f"{name}/{shard} is missing or unreadable ({error.strerror})"
+        else:
+            if fault := archive_fault(archive):
+                yield f"{name}/{shard} is damaged: {fault}"
+
+
+def archive_fault(file: IO[bytes]) -> str | None:
+    """Say what is wrong with an archive that torch.save wrote, such as the checksum of a record, or None."""
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        return f"{file.name} is damaged ({error})"
-    return f"{file.name} is damaged: the checksum of its record {damaged} is wrong" if damaged else None
+        file.seek(0)
+        torch._C.PyTorchFileReader(file)  # takes offence at headers that zipfile passes over
+    except Exception as error:  # a damaged header may ask for a password, another compression, ...
+        return str(error).partition(". ")[0] or type(error).__name__
+    return f"the checksum of its record {damaged} is wrong" if damaged else None

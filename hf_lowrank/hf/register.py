@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.model_card import describe_optimizer
 from hf_lowrank.methods import resolve
+from hf_lowrank.observe import folder
 from hf_lowrank.optimizer import LowRankOptimizer
 
 
@@ -36,11 +38,10 @@ def register() -> None:
     wrapped = checkpoints.skipping_incomplete(trainer_utils.get_last_checkpoint)
     _replace(trainer_utils, "get_last_checkpoint", wrapped)
     _replace(trainer, "get_last_checkpoint", wrapped)
-    _replace(
-        Trainer,
-        "_load_optimizer_and_scheduler",
-        checkpoints.naming_what_is_wrong(Trainer._load_optimizer_and_scheduler),
-    )
+    loading, saving = Trainer._load_optimizer_and_scheduler, Trainer._save_optimizer_and_scheduler
+    _replace(Trainer, "_load_optimizer_and_scheduler", checkpoints.naming_what_is_wrong(loading))
+    _replace(Trainer, "_save_optimizer_and_scheduler", checkpoints.with_sums(saving))
+    _replace(Trainer, "train", _letting_go(Trainer.train))
     _replace(Trainer, "create_model_card", _with_our_section(Trainer.create_model_card))
     for printer in console.PRINTERS:
         _replace(printer, "on_log", console.printing_less(printer.on_log))
@@ -69,6 +70,19 @@ def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
         return from_arguments(args, model) if name_of(args) in resolve.names() else original(args, model)
 
     return get_optimizer_cls_and_kwargs
+
+
+def _letting_go(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let others have the output folder however a training ends; the callback does where it ends well."""
+
+    @functools.wraps(original)
+    def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            folder.let_go(Path(self.args.output_dir))
+
+    return train
 
 
 def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.training_args import OptimizerNames as OptimizerNames
 
-from hf_lowrank.hf import console, names
+from hf_lowrank.hf import checkpoints, console, names
 from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.model_card import describe_optimizer
 from hf_lowrank.methods import resolve
+from hf_lowrank.observe import folder
 
 
 names.add_to(OptimizerNames)  # so that TrainingArguments(optim=...) takes them
@@ -37,6 +39,19 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             self.optimizer: torch.optim.Optimizer | None = cls(**kwargs)
             return self.optimizer
         return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[no-any-return]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; however it ends, other processes may have the output folder then."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            folder.let_go(Path(self.args.output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        checkpoints.naming_what_is_wrong(Trainer._load_optimizer_and_scheduler)(self, checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        checkpoints.with_sums(Trainer._save_optimizer_and_scheduler)(self, output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card, with a section on the optimizer."""

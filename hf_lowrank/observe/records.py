@@ -24,6 +24,9 @@ STEPS_FILE = "hf_lowrank_steps.jsonl"
 FIRST_FILE = "hf_lowrank_first_subspaces.pt"
 """In the output folder: a sketch of the first basis of every matrix."""
 
+LOCK_FILE = "_hf_lowrank.lock"
+"""In the output folder while a run trains: who does. `push_to_hub` leaves out what begins with an underscore."""
+
 MODULE_TYPES = ("q", "k", "v", "o", "gate", "up", "down", "other")
 """The matrices of a transformer block, by what they do."""
 

@@ -119,7 +119,6 @@ class Run:
 
     def describe(self, described: Mapping[str, Any], step: int) -> None:
         """Write what the run is; drop the lines after `step`, which a resumed run writes again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / RUN_FILE).write_text(json.dumps(described, indent=2) + "\n")
         records.keep_up_to(self.folder / REFRESH_FILE, step)
         steps = records.keep_up_to(self.folder / STEPS_FILE, step)

@@ -2,7 +2,7 @@
 
 Trainer ignores --fsdp where there is no accelerator, so the FSDP2 path is switched on by hand.
 
-torchrun --nproc_per_node N parallel_worker.py ddp|SHARDED_STATE_DICT|FULL_STATE_DICT OPTIM FOLDER
+torchrun --nproc_per_node N parallel_worker.py ddp|SHARDED_STATE_DICT|FULL_STATE_DICT OPTIM FOLDER [CHECKPOINT]
 """
 
 import json
@@ -59,7 +59,7 @@ def logged(trainer):
 
 
 def main():
-    kind, optim, folder = sys.argv[1:]
+    kind, optim, folder, *checkpoint = sys.argv[1:]
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     trainer_class = Trainer if kind == "ddp" else type("T", (FSDP2Trainer,), {"state_dict_type": kind})
@@ -79,6 +79,9 @@ def main():
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
+    if checkpoint:
+        train("again", resume=checkpoint[0])
+        return
     first = train("first", save_strategy="steps", save_steps=3)
     weights = whole(first.accelerator.unwrap_model(first.model))
     exactly = alike = None

@@ -143,7 +143,7 @@ def test_lowrank_takes_its_parts_by_name(tmp_path):
     ("overrides", "message"),
     [
         ({"fsdp": "full_shard", "fsdp_config": {"version": 1}}, "does not run under FSDP"),
-        ({"deepspeed": {"train_micro_batch_size_per_gpu": 1}}, "does not run under DeepSpeed"),
+        ({"deepspeed": {"train_micro_batch_size_per_gpu": 1}}, "does not run under DeepSpeed: .* use FSDP2 .* or DDP"),
     ],
 )
 def test_what_would_train_wrongly_is_refused(overrides, message, tmp_path):

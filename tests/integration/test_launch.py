@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,22 @@ def test_accelerate_launch(script, tmp_path):
     result = launch([*ACCELERATE, "1", "-m", "hf_lowrank", script, *flags(out)], tmp_path)
     (report,) = reports(out, result)
     assert report["optimizer"] == "LowRankOptimizer"
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 3}], ids=lambda zero: f"stage-{zero['stage']}")
+@pytest.mark.parametrize("own", [False, True], ids=["our-optimizer", "an-optimizer-of-its-own"])
+def test_deepspeed_is_refused(own, zero, script, tmp_path):
+    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": zero}
+    if own:  # DeepSpeed builds it, and asks nobody for ours
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    words = ["--use_deepspeed", "--deepspeed_config_file", tmp_path / "ds.json", "--num_processes", "1"]
+    result = launch([*ACCELERATE[:3], *words, "-m", "hf_lowrank", script, *flags(tmp_path / "out")], tmp_path)
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("python -m hf_lowrank: ")]
+    assert "galore_i3s_adamw does not run under DeepSpeed" in line and "use FSDP2 (--fsdp" in line
+    assert not (tmp_path / "out" / "report-0.json").exists()
 
 
 def test_autoload_is_opt_in(script, tmp_path):
