@@ -21,8 +21,8 @@ ADAMW_STEP = 4
 """Bytes of the count of steps that torch.optim.AdamW keeps with every parameter, a scalar in fp32."""
 
 
-SMALL = 2**23
-"""Bytes that vectors and scalars of a step may take."""
+SMALL = 2**24
+"""Bytes that vectors, scalars and what a rule makes besides may take."""
 
 
 def own_type(p: Tensor) -> int:
