@@ -43,7 +43,7 @@ def references(p: Tensor, opt: LowRankOptimizer, *, called: str | None = None, *
     parts = tuple(str(group.get(kind, getattr(row, kind))) for kind in registry.KINDS)
     stack = tuple(p.shape[:-2])
     made = []
-    for place, W in enumerate(p.detach().clone().reshape(-1, *p.shape[-2:])):
+    for place, W in enumerate(p.detach().cpu().clone().reshape(-1, *p.shape[-2:])):
         case = Case(tuple(W.shape), group, called or "", stack=stack, place=place)
         made.append(reference(case, W, parts, **extra))
     return made
@@ -61,7 +61,7 @@ def compare(
     start, refs = p.detach().clone(), references(p, opt, **options)
     for t in run(opt, p, stream):
         for ref, G in zip(refs, stream[t].reshape(-1, *p.shape[-2:]), strict=True):
-            ref.step(G)
+            ref.step(G.cpu())
         if each:
             each(t, opt.param_groups[0], refs)
     return displacement(torch.stack([ref.weight for ref in refs]).reshape(p.shape), p, start), refs

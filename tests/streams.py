@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,9 @@ PLAIN = [  # Adam in a stored basis that a refresh chooses from the gradient, or
     and METHODS[name].moments == "adam"
     and METHODS[name].reconstruction in ("project", "fira")
 ]
+DEVICE = os.environ.get("HF_LOWRANK_DEVICE", "cpu")
+"""Where the weights are: the references are computed on the CPU."""
+
 WIDE, TALL, SQUARE, STACK = (6, 11), (11, 6), (7, 7), (3, 5, 9)
 
 
@@ -69,7 +73,7 @@ def gradients(
     left, right = (torch.matrix_exp(drift * a / a.shape[0]) for a in (turn_left, 3 * turn_right))
     stream = []
     for size in sizes:
-        stream.append((size * U[:, :k] * sigma @ V[:, :k].T).float())
+        stream.append((size * U[:, :k] * sigma @ V[:, :k].T).float().to(DEVICE))
         U, V = left @ U, right @ V
     return stream
 
@@ -77,7 +81,7 @@ def gradients(
 def weight(shape: Sequence[int], *, seed: int = 7, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
     """Small, like an initialised layer: fp32 rounding of the weights stays under 1e-6 of the displacement."""
     values = 0.02 * torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
-    return torch.nn.Parameter(values.to(dtype))
+    return torch.nn.Parameter(values.to(DEVICE, dtype))
 
 
 def optimizer(p: Any, method: str, *, rank: float | None = 3, lr: float = 1e-2, **options: Any) -> LowRankOptimizer:
@@ -105,7 +109,7 @@ def finish(opt: torch.optim.Optimizer, p: Tensor, stream: Sequence[Tensor | None
 
 def displacement(a: Tensor, b: Tensor, start: Tensor) -> float:
     """||W_a - W_b|| / ||W_a - W_0||: the distance of two runs in units of how far they went."""
-    a, b, start = (x.detach().double() for x in (a, b, start))
+    a, b, start = (x.detach().cpu().double() for x in (a, b, start))
     return float((a - b).norm() / (a - start).norm())
 
 

@@ -74,3 +74,17 @@ def test_mistakes_are_named():
     done = run("--sizes", "61m")
     assert done.returncode == 2
     assert "unknown 61m; valid: 9m, 60m, 130m, 350m" in done.stderr
+
+
+def test_the_script_for_a_gpu_runs_every_section_that_needs_no_time(tmp_path):
+    script = RUN.with_name("gpu.py")
+    sections = ["kernels", "refresh", "steps", "memory"]
+    command = [sys.executable, str(script), "--out", str(tmp_path), "--device", "cpu", "--quick"]
+    done = subprocess.run([*command, "--sections", ",".join(sections)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name in sections:
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert "error" not in found, found["error"]
+        assert found["device"] == "cpu"
+    refresh = json.loads((tmp_path / "refresh.json").read_text())["results"]["64 x 96"]
+    assert refresh["gram"]["worst cosine"] > 0.999

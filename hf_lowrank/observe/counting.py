@@ -21,7 +21,7 @@ ADAMW_STEP = 4
 """Bytes of the count of steps that torch.optim.AdamW keeps with every parameter, a scalar in fp32."""
 
 
-SMALL = 2**24
+SMALL = 2**25
 """Bytes that vectors, scalars and what a rule makes besides may take."""
 
 
