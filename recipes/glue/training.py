@@ -174,6 +174,9 @@ def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrai
             f"cannot load the model {name!r} ({reason}); give a folder with --model_name_or_path, or a name on the "
             "hub and a network"
         )
+    # The loss is a mean over rows and does not take Trainer's count of them. Trainer goes by the signature of forward,
+    # and would add the losses of micro-batches up, and multiply them by the number of processes.
+    model.accepts_loss_kwargs = False
     return tokenizer, model
 
 
