@@ -55,8 +55,8 @@ class GlueArguments:
         metadata={"help": "Folder of local data: TASK/train.csv and TASK/validation.csv, or .tsv. Default: the hub."},
     )
     max_seq_length: int = field(default=512, metadata={"help": "Longer texts are cut to this many tokens."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many at most."})
     warmup_share: float = field(
         default=0.0, metadata={"help": "Warm-up as a share of all steps, where --warmup_steps gives none."}
     )
@@ -174,6 +174,9 @@ def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrai
             f"cannot load the model {name!r} ({reason}); give a folder with --model_name_or_path, or a name on the "
             "hub and a network"
         )
+    # The loss is a mean over rows and does not take Trainer's count of them. Trainer goes by the signature of forward,
+    # and would add the losses of micro-batches up, and multiply them by the number of processes.
+    model.accepts_loss_kwargs = False
     return tokenizer, model
 
 
