@@ -58,7 +58,7 @@ class DenseStep(Unit):
 
     @override
     def step_(self) -> Work[None]:
-        todo = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
+        todo = [i for i, weight in enumerate(self.weights) if weight.grad is not None and weight.numel()]
         finite = yield Reading([self._grad(i) for i in todo])
         together, good = [], [i for i, flag in zip(todo, finite, strict=True) if flag]
         for i in (i for i in todo if i not in good):

@@ -82,7 +82,7 @@ class Refresh:
         self.new: dict[str, Tensor] = {}  # the basis on its way in
         self.changes: list[Tensor] = []  # from the basis before to the new one, where this process knows them
         # whether the basis changes, then overlap with the one before, energy, stable rank
-        self.choice = torch.tensor([0.0, UNKNOWN, UNKNOWN, UNKNOWN], device=unit.device)
+        self.choice = torch.tensor([0.0, UNKNOWN, UNKNOWN, UNKNOWN], dtype=torch.float32, device=unit.device)
 
     def collect_(self) -> Work[None]:
         """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""

@@ -116,7 +116,7 @@ def range_finder(
     """
     G = G.float()
     k = min(r + oversample, *G.shape[-2:])
-    sketch = torch.randn(*G.shape[:-2], G.shape[-1], k, generator=gen).to(G)
+    sketch = torch.randn(*G.shape[:-2], G.shape[-1], k, generator=gen, dtype=torch.float32).to(G)
     Q = orthonormalize(G @ sketch)
     for _ in range(iterations):
         Q = orthonormalize(G @ orthonormalize(G.mT @ Q))

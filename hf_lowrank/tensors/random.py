@@ -30,7 +30,7 @@ def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
 
 def uniform_stiefel(shape: torch.Size, gen: torch.Generator) -> Tensor:
     """Draw an orthonormal (..., m, r) matrix uniformly (Haar): QR of a Gaussian with the signs of diag(R) fixed."""
-    Q, R = torch.linalg.qr(torch.randn(shape, generator=gen))
+    Q, R = torch.linalg.qr(torch.randn(shape, generator=gen, dtype=torch.float32))
     uniform: Tensor = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return uniform
 
