@@ -113,9 +113,10 @@ def _split_up(
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
     """Return what is known of a model, for the options that are such a fact: the size of an attention head."""
-    config = getattr(model, "config", None)
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    size = int(getattr(config, "head_dim", None) or (width // heads if heads and width else 0))
+    config, names = getattr(model, "config", None), ("head_dim", "num_attention_heads", "hidden_size")
+    found = (getattr(config, name, None) for name in names)  # a list where the stages of a vision model differ
+    size, heads, width = (value if isinstance(value, int) else 0 for value in found)
+    size = size or (width // heads if heads else 0)
     return {"head_dim": size} if size else {}
 
 
