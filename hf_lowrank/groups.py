@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -113,9 +113,10 @@ def _split_up(
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
     """Return what is known of a model, for the options that are such a fact: the size of an attention head."""
-    config = getattr(model, "config", None)
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    size = int(getattr(config, "head_dim", None) or (width // heads if heads and width else 0))
+    config, names = getattr(model, "config", None), ("head_dim", "num_attention_heads", "hidden_size")
+    found = (getattr(config, name, None) for name in names)  # a list where the stages of a vision model differ
+    size, heads, width = (value if isinstance(value, int) else 0 for value in found)
+    size = size or (width // heads if heads else 0)
     return {"head_dim": size} if size else {}
 
 
@@ -126,6 +127,10 @@ def trainable(model: nn.Module, *, frozen: bool = False) -> Iterator[tuple[str, 
         model: the model.
         frozen: also those that do not.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"parameters are split by their names in a model: give the nn.Module, not {type(model).__name__}"
+        )
     for name, p in model.named_parameters():
         if p.requires_grad or frozen:
             yield clean(name), p
@@ -166,10 +171,11 @@ def target_parameters(
             heads = sorted({m for m, _ in candidates.values()} - {m for m, _ in inside.values()})
             raise ValueError(_nothing_found(model, names, inside, rank, heads))
         return found
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    patterns = [piece.strip() for pattern in patterns for piece in _split(pattern) if piece.strip()]
     found = []
-    for pattern in patterns:
+    for pattern in _patterns(target_modules):
+        if pattern in ("all-linear", "all_linear"):
+            found += target_parameters(model, rank=rank, frozen=frozen)
+            continue
         matched = [name for name, (module, _) in candidates.items() if _matches(pattern, module)]
         if not matched:
             raise ValueError(_no_match(model, pattern, [module for module, _ in candidates.values()]))
@@ -177,9 +183,15 @@ def target_parameters(
     return [name for name in candidates if name in found]
 
 
-def _split(pattern: str) -> list[str]:
-    """Split a comma-separated list; a comma inside brackets or braces belongs to a regular expression."""
-    return re.split(r",(?![^(\[{]*[)\]}])", pattern)
+def _patterns(target_modules: Any) -> list[str]:
+    """Return the patterns of a list; a comma separates as well, but one inside brackets or braces."""
+    several = [target_modules] if isinstance(target_modules, str) else target_modules
+    if not isinstance(several, Collection) or not all(isinstance(one, str) for one in several):
+        raise ValueError(f"optim_target_modules is an expression, or a list of them, not {target_modules!r}")
+    pieces = [piece.strip() for one in several for piece in re.split(r",(?![^(\[{]*[)\]}])", one) if piece.strip()]
+    if not pieces:
+        raise ValueError("optim_target_modules is empty: name modules, or leave it out to project the model's body")
+    return pieces
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -251,4 +263,7 @@ def _nothing_found(
             "every trainable matrix is a LoRA factor, which is low-rank already; train the adapters with adamw_torch, "
             "or unfreeze the base weights"
         )
-    return f"{type(model).__name__} has no trainable nn.Linear, Conv1D or expert weight to project"
+    return (
+        f"{type(model).__name__} has no trainable nn.Linear, Conv1D or expert weight to project: train what it has "
+        "with another optimizer, such as adamw_torch"
+    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import inf
 from time import perf_counter
 from typing import Any, overload
 
@@ -22,8 +21,8 @@ from hf_lowrank.engine.checks import (
     check_parameters,
     check_together,
     config_of,
-    edited,
 )
+from hf_lowrank.engine.edits import Resolved
 from hf_lowrank.engine.known import named_groups
 from hf_lowrank.engine.layerwise import Layerwise
 from hf_lowrank.engine.matrix import MatrixStep
@@ -77,10 +76,17 @@ class LowRankOptimizer(Optimizer):
         if share_refreshes and not (dist.is_available() and dist.is_initialized()):
             raise ValueError("share_refreshes needs torch.distributed to be initialized")
         self.share_refreshes = share_refreshes
-        self.configs: list[Config] = []  # of every group, as it was when last looked at
         self._begin()
         defaults = {"method": method, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults)
+        if not any("rank" in group for group in self.param_groups) and any(
+            p.dim() > 1 for group in self.param_groups for p in group["params"]
+        ):
+            warnings.warn(
+                "no group has a 'rank', so nothing is projected and all moments are full: take the groups from "
+                "hf_lowrank.param_groups(model, rank=...)",
+                stacklevel=2,
+            )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LowRankOptimizer:
         """Refuse two lots of parameters in a sentence.
@@ -104,7 +110,7 @@ class LowRankOptimizer(Optimizer):
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
         self._facts: dict[str, Any] = {}  # of the run, as they were told
         self._work: Work | None = None  # on the state and options as they are
-        self._seen: dict[int, dict[str, Any]] = defaultdict(dict)  # of every group, but for lr
+        self._resolved = Resolved()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "share_refreshes": self.share_refreshes}
@@ -112,9 +118,13 @@ class LowRankOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._begin()
-        self.configs = [config_of(group) for group in self.param_groups]
 
     # ---- groups -----------------------------------------------------------------------------------------------------
+
+    @property
+    def configs(self) -> list[Config]:
+        """What every group is resolved to, as it was when last looked at."""
+        return self._resolved.configs(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its options checked and completed with the method's defaults.
@@ -136,7 +146,7 @@ class LowRankOptimizer(Optimizer):
         if config is None or given != dict(config.options):
             name = param_group.get("method", self.defaults["method"])
             config = Config.of(name, given, low_rank="rank" in given)
-        group = {k: v for k, v in param_group.items() if k != "config"}
+        group, known = {k: v for k, v in param_group.items() if k != "config"}, self.configs
         super().add_param_group({**group, **config.options, "method": config.method, "format": FORMAT_VERSION})
         try:
             check_numbers(self.param_groups[-1])
@@ -144,8 +154,7 @@ class LowRankOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self.configs.append(config)
-        self._work = None
+        self._resolved.take(self.param_groups, [*known, config])
         self.tell(**self._facts)
 
     def tell(self, **facts: Any) -> None:
@@ -212,27 +221,16 @@ class LowRankOptimizer(Optimizer):
             self.refreshes_here += refresh.refresh_(due, intervals, flags, share=self.share_refreshes)
             self.refresh_seconds += perf_counter() - start
 
-    def _prepared(self) -> Work:
-        """Look at the groups again; return the steps of all parameters."""
-        for i, group in enumerate(self.param_groups):
-            lr = group["lr"]  # a schedule edits it at every step, and nothing else
-            if self._seen[i] != {**group, "lr": 0.0} or not (isinstance(lr, float) and 0 <= lr < inf):
-                self._look_at(i, group)
+    def _prepared(self, p: Tensor | None = None) -> Work:
+        """Look at the groups again, and at the state of all parameters or of one; return the steps of all."""
         work = self._work
-        if work is None or work.state is not self.state or len(work.plans) != len(self.state):
+        changed = self._resolved.look(self.param_groups, {} if work is None else work.plans)
+        if work is None or changed or not work.holds(self.state, work.plans if p is None else (p,)):
+            self._work = None
             check_together(self.param_groups, self.configs)
             check_materialized(self.param_groups)
             work = self._work = Work(self.param_groups, self.configs, self.state)
         return work
-
-    def _look_at(self, i: int, group: Mapping[str, Any]) -> None:
-        """Check the values of a group that was edited."""
-        check_numbers(group)
-        check_parameters(group, self.configs[i].low_rank)
-        now = edited(group, self.configs[i], {} if self._work is None else self._work.plans)
-        if now is not self.configs[i]:
-            self.configs[i], self._work = now, None
-        self._seen[i] = {**group, "lr": 0.0, "params": list(group["params"])}
 
     # ---- the layerwise mode -----------------------------------------------------------------------------------------
 
@@ -264,7 +262,7 @@ class LowRankOptimizer(Optimizer):
     @torch.no_grad()
     def take_gradient(self, p: Tensor) -> None:
         """Project (or apply) one matrix's gradient and free it; one whose refresh is due is left for `step`."""
-        matrices = self._prepared().matrices
+        matrices = self._prepared(p).matrices
         if p in matrices:
             with torch.autocast(p.device.type, enabled=False):
                 self.layerwise.take_(matrices[p], self._refresh)
@@ -295,7 +293,7 @@ class LowRankOptimizer(Optimizer):
         loaded = dict(load_states(state_dict["state"], groups, list(declared(self.param_groups, configs))))
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(loaded)
-        self.configs, self._work = configs, None
+        self._resolved.take(self.param_groups, configs)
         self.layerwise.forget()
         for now, old, config in zip(self.param_groups, given, configs, strict=True):
             warn_changed(now, old, config)

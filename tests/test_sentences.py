@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_lowrank import LowRankOptimizer, param_groups
+from hf_lowrank.methods.options import split_assignments
 
 
 NAME = "galore_dominant_adamw"
@@ -108,3 +109,55 @@ def test_a_weight_may_change_its_shape_where_its_state_is_dropped():
     p.grad = torch.ones(4, 6)
     optimizer.step()
     assert not torch.equal(p, torch.ones(4, 6))
+
+
+@pytest.mark.parametrize("value", ["1e-3", True, None, float("nan")])
+def test_a_learning_rate_is_a_number(value):
+    with pytest.raises(ValueError, match=r"lr must be a number in \[0, inf\), got"):
+        LowRankOptimizer([matrix()], NAME, lr=value)
+
+
+def test_groups_come_from_a_module():
+    with pytest.raises(ValueError, match=r"give the nn.Module, not list"):
+        param_groups([matrix()], method=NAME, rank=2)
+
+
+@pytest.mark.parametrize(("targets", "message"), [
+    ([], "optim_target_modules is empty"),
+    (" , ", "optim_target_modules is empty"),
+    (True, "is an expression, or a list of them, not True"),
+    ([1], "is an expression, or a list of them, not"),
+])  # fmt: skip
+def test_targets_are_expressions(targets, message):
+    with pytest.raises(ValueError, match=message):
+        param_groups(nn.Sequential(nn.Linear(8, 8)), method=NAME, rank=2, target_modules=targets)
+
+
+def test_the_default_targets_may_stand_beside_others():
+    net = nn.ModuleDict({"a": nn.Linear(8, 8), "classifier": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    groups = param_groups(net, method=NAME, rank=2, target_modules=["all-linear", "classifier"])
+    assert [name for name, _ in groups[0]["params"]] == ["a.weight", "classifier.weight", "b.weight"]
+
+
+def test_a_model_without_matrices_is_sent_elsewhere():
+    with pytest.raises(ValueError, match="LayerNorm has no trainable .* another optimizer, such as adamw_torch"):
+        param_groups(nn.LayerNorm(8), method=NAME, rank=2)
+
+
+@pytest.mark.parametrize("given", [{"rank": 4}, ["rank=4"], 4])
+def test_options_in_one_string_are_text(given):
+    with pytest.raises(ValueError, match="optim_args is text such as"):
+        split_assignments(given)
+
+
+def test_parameters_alone_are_trained_with_a_warning_that_nothing_is_projected():
+    with pytest.warns(UserWarning, match="no group has a 'rank', so nothing is projected"):
+        LowRankOptimizer([matrix()], NAME)
+
+
+def test_names_and_parameters_of_a_group_go_together():
+    p, q = matrix(), matrix()
+    optimizer = LowRankOptimizer([{"params": [("p", p)], "rank": 2}], NAME)
+    optimizer.param_groups[0]["params"].append(q)
+    with pytest.raises(ValueError, match="2 parameters but 1 names: use add_param_group"):
+        optimizer.step()

@@ -130,15 +130,18 @@ def test_checkpoints_go_from_stacks_to_matrices_and_back(name, there, monkeypatc
 
 
 def test_a_state_that_is_put_in_the_place_of_a_stacked_one_is_the_one_that_is_used(at_once):
-    params = model()
-    opt = optimizer("galore_i3s_adamw", params)
-    train(opt, params, range(3))
-    moved = {key: value.clone() for key, value in opt.state[params[0]].items()}
-    opt.state[params[0]].update(moved)
-    train(opt, params, range(3, 4))
-    assert int(opt.state[params[0]]["step"]) == 4
-    assert opt.state[params[0]]["exp_avg"] is moved["exp_avg"]
-    assert not torch.equal(moved["exp_avg"], opt._work.stacks[0].stored["exp_avg"][0])
+    ends = []
+    for exchanged in (False, True):
+        params = model()
+        opt = optimizer("galore_i3s_adamw", params)
+        train(opt, params, range(3))
+        if exchanged:
+            opt.state[params[0]].update({key: value.clone() for key, value in opt.state[params[0]].items()})
+            opt.state[params[1]]["exp_avg"] = torch.zeros_like(opt.state[params[1]]["exp_avg"])
+        else:
+            opt.state[params[1]]["exp_avg"].zero_()
+        ends.append(train(opt, params, range(3, STEPS)))
+    same(*ends, exact=True)
 
 
 def test_rows_whose_parts_look_at_every_element_of_the_gradient_are_not_stacked(at_once):

@@ -31,15 +31,18 @@ def check_numbers(group: Mapping[str, Any]) -> None:
         ("betas", beta2, 1.0),
     ):
         try:
-            number = float(value)
+            number = nan if isinstance(value, (str, bool)) else float(value)
         except (TypeError, ValueError):
             number = nan
         if not 0 <= number < below:
-            raise ValueError(f"{name} must be in [0, {below:g}), got {group[name]!r}")
+            raise ValueError(f"{name} must be a number in [0, {below:g}), got {group[name]!r}")
 
 
 def check_parameters(group: Mapping[str, Any], low_rank: bool) -> None:
     """Refuse parameters that cannot be trained."""
+    names, count = group.get("param_names"), len(group["params"])
+    if names is not None and len(names) != count:
+        raise ValueError(f"a group has {count} parameters but {len(names)} names: use add_param_group to add some")
     for i, p in enumerate(group["params"]):
         name = group["param_names"][i] if "param_names" in group else f"{i} of a group"
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -58,11 +58,11 @@ class DenseStep(Unit):
 
     @override
     def look(self) -> list[Tensor]:
-        return [self._here(weight.grad) for weight in self.weights if weight.grad is not None]
+        return [self._here(p.grad) for p in self.weights if p.grad is not None and p.numel()]
 
     @override
     def step_(self) -> Work[None]:
-        todo = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
+        todo = [i for i, weight in enumerate(self.weights) if weight.grad is not None and weight.numel()]
         finite = yield Reading(self.look())
         together, good = [], [i for i, flag in zip(todo, finite, strict=True) if flag]
         for i in (i for i in todo if i not in good):

@@ -113,7 +113,7 @@ class Refresh:
         self.new: dict[str, Tensor] = {}  # the basis on its way in
         self.changes: list[Tensor] = []  # from the basis before to the new one, where this process knows them
         # whether the basis changes, then overlap with the one before, energy, stable rank
-        self.choice = torch.full((4,), UNKNOWN, device=unit.device)
+        self.choice = torch.full((4,), UNKNOWN, dtype=torch.float32, device=unit.device)
         self.choice[:1].zero_()
 
     def collect_(self) -> Work[None]:

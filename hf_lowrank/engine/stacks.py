@@ -41,7 +41,6 @@ class Stack(MatrixStep):
             for member, tensor in zip(members, stored[name].unbind(0), strict=True):
                 member.stored[name] = tensor
         super().__init__(first.weight, stored, first.config, first.plan, first.group, first.index)
-        self.views = [dict(member.stored) for member in members]
 
     @property
     @override
@@ -49,14 +48,13 @@ class Stack(MatrixStep):
         return len(self.members) * super().transient
 
     def agrees(self, flags: Mapping[Unit, Sequence[bool]]) -> bool:
-        """Tell whether all of them have a finite gradient and have had as many steps, in the state that is stacked."""
+        """Tell whether all of them have a finite gradient and have had as many steps."""
         first = self.members[0].stored
         return all(
             all(flags.get(member, (False,)))
             and member.stored["step"] == first["step"]
             and member.stored["moment_step"] == first["moment_step"]
-            and all(member.stored[name] is view[name] for name in view)
-            for member, view in zip(self.members, self.views, strict=True)
+            for member in self.members
         )
 
     @property
@@ -77,7 +75,7 @@ class Stack(MatrixStep):
             given = [basis.P for basis in bases]  # type: ignore[attr-defined]
             if all(one is given[0] for one in given):  # a sketch that they share
                 P = given[0].expand(len(given), *given[0].shape)
-            elif all(one is view.get("basis") for one, view in zip(given, self.views, strict=True)):
+            elif all(one is member.stored.get("basis") for one, member in zip(given, self.members, strict=True)):
                 P = self.stored["basis"]
         return Several(bases, P)
 
@@ -122,7 +120,7 @@ class Several(Basis):
             return torch.stack([basis.project(one) for basis, one in zip(self.bases, G, strict=True)])
         kind = products.chosen(self.bases[0].products, G[0])  # type: ignore[attr-defined]
         A = products.left_factor(self.P, kind)
-        out = torch.empty(len(G), A.shape[-1], G[0].shape[-1], device=A.device)
+        out = torch.empty(len(G), A.shape[-1], G[0].shape[-1], dtype=torch.float32, device=A.device)
         for product, factor, one in zip(out.unbind(0), A.unbind(0), G, strict=True):
             products.multiply_(product, factor, one, kind)
         return products.joined(out, kind)

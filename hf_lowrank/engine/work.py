@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,7 +50,6 @@ class Work:
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], configs: Sequence[Config], state: MutableMapping[Tensor, Any]
     ) -> None:
-        self.state = state
         self.plans: dict[Tensor, Plan] = {}
         self.matrices: dict[Tensor, MatrixStep] = {}
         self.units: list[MatrixStep | DenseStep] = []
@@ -80,6 +80,17 @@ class Work:
                 self.units.append(
                     DenseStep(weights, [state[p] for p in weights], config, plans, group, [i for i, _ in here])
                 )
+        self._held: dict[Tensor, tuple[Any, list[Tensor]]] = {p: (state[p], [*state[p].values()]) for p in self.plans}
+
+    def holds(self, state: Mapping[Tensor, Any], some: Iterable[Tensor]) -> bool:
+        """Tell whether the state of some parameters is what is stepped; it may have been moved or dropped."""
+        for p in some:
+            if p in self._held:
+                was, tensors = self._held[p]
+                moved = len(was) != len(tensors) or not all(map(is_, was.values(), tensors))
+                if moved or state.get(p) is not was:
+                    return False
+        return True
 
 
 def spreads(unit: MatrixStep) -> bool:

@@ -91,6 +91,7 @@ class AskedWithoutModel(LowRankOptimizer):
 def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
     """Build the class and its arguments as Trainer wants them, every training argument honoured or refused."""
     refuse_unsupported(args)
+    give_clipping_back(args)
     values = _hyperparameters(args)
     if model is None:  # LLaMA-Factory asks without a model to read lr, betas and eps
         return AskedWithoutModel, {"method": name_of(args), **{k: values[k] for k in ("lr", "betas", "eps")}}
@@ -175,6 +176,17 @@ def refuse_unsupported(args: TrainingArguments) -> None:
             f"{name_of(args)} does not run under FSDP1, which flattens the matrices that are projected. "
             'Use FSDP2: --fsdp with {"version": 2} in --fsdp_config.'
         )
+
+
+def hold_clipping(args: TrainingArguments) -> None:
+    """Keep Trainer from clipping in this step; its argument lies beside it, also where the step ends in an error."""
+    args._held_max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
+
+def give_clipping_back(args: TrainingArguments) -> None:
+    """Undo `hold_clipping`, if that has been done."""
+    if "_held_max_grad_norm" in vars(args):
+        args.max_grad_norm = vars(args).pop("_held_max_grad_norm")
 
 
 def name_of(args: Any) -> str:

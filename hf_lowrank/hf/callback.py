@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_lowrank.hf.arguments import name_of, refuse_unsupported
+from hf_lowrank.hf.arguments import give_clipping_back, hold_clipping, name_of, refuse_unsupported
 from hf_lowrank.hf.model_card import TAG
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe import folder
@@ -53,12 +53,12 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self.optimizer: LowRankOptimizer | None = None
         self.run: Run | None = None  # where this callback is the one that reports
         self._first_refresh: FirstRefresh | None = None
-        self._clipping: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the optimizer, say and write what it is, in a folder that no other process trains in."""
         if name_of(args) in resolve.names():
             refuse_unsupported(args)  # DeepSpeed may have built an optimizer of its own, without asking for ours
+        give_clipping_back(args)
         optimizer = kwargs.get("optimizer")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         self.optimizer, self.run, self._first_refresh = None, None, None
@@ -90,7 +90,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             return
         groups = self.run.optimizer.param_groups
         if any(group["max_grad_norm"] for group in groups):
-            self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0
+            hold_clipping(args)
         if self.update_rank != "off":
             self.run.checkpoints.begin(exact=self.update_rank == "exact")
         self.run.clock.begin_step()
@@ -99,8 +99,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give Trainer its argument back: it is part of what is saved."""
-        if self._clipping is not None:
-            args.max_grad_norm, self._clipping = self._clipping, None
+        give_clipping_back(args)
         if self._first_refresh is not None:
             self._first_refresh.start(updating=True)
         if self.run is not None:

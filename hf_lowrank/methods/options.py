@@ -150,8 +150,10 @@ def split_assignments(text: str | None) -> dict[str, str]:
     """Read `k=v,k=v` as TrainingArguments.optim_args spells it.
 
     Raises:
-        ValueError: if an item has no '=' or a key comes twice.
+        ValueError: if it is no text, an item has no '=' or a key comes twice.
     """
+    if not isinstance(text or "", str):
+        raise ValueError(f"optim_args is text such as 'rank=128,update_proj_gap=200', not {text!r}")
     found: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in (text or "").split(","))):
         key, equals, value = (piece.strip() for piece in item.partition("="))

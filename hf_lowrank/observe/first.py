@@ -57,8 +57,8 @@ class FirstSubspaces:
 def _isometry(r: int) -> Tensor:
     """Return Q (r, k) with orthonormal columns, the same in every run."""
     if r <= COLUMNS:
-        return torch.eye(r)
-    draw = torch.randn(r, COLUMNS, generator=random.generator(random.Stream.OBSERVER, r))
+        return torch.eye(r, dtype=torch.float32)
+    draw = torch.randn(r, COLUMNS, generator=random.generator(random.Stream.OBSERVER, r), dtype=torch.float32)
     isometry: Tensor = torch.linalg.qr(draw)[0]
     return isometry
 

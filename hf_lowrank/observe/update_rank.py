@@ -68,7 +68,8 @@ class UpdateRank:
 @lru_cache
 def _gaussian(columns: int) -> Tensor:
     """Return Omega (columns, 32), the same in every run."""
-    return torch.randn(columns, COLUMNS, generator=random.generator(random.Stream.OBSERVER, columns))
+    drawing = random.generator(random.Stream.OBSERVER, columns)
+    return torch.randn(columns, COLUMNS, generator=drawing, dtype=torch.float32)
 
 
 def effective_rank(K: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class FourBit(Encoding):
     @override
     def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
         blocks = stored[f"{name}.absmax"].numel()
-        flat = torch.zeros(blocks * self.block, device=value.device)
+        flat = torch.zeros(blocks * self.block, dtype=torch.float32, device=value.device)
         flat[: buffer.numel] = value.reshape(-1)
         rows = flat.view(blocks, self.block)
         absmax = rows.abs().amax(1)
@@ -177,7 +177,7 @@ class Sliced(Encoding):
     def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
         one = replace(buffer, shape=buffer.shape[1:])
         slices = [self.inner.decode(self._slice(stored, name, buffer, i), name, one) for i in range(buffer.shape[0])]
-        return torch.stack(slices) if slices else torch.zeros(buffer.shape, device=stored[name].device)
+        return torch.stack(slices) if slices else stored[name].new_zeros(buffer.shape, dtype=torch.float32)
 
     @override
     def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:

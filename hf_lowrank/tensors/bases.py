@@ -88,7 +88,7 @@ class Dense(Basis):
             if block[1] == G.shape[-1]:
                 products.multiply_(out, A, G, kind)
             else:
-                columns = torch.empty(*out.shape[:-1], block[1], device=G.device)
+                columns = torch.empty(*out.shape[:-1], block[1], dtype=out.dtype, device=G.device)
                 products.multiply_(columns, A, G.narrow(-1, *block), kind)
                 out.narrow(-1, *block).copy_(columns)
         return products.joined(out, kind)

@@ -153,7 +153,8 @@ def range_finder(
     """
     G = G.float()
     k = min(r + oversample, *G.shape[-2:])
-    sketch = torch.randn(*G.shape[:-2], G.shape[-1], k, generator=gen, device=where_drawn(G.device)).to(G)
+    where = where_drawn(G.device)
+    sketch = torch.randn(*G.shape[:-2], G.shape[-1], k, generator=gen, dtype=torch.float32, device=where).to(G)
     Q = orthonormalize(G @ sketch)
     for _ in range(iterations):
         Q = orthonormalize(G @ orthonormalize(G.mT @ Q))

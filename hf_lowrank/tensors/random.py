@@ -45,7 +45,7 @@ def _uniform(shape: Sequence[int], gen: torch.Generator, device: torch.device) -
 
 def uniform_stiefel(shape: torch.Size, gen: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """Draw an orthonormal (..., m, r) matrix uniformly (Haar): QR of a Gaussian with the signs of diag(R) fixed."""
-    Q, R = torch.linalg.qr(torch.randn(shape, generator=gen, device=device))
+    Q, R = torch.linalg.qr(torch.randn(shape, generator=gen, dtype=torch.float32, device=device))
     uniform: Tensor = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return uniform
 

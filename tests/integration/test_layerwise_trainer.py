@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import arguments, engine, options_for, tiny_llama, train
+from conftest import arguments, engine, options_for, tiny_data, tiny_llama, train
 from streams import PLAIN
 from transformers import Trainer
 
@@ -70,3 +70,21 @@ def test_accumulation_through_trainer(tmp_path):
     t = train(arguments(tmp_path, "galore_i3s_adamw_layerwise", **split))
     assert t.state.global_step == 8
     assert all(int(s["step"]) == 8 for s in engine(t).state.values())
+
+
+def test_a_run_that_was_interrupted_still_clips_when_it_goes_on(tmp_path):
+    """Trainer's own clipping is held back within a step: Ctrl-C there must not leave it off."""
+
+    class Interrupted(Trainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2 and not self.args.seed:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    args = arguments(tmp_path, "galore_i3s_adamw_layerwise", seed=0)
+    trainer = Interrupted(tiny_llama(), args, train_dataset=tiny_data())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    args.seed = 1
+    trainer.train()
+    assert args.max_grad_norm == engine(trainer).param_groups[0]["max_grad_norm"] == 1.0

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -89,6 +91,31 @@ def test_trl_sft_resumes_exactly(tokenizer, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     other = dict(resumed.model.named_parameters())
     assert all(torch.equal(weight, other[name]) for name, weight in whole.model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["DPO", "Reward", "GRPO"])
+def test_trl_preferences_and_rewards(kind, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    own = {"GRPO": {"num_generations": 2, "max_completion_length": 4}}.get(kind, {"max_length": 16})
+    args = getattr(trl, f"{kind}Config")(str(tmp_path), bf16=False, **COMMON | {"max_steps": 2} | own)
+    prompts = ["the cat sees"] * 8
+    answers = {} if kind == "GRPO" else {"chosen": ["a dog ."] * 8, "rejected": ["a bird ."] * 8}
+    given = {"args": args, "train_dataset": Dataset.from_dict({"prompt": prompts, **answers})}
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if kind == "GRPO":
+        trainer = trl.GRPOTrainer(tiny_llama(), reward_funcs=lengths, processing_class=tokenizer, **given)
+    elif kind == "DPO":
+        trainer = trl.DPOTrainer(tiny_llama(), ref_model=tiny_llama(), processing_class=tokenizer, **given)
+    else:
+        judge = LlamaForSequenceClassification(LlamaConfig(**tiny_llama().config.to_dict() | {"num_labels": 1}))
+        judge.config.pad_token_id = tokenizer.pad_token_id
+        trainer = trl.RewardTrainer(judge, processing_class=tokenizer, **given)
+    trainer.train()
+    assert len(low_rank_names(trainer)) == 14 and {int(s["step"]) for s in engine(trainer).state.values()} == {2}
+
+
+def lengths(completions, **columns):
+    return [float(len(one)) for one in completions]
 
 
 def test_seq2seq_trainer_on_t5(tokenizer, tmp_path):

@@ -11,6 +11,8 @@ from transformers import (
     MixtralForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    SwinConfig,
+    SwinForImageClassification,
 )
 
 from hf_lowrank import LowRankOptimizer, param_groups, target_parameters
@@ -187,3 +189,19 @@ def test_a_pattern_without_a_match_is_an_error_that_suggests(patterns):
 def test_nothing_to_project_is_an_error():
     with pytest.raises(ValueError, match="no trainable nn.Linear"):
         target_parameters(nn.Conv2d(4, 4, 3), rank=4)
+
+
+def test_a_model_whose_stages_have_other_numbers_of_heads():
+    """Swin's config has a list where others have the number of heads: a fact that is not known."""
+    sizes = {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "window_size": 4,
+    }
+    model = SwinForImageClassification(SwinConfig(**sizes))
+    groups = param_groups(model, method="galore_dominant_adam_mini", rank=4)
+    assert any(name.endswith("query.weight") or name.endswith("q_proj.weight") for name, _ in groups[0]["params"])
+    assert groups[0]["head_dim"] == 0

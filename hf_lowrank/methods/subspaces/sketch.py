@@ -54,4 +54,4 @@ class Sketch(Subspace, key="sketch"):
 @lru_cache(maxsize=KEPT)
 def _drawn(seed: int, number: int, m: int, r: int, device: torch.device) -> Tensor:
     generator = random.generator(random.Stream.SKETCH, seed, number, m, r, device=device)
-    return torch.randn(m, r, generator=generator, device=device).mul_(r**-0.5)
+    return torch.randn(m, r, generator=generator, device=device, dtype=torch.float32).mul_(r**-0.5)

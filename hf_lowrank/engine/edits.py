@@ -1,0 +1,57 @@
+"""What the groups of an optimizer are resolved to, and whether they were edited since they were last looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import inf
+from typing import Any
+
+from torch import Tensor
+
+from hf_lowrank.engine.checks import check_numbers, check_parameters, config_of, edited
+from hf_lowrank.engine.plan import Plan
+from hf_lowrank.methods.resolve import Config
+
+
+class Resolved:
+    """The options of every group; groups may be edited, exchanged (as Lightning does) or given other members."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Mapping[str, Any], Config]] = []
+        self._seen: dict[int, dict[str, Any]] = {}  # of every group, but for lr
+        self._changed = True
+
+    def configs(self, groups: Sequence[dict[str, Any]]) -> list[Config]:
+        """Return what every group is resolved to, as it was when last looked at."""
+        known = self._known
+        if len(known) != len(groups) or any(one is not now for (one, _), now in zip(known, groups, strict=True)):
+            self.take(groups, [config_of(group) for group in groups])
+        return [config for _, config in self._known]
+
+    def take(self, groups: Sequence[dict[str, Any]], configs: Sequence[Config]) -> None:
+        """Take these as what the groups are."""
+        self._known, self._changed = list(zip(groups, configs, strict=True)), True
+        self._seen.clear()
+
+    def look(self, groups: Sequence[dict[str, Any]], plans: Mapping[Tensor, Plan]) -> bool:
+        """Check what was edited since the last look, and tell whether steps have to be made anew.
+
+        Args:
+            groups: the groups.
+            plans: the parameters' plans as they were.
+
+        Raises:
+            ValueError: for a value or a parameter that is not valid, and for an edit of what the state is built on.
+        """
+        for i, (group, config) in enumerate(zip(groups, self.configs(groups), strict=True)):
+            lr, before = group["lr"], self._seen.get(i)  # a schedule edits it at every step, and nothing else
+            now = {**group, "lr": 0.0, "params": [*map(id, group["params"])]}
+            if now == before and isinstance(lr, float) and 0 <= lr < inf:
+                continue
+            check_numbers(group)
+            check_parameters(group, config.low_rank)
+            self._known[i] = group, edited(group, config, plans)
+            self._changed |= self._known[i][1] is not config or before is None or now["params"] != before["params"]
+            self._seen[i] = now
+        changed, self._changed = self._changed, False
+        return changed
