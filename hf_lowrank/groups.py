@@ -28,7 +28,7 @@ def param_groups(
     method: str | None = None,
     rank: float | None = None,
     target_modules: str | Sequence[str] | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     **method_options: Any,
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for LowRankOptimizer.
@@ -45,7 +45,7 @@ def param_groups(
         target_modules: None or "all-linear" for the default. Else a regular expression that must match a module's
             whole name, or a list (in one string: separated by commas) of such expressions or of substrings of names;
             a matrix named so is projected even where its short side is not above the rank.
-        weight_decay: decay of the parameters that decay.
+        weight_decay: decay of the parameters that decay; None leaves it to the optimizer.
         method_options: options of the method, for instance update_proj_gap=200, scale=0.25.
 
     Returns:
@@ -69,7 +69,7 @@ def groups_for(
     config: Config,
     *,
     target_modules: str | Sequence[str] | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     own_seed: bool = False,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters as `param_groups` does, for a method whose options are resolved.
@@ -90,7 +90,7 @@ def _split_up(
     own: Mapping[str, Any],
     dense: Mapping[str, Any],
     target_modules: str | Sequence[str] | None,
-    weight_decay: float,
+    weight_decay: float | None,
 ) -> list[dict[str, Any]]:
     """Return groups of matrices with the options `own`, and of all else with the options `dense`."""
     target_parameters(model, rank=own["rank"], target_modules=target_modules)  # says so if there are none
@@ -99,7 +99,8 @@ def _split_up(
     groups: list[dict[str, Any]] = []
     for low_rank in (True, False):
         for decays in (True, False):
-            options = {"weight_decay": weight_decay if decays else 0.0, **(own if low_rank else dense)}
+            decay = {"weight_decay": weight_decay if decays else 0.0}
+            options = {**({} if decays and weight_decay is None else decay), **(own if low_rank else dense)}
             members = []
             for name, p in trainable(model, frozen=True):
                 if (name in targets) == low_rank and (name in decaying) == decays:

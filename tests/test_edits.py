@@ -119,7 +119,7 @@ def test_an_edit_before_the_first_step_counts(deep):
     "key, value, message",
     [
         ("scale", -1, "option scale must be"),
-        ("betas", (0.9, 1.5), "betas must be a number in"),
+        ("betas", (0.9, 1.5), "betas must be two numbers in"),
         ("lr", "fast", "lr must be a number in"),
         ("lr", float("nan"), "lr must be a number in"),
         ("method", "fira_adamw", "method cannot be changed"),

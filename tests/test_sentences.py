@@ -161,3 +161,18 @@ def test_names_and_parameters_of_a_group_go_together():
     optimizer.param_groups[0]["params"].append(q)
     with pytest.raises(ValueError, match="2 parameters but 1 names: use add_param_group"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("value", [0.9, (0.9,), "0.9,0.99", (0.9, 1.0), None])
+def test_betas_are_two_numbers(value):
+    with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\), got"):
+        LowRankOptimizer([matrix()], NAME, betas=value)
+
+
+def test_weight_decay_may_be_given_to_the_groups_or_to_the_optimizer():
+    """It used to be 0 for groups that were made without one, whatever the optimizer was told."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    for given, told, used in ((None, 0.1, 0.1), (0.2, 0.1, 0.2), (0.0, 0.1, 0.0), (None, 0.0, 0.0)):
+        groups = param_groups(net, method=NAME, rank=2, weight_decay=given)
+        optimizer = LowRankOptimizer(groups, NAME, weight_decay=told)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [used, 0.0]

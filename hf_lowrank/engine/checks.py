@@ -35,7 +35,8 @@ def check_numbers(group: Mapping[str, Any]) -> None:
         except (TypeError, ValueError):
             number = nan
         if not 0 <= number < below:
-            raise ValueError(f"{name} must be a number in [0, {below:g}), got {group[name]!r}")
+            what = "two numbers" if name == "betas" else "a number"
+            raise ValueError(f"{name} must be {what} in [0, {below:g}), got {group[name]!r}")
 
 
 def check_parameters(group: Mapping[str, Any], low_rank: bool) -> None:
