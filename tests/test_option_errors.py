@@ -104,7 +104,7 @@ BAD = [
     ("proj_type", "both", "std, paper, reverse_std, left, right"),
     ("on_refresh", "forget", "keep, rotate"),
     ("stagger", "perhaps", "true or false"),
-    ("stagger", 2, "true or false"),
+    ("stagger", 2, "true, false or auto"),
     ("correct_bias", "maybe", "true or false"),
     ("seed", -1, "integer >= 0"),
     ("seed", "dice", "integer >= 0"),

@@ -87,7 +87,9 @@ def main() -> int:
     chosen = [m for m in MUTANTS if only in m.file or only in m.kind or only in m.killed_by]
     tests, alive = sorted({mutant.killed_by for mutant in chosen}), 0
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        wrong = [fault for fault in pool.imap(healthy, [tests[::2], tests[1::2]], 1) if fault]
+        wrong = [
+            fault for fault in pool.imap(healthy, [some for some in (tests[::2], tests[1::2]) if some], 1) if fault
+        ]
         for mutant, fault in zip(chosen, pool.imap(verdict, chosen, 1), strict=True):
             alive += bool(fault)
             print(f"{'ALIVE ' if fault else 'killed'} {mutant.kind}: {mutant.file} by {mutant.killed_by}", flush=True)
