@@ -103,7 +103,7 @@ BAD = [
     ("scale", "large", "> 0"),
     ("proj_type", "both", "std, paper, reverse_std, left, right"),
     ("on_refresh", "forget", "keep, rotate"),
-    ("stagger", "perhaps", "true or false"),
+    ("stagger", "perhaps", "true, false or auto"),
     ("stagger", 2, "true, false or auto"),
     ("correct_bias", "maybe", "true or false"),
     ("seed", -1, "integer >= 0"),
