@@ -85,12 +85,7 @@ class Dense(Basis):
         A = products.left_factor(P, kind)
         out = torch.empty(*G.shape[:-2], A.shape[-1], G.shape[-1], dtype=P.dtype, device=G.device)
         for block in kernels.blocks(G):  # a gradient of lower precision is cast one block of columns at a time
-            if block[1] == G.shape[-1]:
-                products.multiply_(out, A, G, kind)
-            else:
-                columns = torch.empty(*out.shape[:-1], block[1], dtype=out.dtype, device=G.device)
-                products.multiply_(columns, A, G.narrow(-1, *block), kind)
-                out.narrow(-1, *block).copy_(columns)
+            products.multiply_(out.narrow(-1, *block), A, G.narrow(-1, *block), kind)
         return products.joined(out, kind)
 
     @override

@@ -22,8 +22,9 @@ DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 
 def fits(W: Tensor) -> bool:
     """Tell whether the kernel writes this weight, (m, n) or (n,): of low precision, in one piece, on CUDA."""
-    in_one_piece = W.is_contiguous() or (W.dim() == 2 and W.mT.is_contiguous())
-    return W.dtype in DROPPED and W.dim() in (1, 2) and in_one_piece and W.numel() < 2**31 and runs_on(W.device)
+    if not runs_on(W.device) or W.dtype not in DROPPED or W.dim() not in (1, 2) or W.numel() >= 2**31:
+        return False
+    return W.is_contiguous() or (W.dim() == 2 and W.mT.is_contiguous())
 
 
 @lru_cache

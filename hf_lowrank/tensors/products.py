@@ -84,6 +84,9 @@ def multiply_(out: Tensor, A: Tensor, G: Tensor, kind: str) -> None:
     if kind.startswith("bf16"):
         _product_of_bf16(A.mT, G, out)
         return
+    if kind == OWN:
+        torch.matmul(A.mT, G.float(), out=out)
+        return
     with precision(kind):
         torch.matmul(_rounded(A, kind).mT, _rounded(G, kind), out=out)
 
@@ -108,6 +111,9 @@ def expand(P: Tensor, Z: Tensor, like: Tensor, kind: str) -> Tensor:
 
 def add_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float, kind: str) -> None:
     """W <- beta W + alpha P Z for an fp32 matrix, or a stack of them."""
+    if kind == OWN and W.dim() == 2:
+        W.addmm_(P, Z, beta=beta, alpha=alpha)
+        return
     P, Z = _rounded(P, kind), _rounded(Z, kind)
     with precision("tf32" if kind.startswith("bf16") else kind):  # what is rounded to bf16 loses nothing in TF32
         if W.dim() == 2:
