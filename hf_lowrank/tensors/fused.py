@@ -45,7 +45,11 @@ def runs_on(device: torch.device) -> bool:
     return good
 
 
-@torch.library.custom_op("hf_lowrank::rewrite_", mutates_args={"W"})
+SCHEMA = "(Tensor(a!) W, float beta, Tensor? U, float alpha, Tensor? G, Tensor? d, float gamma, int seed) -> ()"
+"""Written out: older versions of torch cannot read it off annotations that are text."""
+
+
+@torch.library.custom_op("hf_lowrank::rewrite_", mutates_args={"W"}, schema=SCHEMA)
 def rewrite_(
     W: Tensor,
     beta: float,
