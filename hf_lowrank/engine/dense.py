@@ -58,11 +58,15 @@ class DenseStep(Unit):
 
     @override
     def look(self) -> list[Tensor]:
-        return [self._here(p.grad) for p in self.weights if p.grad is not None and p.numel()]
+        return [self._grad(i) for i in self._todo()]
+
+    def _todo(self) -> list[int]:
+        """Return which tensors have a gradient, and any elements."""
+        return [i for i, p in enumerate(self.weights) if p.grad is not None and p.numel()]
 
     @override
     def step_(self) -> Work[None]:
-        todo = [i for i, weight in enumerate(self.weights) if weight.grad is not None and weight.numel()]
+        todo = self._todo()
         finite = yield Reading(self.look())
         together, good = [], [i for i, flag in zip(todo, finite, strict=True) if flag]
         for i in (i for i in todo if i not in good):

@@ -24,6 +24,7 @@ UNKNOWN = -1.0
 """Entry of a report that the rule does not know."""
 
 
+@products.precision("ieee")
 def refresh_(
     due: Sequence[MatrixStep],
     intervals: Mapping[MatrixStep, int],
@@ -42,17 +43,6 @@ def refresh_(
     Returns:
         How many this process chose.
     """
-    with products.precision("ieee"):
-        return _refresh_all(due, intervals, flags, share=share)
-
-
-def _refresh_all(
-    due: Sequence[MatrixStep],
-    intervals: Mapping[MatrixStep, int],
-    flags: Mapping[Unit, Sequence[bool]],
-    *,
-    share: bool,
-) -> int:
     here = 0
     for mesh in dict.fromkeys(unit.mesh for unit in due):
         # the costliest first, so that processes that work at the same time have as much to do

@@ -72,7 +72,7 @@ class Context(NamedTuple):
 
     def generator(self) -> torch.Generator:
         """Return the generator of this basis, keyed by (seed, parameter, number of the basis), on the device."""
-        return random.generator(Stream.SUBSPACE, *self.key, self.number, device=random.where_drawn(self.device))
+        return random.generator(Stream.SUBSPACE, *self.key, self.number, device=random.with_float64(self.device))
 
     def rounding(self, device: torch.device) -> Rounding:
         """Return how this step writes a weight of low precision, keyed by (seed, parameter, step)."""

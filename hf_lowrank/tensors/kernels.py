@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_lowrank.tensors.random import where_drawn
+from hf_lowrank.tensors.random import with_float64
 
 
 BLOCK = 2**18
@@ -118,7 +118,7 @@ def _gram_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
     """Eigendecomposition of the Gram matrix on the short side of G."""
     wide = G.shape[-2] <= G.shape[-1]
     short = G if wide else G.mT
-    gram = torch.zeros(1, dtype=torch.float64, device=_exact_device(G))
+    gram = torch.zeros(1, dtype=torch.float64, device=with_float64(G.device))
     for block in blocks(short):
         X = short.narrow(-1, *block).to(gram)
         gram = gram + X @ X.mT
@@ -130,13 +130,8 @@ def _gram_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
 
 def svd_basis(G: Tensor) -> tuple[Tensor, Tensor]:
     """Return all left singular vectors and values of G by a full singular value decomposition in float64."""
-    U, sigma, _ = torch.linalg.svd(G.to(_exact_device(G), torch.float64), full_matrices=False)
+    U, sigma, _ = torch.linalg.svd(G.to(with_float64(G.device), torch.float64), full_matrices=False)
     return _rounded(U, G), _rounded(sigma, G)
-
-
-def _exact_device(X: Tensor) -> torch.device:
-    """Return where float64 is computed."""
-    return torch.device("cpu") if X.device.type == "mps" else X.device
 
 
 def _rounded(X: Tensor, like: Tensor) -> Tensor:
@@ -153,7 +148,7 @@ def range_finder(
     """
     G = G.float()
     k = min(r + oversample, *G.shape[-2:])
-    where = where_drawn(G.device)
+    where = with_float64(G.device)
     sketch = torch.randn(*G.shape[:-2], G.shape[-1], k, generator=gen, dtype=torch.float32, device=where).to(G)
     Q = orthonormalize(G @ sketch)
     for _ in range(iterations):

@@ -34,8 +34,8 @@ def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed(*key))
 
 
-def where_drawn(device: torch.device) -> torch.device:
-    """Return where numbers for a device are drawn: there, but for MPS, which has no float64."""
+def with_float64(device: torch.device) -> torch.device:
+    """Return where numbers of a device are drawn and decomposed in float64: there, but for MPS, which has none."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -65,7 +65,7 @@ def gumbel_top_r(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
     Returns:
         Indices (..., r), int64.
     """
-    device = where_drawn(weights.device)
+    device = with_float64(weights.device)
     uniform = _uniform(weights.shape, gen, device).clamp_min_(torch.finfo(torch.float64).tiny)
     noise = -torch.log(-torch.log(uniform))
     filler = -1e30 - torch.arange(weights.shape[-1], dtype=torch.float64, device=device) * 1e25
@@ -79,7 +79,7 @@ def draw(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
 
     By inversion of the cumulative sums in float64, on the device.
     """
-    device = where_drawn(weights.device)
+    device = with_float64(weights.device)
     sums = weights.to(device).double().cumsum(-1)
     uniform = _uniform((*weights.shape[:-1], r), gen, device) * sums[..., -1:]
     found = torch.searchsorted(sums, uniform, right=True)

@@ -80,7 +80,7 @@ def measure_refresh(bench: Bench) -> dict[str, Any]:
         U = torch.linalg.qr(bench.randn(m, m))[0]
         sigma = torch.logspace(0, -3, m, device=bench.device)
         G = (U * sigma) @ torch.linalg.qr(bench.randn(n, m))[0].mT
-        r, gen = m // 4, random.generator(1, device=random.where_drawn(bench.device))
+        r, gen = m // 4, random.generator(1, device=random.with_float64(bench.device))
         ways: dict[str, Callable[[], Any]] = {
             "gram": lambda g=G: kernels.gram_basis(g),
             "randomized": lambda g=G, r=r, gen=gen: kernels.range_finder(g, r, gen),
