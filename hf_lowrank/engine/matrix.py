@@ -156,7 +156,7 @@ class MatrixStep(Unit):
         """Return the basis in use, for this process's piece."""
         if self.basis is not None:
             return self.basis
-        products = self.config.options["products"]
+        products = self.config.options.get("products", "auto")
         basis = self.placed(self.config.parts.subspace.basis(self.view, self.context()).multiplied(products))
         if self.view.plain:
             self.basis = basis

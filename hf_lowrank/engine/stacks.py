@@ -7,7 +7,6 @@ view: checkpoints know nothing of it. What is large (gradients, weights, the pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from hf_lowrank.engine.step import SYNC_ELEMENTS, Unit
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.parts import Update
 from hf_lowrank.state.slots import Stored
-from hf_lowrank.tensors import products
-from hf_lowrank.tensors.bases import Basis, Dense
+from hf_lowrank.tensors.bases import Basis
+from hf_lowrank.tensors.several import Several
 
 
 class Stack(MatrixStep):
@@ -69,15 +68,7 @@ class Stack(MatrixStep):
 
     @override
     def basis_in_use(self) -> Basis:
-        bases = [member.basis_in_use() for member in self.members]
-        P = None
-        if all(isinstance(basis, Dense) for basis in bases):
-            given = [basis.P for basis in bases]  # type: ignore[attr-defined]
-            if all(one is given[0] for one in given):  # a sketch that they share
-                P = given[0].expand(len(given), *given[0].shape)
-            elif all(one is member.stored.get("basis") for one, member in zip(given, self.members, strict=True)):
-                P = self.stored["basis"]
-        return Several(bases, P)
+        return Several.of([member.basis_in_use() for member in self.members])
 
     @override
     def _write_(self, basis: Basis, G: Any, update: Update, c_t: float, ctx: Context) -> None:
@@ -100,52 +91,6 @@ class Stack(MatrixStep):
     def _advance_(self) -> None:
         for member in self.members:
             member._advance_()
-
-
-@dataclass(frozen=True)
-class Several(Basis):
-    """The bases of the matrices of a stack, whose gradients lie in memory of their own: R is (k, r, n).
-
-    Attributes:
-        bases: one for each matrix.
-        P: (k, m, r) if they are matrices that lie in one tensor, else None.
-    """
-
-    bases: Sequence[Basis]
-    P: Tensor | None
-
-    @override
-    def project(self, G: Any) -> Tensor:
-        if self.P is None:
-            return torch.stack([basis.project(one) for basis, one in zip(self.bases, G, strict=True)])
-        kind = products.chosen(self.bases[0].products, G[0])  # type: ignore[attr-defined]
-        A = products.left_factor(self.P, kind)
-        out = torch.empty(len(G), A.shape[-1], G[0].shape[-1], dtype=torch.float32, device=A.device)
-        for product, factor, one in zip(out.unbind(0), A.unbind(0), G, strict=True):
-            products.multiply_(product, factor, one, kind)
-        return products.joined(out, kind)
-
-    def factors(self, Z: Tensor | None, W: Tensor) -> tuple[Sequence[Basis], Tensor | None]:
-        """Return bases and coefficients for the write, rounded at once where they are rounded to be multiplied."""
-        if self.P is None or Z is None:
-            return self.bases, Z
-        kind = self.bases[0].products  # type: ignore[attr-defined]
-        if not products.chosen(kind, W).startswith("bf16"):
-            return self.bases, Z
-        return [Dense(P, kind) for P in self.P.bfloat16().unbind(0)], Z.bfloat16()
-
-    @override
-    def gram(self) -> Tensor:
-        return torch.stack([basis.gram() for basis in self.bases])
-
-    @override
-    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        raise TypeError("every matrix of a stack is written by its own basis")
-
-    @override
-    def rows(self, start: int, length: int) -> Several:
-        P = None if self.P is None else self.P.narrow(-2, start, length)
-        return Several([basis.rows(start, length) for basis in self.bases], P)
 
 
 def stacked(units: Iterable[MatrixStep]) -> list[Stack]:

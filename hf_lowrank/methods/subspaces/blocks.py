@@ -34,7 +34,7 @@ def block_size(rank: float) -> int:
 class _Fixed(Subspace):
     """A basis that is the same for ever."""
 
-    without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger", "basis_format")
+    without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger", "basis_format", "products")
     composable: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
 
