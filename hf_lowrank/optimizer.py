@@ -242,15 +242,14 @@ class LowRankOptimizer(Optimizer):
     def train(self) -> None:
         """Register the hooks of the layerwise mode; Trainer calls it before every step, in your own loop call it once.
 
-        Hooks that another optimizer of ours left on these parameters are removed in any case.
-
-        A hook projects a matrix's gradient during backward and frees it; `step` updates. Methods that need the
-        gradient at the write (Fira) update in the hook. A matrix whose refresh is due keeps its gradient until `step`.
+        Hooks that another optimizer of ours left are removed. A hook projects a matrix's gradient during backward and
+        frees it; `step` updates. Methods that need the gradient at the write (Fira, all without a subspace) update in
+        the hook, dense parameters too. A matrix whose refresh is due keeps its gradient until `step`.
 
         Raises:
             ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
         """
-        self.layerwise.attach(self.param_groups, self.take_gradient)
+        self.layerwise.attach(self.param_groups, self.configs, self.take_gradient)
 
     def eval(self) -> None:
         """Do nothing; Trainer calls it before evaluation."""
@@ -261,11 +260,13 @@ class LowRankOptimizer(Optimizer):
 
     @torch.no_grad()
     def take_gradient(self, p: Tensor) -> None:
-        """Project (or apply) one matrix's gradient and free it; one whose refresh is due is left for `step`."""
-        matrices = self._prepared(p).matrices
-        if p in matrices:
-            with torch.autocast(p.device.type, enabled=False):
-                self.layerwise.take_(matrices[p], self._refresh)
+        """Project (or apply) a gradient and free it; that of a matrix whose refresh is due is left for `step`."""
+        unit = self._prepared(p).by_weight.get(p)
+        with torch.autocast(p.device.type, enabled=False):
+            if isinstance(unit, MatrixStep):
+                self.layerwise.take_(unit, self._refresh)
+            elif unit is not None:
+                self.layerwise.take_dense_(unit)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

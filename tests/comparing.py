@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from references import Case, reference
+from references import Case, entry, reference
 from streams import displacement, gradients, run, weight
 from torch import Tensor
 
@@ -33,19 +33,30 @@ def optimizer(p: Tensor, name: str, *, called: str | None = None, **options: Any
     return LowRankOptimizer([{"params": [(called, p)] if called else [p], **group}], name, **common)
 
 
+def parts_of(group: Any) -> tuple[str, ...]:
+    """The names of a group's parts."""
+    row = METHODS[group["method"]]
+    return tuple(str(group.get(kind, getattr(row, kind))) for kind in registry.KINDS)
+
+
+def expected(p: Tensor, opt: LowRankOptimizer) -> float:
+    """How far an fp32 run may end from its reference: what the least exact of its parts needs."""
+    group = opt.param_groups[0]
+    case = Case(tuple(p.shape[-2:]), group)
+    return max(entry(*part).tolerance(case) for part in zip(registry.KINDS, parts_of(group), strict=True))
+
+
 def references(p: Tensor, opt: LowRankOptimizer, *, called: str | None = None, **extra: Any) -> list[Any]:
     """The references of a weight, one for every matrix of a stack; `extra` attributes differ from the group's options.
 
     They know the options and the key of the run, and nothing of what it computes.
     """
     group = opt.param_groups[0]
-    row = METHODS[group["method"]]
-    parts = tuple(str(group.get(kind, getattr(row, kind))) for kind in registry.KINDS)
     stack = tuple(p.shape[:-2])
     made = []
     for place, W in enumerate(p.detach().cpu().clone().reshape(-1, *p.shape[-2:])):
         case = Case(tuple(W.shape), group, called or "", stack=stack, place=place)
-        made.append(reference(case, W, parts, **extra))
+        made.append(reference(case, W, parts_of(group), **extra))
     return made
 
 
@@ -71,7 +82,7 @@ def agree(
     name: str,
     shape: tuple[int, ...],
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     stream: list[Tensor] | None = None,
     each: Callable[[int, Any, list[Any]], None] | None = None,
     called: str | None = None,
@@ -81,5 +92,5 @@ def agree(
     p = weight(shape)
     opt = optimizer(p, name, called=called, **options)
     distance, refs = compare(p, opt, stream or gradients(shape, STEPS), each=each, called=called)
-    assert distance < tolerance
+    assert distance < (expected(p, opt) if tolerance is None else tolerance)
     return p, opt, refs

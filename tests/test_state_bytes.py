@@ -33,6 +33,19 @@ NUMBERS = ADAM | {
     **{name: lambda m, n, r: m * r + n * r + n for name in METHODS if METHODS[name].moments == "adam_mini"},
     **{name: lambda m, n, r: m * r + n * r + 2 * (r + n) for name in METHODS if METHODS[name].moments == "came"},
 }
+WHOLE = {
+    "adam": lambda m, n, r: 2 * m * n,
+    "adafactor": lambda m, n, r: m * n + m + n,
+    "came": lambda m, n, r: m * n + 2 * (m + n),
+    "adam_mini": lambda m, n, r: m * n + n,
+    "momentum": lambda m, n, r: m * n,
+    "sgd": lambda m, n, r: 0,
+    "adalomo": lambda m, n, r: m + n,
+    "sm3": lambda m, n, r: m * n + m + n,
+    "muon": lambda m, n, r: m * n,
+    "normuon": lambda m, n, r: m * n + n,
+}
+NUMBERS |= {name: WHOLE[row.moments] for name, row in METHODS.items() if row.subspace == "whole"}
 FIRA = [name for name in METHODS if METHODS[name].reconstruction == "fira" and METHODS[name].moments != "adam"]
 NUMBERS |= {name: lambda m, n, r, rest=NUMBERS[name]: rest(m, n, r) + 1 for name in FIRA}
 # counters of their own, in bytes; Grass counts an index as one number, which takes eight bytes
@@ -61,6 +74,8 @@ def sizes_of(name, shape):
     default = resolve.complete(name, {})["rank"]
     if default < 1:  # blocks of the weight's own last axis
         return default, shape[1], shape[0], int(shape[1] * default)
+    if METHODS[name].subspace == "whole":  # the columns are the weight's first axis
+        return default, shape[1], shape[0], 1
     return (default, min(shape), max(shape), 1) if default == 1 else (8, min(shape), max(shape), 8)
 
 
@@ -73,7 +88,9 @@ def test_declared_bytes_are_those_of_the_formula(name, shape):
     opt = optimizer(p := weight(shape), name, rank=rank)
     numbers = evaluated(state_formula(opt.configs[0]), m=m, n=n, r=r)
     assert name not in NUMBERS or NUMBERS[name](m, n, r) == numbers
-    if "adam_mini" in name and shape[0] < shape[1]:  # outputs are mixed: one second moment per row of R
+    if (
+        "adam_mini" in name and METHODS[name].subspace != "whole" and shape[0] < shape[1]
+    ):  # outputs are mixed: one second moment per row of R
         numbers += r - n
     if name == "q_galore_adamw":
         numbers += m * r / 128  # a scale for every block

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hf_lowrank.tensors.sums import Max, Sum
 
 
 def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:
@@ -28,12 +31,28 @@ def all_true(flags: list[bool], group: Any, device: torch.device) -> list[bool]:
 
 def sum_together(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """Sum every tensor over the processes, in one collective."""
+    return _reduced(tensors, dist.ReduceOp.SUM, group)
+
+
+def answers(asked: Sequence[Sum | Max], group: Any) -> list[Tensor]:
+    """Answer what rules ask: all sums in one collective, all maxima in another."""
+    found: list[Tensor] = [one.partial for one in asked]
+    for kind, operation in ((Sum, dist.ReduceOp.SUM), (Max, dist.ReduceOp.MAX)):
+        which = [i for i, one in enumerate(asked) if isinstance(one, kind)]
+        if which:
+            reduced = _reduced([found[i] for i in which], operation, group)
+            found = [reduced[which.index(i)] if i in which else x for i, x in enumerate(found)]
+    return found
+
+
+def _reduced(tensors: Sequence[Tensor], operation: Any, group: Any) -> list[Tensor]:
+    """Reduce every tensor over the processes, in one collective."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat, group=group)
+    dist.all_reduce(flat, op=operation, group=group)
     return _pieces(flat, tensors)
 
 
-def _pieces(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def _pieces(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return views of the numbers of each tensor, in its shape, of all that were laid end to end."""
     pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -138,4 +138,5 @@ class DenseStep(Unit):
             r=0,
             offset=place,
             device=weight.device,
+            weight=weight,
         )

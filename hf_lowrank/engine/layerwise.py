@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_lowrank.engine import step
+from hf_lowrank.engine.dense import DenseStep
 from hf_lowrank.engine.matrix import MatrixStep
+from hf_lowrank.methods.resolve import Config
 
 
 Take = Callable[[Tensor], None]
@@ -47,21 +49,17 @@ class Layerwise:
             RuntimeError: for a second gradient of a matrix that has been stepped.
         """
         weight, in_hook = unit.weight, unit.keeps_gradient
+        if in_hook:
+            self._once(weight, unit.config.method)
         due, first = unit.due(after=False), unit.stored["refreshes"] == 0
         if due and not first and not in_hook:
             return
-        if weight in self.stepped:
-            raise RuntimeError(
-                f"{unit.config.method} updates a weight as soon as its gradient is there, and a second one came "
-                "before step(): set gradient_accumulation_steps=1, or leave out layerwise"
-            )
         if due and unit.started is None:  # the first basis comes from the first gradient there is
             refresh_([unit], {})
         if in_hook:
             step.update_([unit], {})
             if unit.due(after=True):
                 refresh_([unit], {})
-            self.stepped.add(weight)
         else:
             before, unit.started = unit.started, None
             reading = step.start([unit])
@@ -71,20 +69,41 @@ class Layerwise:
             self.waiting[weight] = unit
         weight.grad = None
 
-    def attach(self, groups: Sequence[Mapping[str, Any]], take: Take) -> None:
-        """Give every matrix of a layerwise group a hook; remove those that another optimizer of ours left.
+    def take_dense_(self, unit: DenseStep) -> None:
+        """Step a dense parameter, alone in its unit, and free its gradient.
+
+        Raises:
+            RuntimeError: for a second gradient of one that has been stepped.
+        """
+        (weight,) = unit.weights
+        self._once(weight, unit.config.method)
+        step.update_([unit], {})
+        weight.grad = None
+
+    def _once(self, weight: Tensor, method: str) -> None:
+        if weight in self.stepped:
+            raise RuntimeError(
+                f"{method} updates a weight as soon as its gradient is there, and a second one came "
+                "before step(): set gradient_accumulation_steps=1, or leave out layerwise"
+            )
+        self.stepped.add(weight)
+
+    def attach(self, groups: Sequence[Mapping[str, Any]], configs: Sequence[Config], take: Take) -> None:
+        """Give every matrix of a layerwise group a hook, and every dense parameter whose method steps in the hook;
+        remove those that another optimizer of ours left.
 
         A hook holds no reference that would keep the optimizer alive.
 
         Args:
             groups: all parameter groups.
+            configs: what they were resolved to.
             take: the optimizer's method that is called with the parameter.
 
         Raises:
             ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
         """
-        for group in groups:
-            wanted = group["layerwise"] and "rank" in group
+        for group, config in zip(groups, configs, strict=True):
+            wanted = group["layerwise"] and (config.low_rank or config.parts.needs_gradient)
             for p in group["params"]:
                 owner, handle = _hooks.get(p, (None, None))
                 if owner is not None and owner() is self:

@@ -182,6 +182,7 @@ class MatrixStep(Unit):
             r=self.plan.r,
             offset=self.layout.offset if self.layout.along else 0,
             device=self.device,
+            weight=self.weight,
         )
 
 

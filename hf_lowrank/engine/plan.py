@@ -150,6 +150,6 @@ def projected_bytes(plan: Plan, config: Config) -> int:
     layout = plan.layout
     if layout is None:
         return 0
-    lengths = {"r": plan.r, "n": layout.columns}
+    lengths = {"m": layout.m, "r": plan.r, "n": layout.columns}
     axes = config.parts.subspace.projected.split()
     return 4 * prod(layout.stack) * prod(int(axis) if axis.isdigit() else lengths[axis] for axis in axes)

@@ -118,6 +118,7 @@ def stackable(unit: MatrixStep) -> bool:
         and unit.view.plain
         and not unit.config.options["layerwise"]
         and parts.reconstruction.by_columns
+        and not parts.moments.needs_weight
         and not parts.subspace.needs_gradient
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_lowrank.engine import collectives
 from hf_lowrank.tensors import kernels
-from hf_lowrank.tensors.sums import Rule, Sum
+from hf_lowrank.tensors.sums import Max, Rule, Sum
 
 
 SYNC_ELEMENTS = 2**26
@@ -42,7 +42,7 @@ class Reading(NamedTuple):
     tensors: list[Tensor]
 
 
-Work = Generator[Sum | Reading, Any, T]
+Work = Generator[Sum | Max | Reading, Any, T]
 
 
 class Unit(ABC):
@@ -189,7 +189,7 @@ def advance(work: Sequence[Work[Any]], answers: Sequence[Any], units: Sequence[A
     readings: list[Reading | None] = [None] * len(work)
     pending = dict(enumerate(answers))
     while pending:
-        partial = {}
+        round_: dict[int, Sum | Max] = {}
         for i, answer in pending.items():
             try:
                 asked = work[i].send(answer)
@@ -198,10 +198,10 @@ def advance(work: Sequence[Work[Any]], answers: Sequence[Any], units: Sequence[A
             if isinstance(asked, Reading):
                 readings[i] = asked
             else:
-                partial[i] = asked.partial
+                round_[i] = asked
         pending = {}
-        if partial:
-            pending = dict(zip(partial, collectives.sum_together([*partial.values()], group_of(units)), strict=True))
+        if round_:
+            pending = dict(zip(round_, collectives.answers([*round_.values()], group_of(units)), strict=True))
     return readings
 
 

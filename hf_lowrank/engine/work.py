@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ class Work:
         self, groups: Sequence[Mapping[str, Any]], configs: Sequence[Config], state: MutableMapping[Tensor, Any]
     ) -> None:
         self.plans: dict[Tensor, Plan] = {}
-        self.matrices: dict[Tensor, MatrixStep] = {}
+        self.by_weight: dict[Tensor, MatrixStep | DenseStep] = {}  # of what is stepped alone
         self.units: list[MatrixStep | DenseStep] = []
         self.stacks: list[Stack] = []
         for group, config in zip(groups, configs, strict=True):
@@ -66,20 +67,20 @@ class Work:
                     MatrixStep(p, state[p], config, plan, group, first + i)
                     for i, (_, p, _, plan) in enumerate(members)
                 ]
-                self.matrices |= {unit.weight: unit for unit in steps}
+                self.by_weight |= {unit.weight: unit for unit in steps}
                 self.units += steps
                 self.stacks += stacked(steps)
                 continue
-            for mesh in dict.fromkeys(getattr(one.weight, "device_mesh", None) for one in members):
-                here = [
-                    (first + i, one)
-                    for i, one in enumerate(members)
-                    if getattr(one.weight, "device_mesh", None) == mesh
-                ]
+            apart = bool(config.options["layerwise"] and config.parts.needs_gradient)  # stepped in the hooks
+            together: dict[Any, list[tuple[int, Declared]]] = defaultdict(list)
+            for i, one in enumerate(members, first):
+                together[i if apart else getattr(one.weight, "device_mesh", None)].append((i, one))
+            for here in together.values():
                 weights, plans = [one.weight for _, one in here], [one.plan for _, one in here]
-                self.units.append(
-                    DenseStep(weights, [state[p] for p in weights], config, plans, group, [i for i, _ in here])
-                )
+                unit = DenseStep(weights, [state[p] for p in weights], config, plans, group, [i for i, _ in here])
+                self.units.append(unit)
+                if apart:
+                    self.by_weight[weights[0]] = unit
         self._held: dict[Tensor, tuple[Any, list[Tensor]]] = {p: (state[p], [*state[p].values()]) for p in self.plans}
 
     def holds(self, state: Mapping[Tensor, Any], some: Iterable[Tensor]) -> bool:

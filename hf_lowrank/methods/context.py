@@ -48,6 +48,7 @@ class Context(NamedTuple):
         key: (seed, index of the parameter in group order).
         offset: where this process's piece of the weight starts.
         device: where the weight is.
+        weight: the parameter, which no rule writes; a DTensor where it is split over processes.
     """
 
     step: int
@@ -69,6 +70,7 @@ class Context(NamedTuple):
     key: tuple[int, int]
     offset: int
     device: torch.device
+    weight: torch.Tensor
 
     def generator(self) -> torch.Generator:
         """Return the generator of this basis, keyed by (seed, parameter, number of the basis), on the device."""

@@ -42,8 +42,12 @@ def state_formula(config: Config) -> str:
 def _declared(parts: Parts, options: Mapping[str, Any]) -> list[tuple[Slots, str]]:
     """Return the slots of every part with the number format of those that may be encoded."""
     moments = parts.moments.slots(Columns(2, block=1))  # of a tall or square weight
-    columns = parts.subspace.projected.split()[-1]
-    renamed = {name: replace(slot, axes=slot.axes.replace("n", columns)) for name, slot in moments.items()}
+    *_, rows, columns = parts.subspace.projected.split()
+    letters = {"r": rows, "n": columns}
+    renamed = {
+        name: replace(slot, axes=" ".join(letters.get(axis, axis) for axis in slot.axes.split()))
+        for name, slot in moments.items()
+    }
     basis, state = options.get("basis_format", "fp32"), options["state_format"]
     return [(parts.subspace.slots(), basis), (renamed, state), (parts.reconstruction.slots(), state)]
 

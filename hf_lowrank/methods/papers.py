@@ -10,7 +10,11 @@ from typing import Any
 TITLES = {
     "1412.6980": "Adam: A Method for Stochastic Optimization",
     "1804.04235": "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost",
+    "1711.05101": "Decoupled Weight Decay Regularization",
+    "1901.11150": "Memory-Efficient Adaptive Optimization",
+    "2306.09782": "Full Parameter Fine-tuning for Large Language Models with Limited Resources",
     "2307.02047": "CAME: Confidence-guided Adaptive Memory Efficient Optimization",
+    "2310.10195": "AdaLomo: Low-memory Optimization with Adaptive Learning Rate",
     "2402.03293": "Flora: Low-Rank Adapters Are Secretly Gradient Compressors",
     "2403.03507": "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
     "2406.16793": "Adam-mini: Use Fewer Learning Rates To Gain More",
@@ -26,7 +30,9 @@ TITLES = {
     "2502.01586": "SubTrack++: Gradient Subspace Tracking for Scalable LLM Training",
     "2502.05790": "I3S: Importance Sampling Subspace Selection for Low-Rank Optimization in LLM Pretraining",
     "2502.16982": "Muon is Scalable for LLM Training",
+    "2505.16932": "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm",
     "2505.24749": ("SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating Memory-Efficient LLM Training"),
+    "2510.05491": "NorMuon: Making Muon More Efficient and Scalable",
     "2512.07112": "FOAM: Folded Optimizer with Approximate Moment",
 }
 """Titles by arXiv number. A paper that is not here is cited by its number."""

@@ -160,10 +160,14 @@ class Moments(Part, ABC):
     Attributes:
         elementwise: whether every element is stepped for itself. Dense tensors then keep their own shape, and pieces
             may be stepped alone.
+        keeps_momentum: whether there is a first moment, at which other parts may look.
+        needs_weight: whether it looks at the weight itself (`ctx.weight`).
         transports: what it can do at a refresh.
     """
 
     elementwise: ClassVar[bool] = False
+    keeps_momentum: ClassVar[bool] = True
+    needs_weight: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = TRANSPORTS
 
     @property
@@ -177,9 +181,9 @@ class Moments(Part, ABC):
 
     @abstractmethod
     def update(self, s: State, R: Tensor, ctx: Context) -> Rule[Tensor]:
-        """Take R into the moments, in place, and return the direction N before bias correction (a new tensor).
+        """Take R into the moments, in place, and return the direction N before bias correction.
 
-        Sums may be asked for over the columns of R.
+        N may be R itself, and R the gradient: nobody writes in either. Sums may be asked for over the columns of R.
         """
 
     def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
@@ -256,7 +260,7 @@ class Reconstruction(Part, ABC):
             s: the state.
             norms: of the columns of the gradient and of P R.
             R: the projected gradient (..., r, n).
-            N: the direction (..., r, n); may be overwritten.
+            N: the direction (..., r, n), which may be R itself: not to be overwritten.
             c_t: the bias correction.
             ctx: the step.
         """

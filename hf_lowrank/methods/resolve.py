@@ -275,6 +275,8 @@ def _check_together(made: Parts, options: Mapping[str, Any]) -> None:
     """
     if made.needs_gradient and options["max_grad_norm"]:
         raise ValueError("it steps along the gradient itself, not along its projection alone: set max_grad_norm=0")
+    if (made.subspace.needs_momentum or made.reconstruction.needs_momentum) and not made.moments.keeps_momentum:
+        raise ValueError("a part looks at the momentum, and these moments keep none: choose moments=momentum or adam")
     if "rank" in options:
         made.subspace.check_rank(options["rank"])
     how = options.get("on_refresh", "keep")

@@ -40,6 +40,11 @@ _APOLLO = "arXiv 2412.05270"
 _SUMO = "arXiv 2505.24749"
 _ALONG_GRADIENT: dict[str, Any] = {"scale": 1.0}
 
+_ADALOMO = "arXiv 2310.10195"
+_NORMUON = "arXiv 2510.05491"
+_WHOLE: dict[str, Any] = {"rank": 1, "scale": 1.0, "proj_type": "right"}
+_MUON: dict[str, Any] = {**_WHOLE, "orthogonalize": "newton_schulz", "nesterov": True}
+
 METHODS: dict[str, Method] = {
     "galore_dominant_adamw": Method(
         "dominant", "adam", "project", "GaLore: Adam in the leading singular vectors of the gradient", _GALORE
@@ -180,6 +185,22 @@ METHODS: dict[str, Method] = {
         "arXiv 2512.07112",
         {"rank": 0.25, "proj_type": "right"},
     ),
+    "full_adamw": Method("whole", "adam", "project", "AdamW: the baseline", "arXiv 1711.05101", _WHOLE),
+    "full_adafactor": Method(
+        "whole", "adafactor", "project", "Adafactor with first moment", "arXiv 1804.04235", _WHOLE
+    ),
+    "full_came": Method("whole", "came", "project", "CAME", "arXiv 2307.02047", _WHOLE),
+    "full_adam_mini": Method("whole", "adam_mini", "project", "Adam-mini", "arXiv 2406.16793", _WHOLE),
+    "full_msgd": Method("whole", "momentum", "project", "SGD with momentum", "-", _WHOLE),
+    "full_sgd": Method("whole", "sgd", "project", "SGD; LOMO where it is layerwise", "arXiv 2306.09782", _WHOLE),
+    "full_adalomo": Method(
+        "whole", "adalomo", "project", "AdaLomo: Adafactor without momentum, in units of the weight", _ADALOMO, _WHOLE
+    ),
+    "full_sm3": Method(
+        "whole", "sm3", "project", "SM3: the largest of every row and column", "arXiv 1901.11150", _WHOLE
+    ),
+    "full_muon": Method("whole", "muon", "project", "Muon: orthogonalised momentum", "arXiv 2502.16982", _MUON),
+    "full_normuon": Method("whole", "normuon", "project", "NorMuon: Muon with neurons of one size", _NORMUON, _MUON),
     "lowrank": Method(
         "dominant", "adam", "project", "any parts by name: subspace=, moments=, reconstruction=", "-", free=True
     ),

@@ -115,6 +115,34 @@ class Dense(Basis):
 
 
 @dataclass(frozen=True)
+class Identity(Basis):
+    """P = I: nothing is projected, and R is G (itself, where that is fp32)."""
+
+    @override
+    def project(self, G: Tensor) -> Tensor:
+        return G.float()
+
+    @override
+    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        if beta != 1.0:
+            W.mul_(beta)
+        W.add_(Z, alpha=alpha)
+
+    @override
+    def expand(self, Z: Tensor, like: Tensor) -> Tensor:
+        return Z
+
+    @override
+    def rows(self, start: int, length: int) -> Basis:
+        """
+
+        Raises:
+            ValueError: always: R would lie as the gradient does, and not as moments do.
+        """
+        raise ValueError("a whole gradient cannot be split by its rows: set proj_type=right")
+
+
+@dataclass(frozen=True)
 class TwoSided(Basis):
     """U = P Z Q^T with a second basis Q (..., n, k) for the columns, so that R = P^T G Q is (..., r, k)."""
 

@@ -130,7 +130,7 @@ class Entry:
 
     loop: type[Matrix] = LowRank
     fields: Callable[[Case], Mapping[str, Any]] = lambda case: {}
-    tolerance: float = 1e-5
+    tolerance: Callable[[Case], float] = lambda case: 1e-5
     without: frozenset[str] = frozenset()
 
 

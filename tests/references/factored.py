@@ -123,6 +123,32 @@ def blocks(case: Case) -> str | int:
     return head if head and attention and max(case.shape) % head == 0 else "column"
 
 
+class AdaLomo:
+    """AdaLomo Algorithm 1: Adafactor's clipped update without momentum, times max(1e-3, RMS(W))."""
+
+    t = 0
+
+    def __init__(self, decay: float = 0.8, threshold: float = 1.0, smallest: float = 1e-3) -> None:
+        self.decay, self.threshold, self.smallest, self.v = decay, threshold, smallest, Factored()
+
+    def __copy__(self) -> AdaLomo:
+        return AdaLomo(self.decay, self.threshold, self.smallest)
+
+    def update(self, R: Tensor, h: Any) -> tuple[Tensor, float]:
+        self.t += 1
+        u = clipped(R / self.v.update(R * R + 1e-30, 1 - self.t**-self.decay).sqrt(), self.threshold)
+        return max(self.smallest, rms(h.W)) * u, 1.0
+
+    def transport(self, how: str, C: Tensor, h: Any) -> None:
+        if how != "keep":
+            self.v = self.v.rotated(C)
+
+
+def adalomo(case: Case) -> AdaLomo:
+    o = case.options
+    return AdaLomo(o["decay_rate"], o["clip_threshold"], o["smallest_weight"])
+
+
 def adafactor(case: Case) -> Adafactor:
     return Adafactor(case.options["decay_rate"], case.options["clip_threshold"])
 
@@ -133,6 +159,7 @@ def came(case: Case) -> CAME:
 
 REFERENCES = {
     ("moments", "adafactor"): Entry(fields=lambda case: {"moments": adafactor(case)}),
+    ("moments", "adalomo"): Entry(fields=lambda case: {"moments": adalomo(case)}),
     ("moments", "came"): Entry(fields=lambda case: {"moments": came(case)}),
     ("moments", "adam_mini"): Entry(fields=lambda case: {"moments": AdamMini(blocks(case), outside=True)}),
 }

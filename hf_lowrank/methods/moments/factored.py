@@ -1,4 +1,4 @@
-"""A second moment kept as one number per row and one per column: Adafactor, CAME.
+"""A second moment kept as one number per row and one per column: Adafactor, AdaLomo, CAME.
 
 Legend: R projected gradient (..., r, n) · row (..., r) and col (..., n) running means of R∘R · M first moment.
 """
@@ -6,8 +6,10 @@ Legend: R projected gradient (..., r, n) · row (..., r) and col (..., n) runnin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -16,6 +18,7 @@ from hf_lowrank.methods.moments.momentum import Momentum
 from hf_lowrank.methods.options import again, number
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
+from hf_lowrank.tensors.layout import local
 from hf_lowrank.tensors.sums import Asking, Sum
 
 
@@ -65,9 +68,22 @@ def clipped(u: Tensor, threshold: float, columns: Columns) -> Asking[Tensor]:
 def rotate_factors_(s: State, C: Tensor, *prefixes: str) -> None:
     """Carry M and the row statistics: M <- C M, row_i <- sum_j C_ij^2 row_j; columns stay."""
     s["exp_avg"].copy_(C @ s["exp_avg"])
+    rotate_rows_(s, C, *prefixes)
+
+
+def rotate_rows_(s: State, C: Tensor, *prefixes: str) -> None:
+    """Carry the row statistics: row_i <- sum_j C_ij^2 row_j; columns stay."""
     for prefix in prefixes:
         row = s[f"{prefix}_row"]
         row.copy_((C.square() @ row.unsqueeze(-1)).squeeze(-1))
+
+
+def normalised(s: State, R: Tensor, decay_rate: float, threshold: float, ctx: Context) -> Asking[Tensor]:
+    """Take R into Adafactor's statistics and return its clipped U (a new tensor)."""
+    beta2 = 1 - ctx.moment_step**-decay_rate
+    root = yield from observe(s, R.square() + TINY, "square", beta2, ctx.columns)
+    u = yield from clipped(R * root, threshold, ctx.columns)
+    return u
 
 
 @dataclass(frozen=True)
@@ -96,14 +112,52 @@ class Adafactor(Moments, key="adafactor"):
 
     @override
     def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
-        beta2 = 1 - ctx.moment_step**-self.decay_rate
-        root = yield from observe(s, R.square() + TINY, "square", beta2, ctx.columns)
-        u = yield from clipped(R * root, self.clip_threshold, ctx.columns)
+        u = yield from normalised(s, R, self.decay_rate, self.clip_threshold, ctx)
         return s["exp_avg"].lerp_(u, 1 - ctx.beta1).clone()
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
         rotate_factors_(s, C, "square")
+
+
+@dataclass(frozen=True)
+class AdaLomo(Moments, key="adalomo"):
+    """Adafactor's clipped U without a first moment, in units of the weight: N = max(eps2, RMS(W)) U.
+
+    State on R: r + n.
+
+    References:
+        AdaLomo, arXiv 2310.10195, Algorithm 1.
+
+    Differs from the authors' code: decay is the group's, decoupled, and not in units of the weight; the state is saved
+    and loaded, and needs no CUDA (transformers' `adalomo` keeps it in attributes and on a GPU).
+    """
+
+    needs_weight: ClassVar[bool] = True
+    keeps_momentum: ClassVar[bool] = False
+    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+
+    decay_rate: float = again(DECAY_RATE)
+    clip_threshold: float = again(CLIP_THRESHOLD)
+    smallest_weight: float = number(1e-3, above=0.0, help="AdaLomo: least RMS that a weight counts as having")
+
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        return factors(columns, "square")
+
+    @override
+    def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
+        W = local(ctx.weight)
+        axes = (-2, -1) if ctx.m else tuple(range(W.dim()))  # of every matrix of a stack; a dense parameter is one
+        norm = torch.linalg.vector_norm(W, dim=axes, dtype=torch.float32)
+        total = yield Sum(norm.square(), over="columns")
+        size = (total / prod(ctx.weight.shape[axis] for axis in axes)).sqrt().clamp_min_(self.smallest_weight)
+        u = yield from normalised(s, R, self.decay_rate, self.clip_threshold, ctx)
+        return u.mul_(size.view(size.shape + (1,) * (u.dim() - size.dim())))
+
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        rotate_rows_(s, C, "square")
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
-"""One moment, orthogonalised: Muon in a subspace.
+"""One moment, orthogonalised: Muon, of the whole gradient or in a subspace.
 
-Legend: R projected gradient (..., r, n) · M first moment (..., r, n) · X what is orthogonalised, M or b1 M + R · K =
-X X^T (..., r, r), a sum over the columns · N direction (..., r, n).
+Legend: R projected gradient (..., r, n) · M first moment (..., r, n) · X what is orthogonalised, M or b1 M + (1 - b1)
+R · K = X X^T (..., r, r), a sum over the columns · N direction (..., r, n).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,36 +17,72 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.adam import Adam
-from hf_lowrank.methods.options import flag
+from hf_lowrank.methods.options import again, choice, flag, integer
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.sums import Asking, Sum
+from hf_lowrank.tensors.sums import Asking, Sum, whole_columns
 
 
 ADAMS_RMS = 0.2
 """RMS of an update of Adam's, to which that of a whole matrix with orthonormal rows is brought."""
 
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),)
+"""Coefficients (a, b, c) of X <- a X + b K X + c K^2 X, in every iteration: as in torch.optim.Muon."""
+
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.875, -1.25, 0.375),
+)
+"""The same, best for each iteration in turn; the last is repeated (Polar Express, arXiv 2505.16932)."""
+
+ORTHOGONALIZE: Any = choice(
+    "exact",
+    "newton_schulz",
+    "polar_express",
+    help="Muon: exact: from the Gram matrix in float64; newton_schulz: Muon's iteration in bf16, as torch.optim.Muon, "
+    "singular values in 0.7 .. 1.2; polar_express: the best polynomials of the same degree, in fp32",
+)
+STEPS: Any = integer(5, minimum=1, help="Muon: iterations of newton_schulz and polar_express")
+NESTEROV: Any = flag(False, help="Muon: orthogonalise b1 M + (1 - b1) R instead of M")
+ADJUST_LR: Any = choice(
+    "match_rms_adamw",
+    "original",
+    help="Muon: factor of the orthogonalised matrix: 0.2 sqrt(max(m, n)), the size of Adam's step, or sqrt(max(1, "
+    "outputs / inputs))",
+)
+
 
 @dataclass(frozen=True)
 class Muon(Moments, key="muon"):
-    """M <- b1 M + R;  N = 0.2 sqrt(max(m, n)) U V^T for M = U S V^T (nesterov: for b1 M + R), no bias correction.
+    """M <- b1 M + (1 - b1) R;  N = 0.2 sqrt(max(m, n)) U V^T for M = U S V^T, no bias correction.
 
-    The polar factor is K^-1/2 M with K = M M^T, in float64: of a condition of 1e4 K has the square. Directions of
-    rounding noise (`inverse_root`) give nothing, so that zeros give zeros.
+    With `nesterov` the polar factor is that of b1 M + (1 - b1) R. The exact one is K^-1/2 X with K = X X^T, in
+    float64: of a condition of 1e4 K has the square. Directions of rounding noise (`inverse_root`) give nothing, so
+    that zeros give zeros. The iterations need all columns in one place: where FSDP2 splits them every process gets
+    them all.
 
-    State: rn. Dense parameters take Adam. Every step costs one eigendecomposition of an r x r matrix.
+    State: rn. Dense parameters take Adam. Every step costs one eigendecomposition of an r x r matrix, or `ns_steps`
+    times three products.
 
     References:
-        SUMO, arXiv 2505.24749, Algorithm 1. The factor 0.2 sqrt(max(m, n)): Muon is Scalable for LLM Training, arXiv
-        2502.16982.
+        SUMO, arXiv 2505.24749, Algorithm 1, in a subspace. Of the whole gradient: Muon (Jordan et al., 2024) as in
+        torch.optim.Muon; the factor 0.2 sqrt(max(m, n)): Muon is Scalable for LLM Training, arXiv 2502.16982.
 
-    Differs from the authors' code: that was not read; from the paper, in that the polar factor comes from K instead of
-    a singular value decomposition of M, which needs all columns in one place; SUMO always carries M along, here every
-    refresh does what `on_refresh` says (SUMO: rotate); its limiter of the update's growth is left out, since the size
-    of N does not depend on the gradient's.
+    Differs from the authors' code: SUMO's was not read; from the paper, in that the polar factor comes from K instead
+    of a singular value decomposition of M, which needs all columns in one place; SUMO always carries M along, here
+    every refresh does what `on_refresh` says (SUMO: rotate); its limiter of the update's growth is left out, since the
+    size of N does not depend on the gradient's. torch.optim.Muon takes matrices only; here all else takes Adam.
     """
 
-    nesterov: bool = flag(False, help="Muon: orthogonalise b1 M + R instead of M")
+    orthogonalize: str = again(ORTHOGONALIZE)
+    ns_steps: int = again(STEPS)
+    nesterov: bool = again(NESTEROV)
+    adjust_lr: str = again(ADJUST_LR)
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
@@ -60,22 +97,69 @@ class Muon(Moments, key="muon"):
 
     @override
     def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
-        M = s["exp_avg"].mul_(ctx.beta1).add_(R)
-        X = torch.add(R, M, alpha=ctx.beta1) if self.nesterov else M
-        wide = X.double()
-        K = yield Sum(wide @ wide.mT, over="columns")
-        del wide  # of all matrices that wait for their sums
-        root = inverse_root(K, ctx.columns.n, torch.finfo(X.dtype).eps)
-        root *= ADAMS_RMS * sqrt(max(ctx.m, ctx.columns.n))
-        return (root @ X.double()).to(X.dtype)
-
-    @override
-    def momentum(self, s: State, ctx: Context) -> Tensor:
-        return s["exp_avg"] * (1 - ctx.beta1)  # M is a sum
+        M = s["exp_avg"].lerp_(R, 1 - ctx.beta1)
+        X = torch.lerp(R, M, ctx.beta1) if self.nesterov else M
+        factor = adjusted(self.adjust_lr, ctx)
+        polar = yield from orthogonal(X, self.orthogonalize, self.ns_steps, ctx.columns, factor)
+        return polar
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
         s["exp_avg"].copy_(C @ s["exp_avg"])
+
+
+def adjusted(how: str, ctx: Context) -> float:
+    """Return the factor of an orthogonalised matrix; see ADJUST_LR."""
+    if how == "match_rms_adamw":
+        return ADAMS_RMS * sqrt(max(ctx.m, ctx.columns.n))
+    outputs, inputs = (ctx.columns.n, ctx.m) if ctx.columns.block else (ctx.m, ctx.columns.n)
+    return sqrt(max(1.0, outputs / inputs))
+
+
+def orthogonal(X: Tensor, how: str, steps: int, columns: Columns, factor: float = 1.0) -> Asking[Tensor]:
+    """Return `factor` times the polar factor U V^T of X = U S V^T (..., r, n), for this process's columns.
+
+    Args:
+        X: the columns that this process holds, in fp32.
+        how: see ORTHOGONALIZE.
+        steps: of an iteration.
+        columns: where X lies.
+        factor: what the result is multiplied by.
+    """
+    n, tall = columns.n, X.shape[-2] >= columns.n
+    if how == "exact" and not tall:  # a sum over the columns is enough
+        wide = X.double()
+        K = yield Sum(wide @ wide.mT, over="columns")
+        del wide  # of all matrices that wait for their sums
+        return ((inverse_root(K, n, torch.finfo(X.dtype).eps) * factor) @ X.double()).to(X.dtype)
+    whole = yield from whole_columns(X, columns.start, n)
+    short = whole.mT if tall else whole  # a square one as torch.optim.Muon sees it: (outputs, inputs)
+    if how == "exact":
+        wide = short.double()
+        found = (inverse_root(wide @ wide.mT, max(short.shape[-2:]), torch.finfo(X.dtype).eps) @ wide).to(X.dtype)
+    elif how == "newton_schulz":
+        found = iterated(short.bfloat16(), NEWTON_SCHULZ, steps)
+    else:
+        found = iterated(short / 1.01, POLAR_EXPRESS, steps)
+    held = (found.mT if tall else found).narrow(-1, columns.start, X.shape[-1])
+    return held.to(X.dtype).mul_(factor)
+
+
+def iterated(X: Tensor, coefficients: Sequence[tuple[float, float, float]], steps: int) -> Tensor:
+    """Return X (..., r, n), short side first, after iterations that bring its singular values towards 1.
+
+    Args:
+        X: the matrix, of any norm.
+        coefficients: (a, b, c) of each iteration; the last are repeated.
+        steps: how many.
+    """
+    X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min_(torch.finfo(X.dtype).tiny)
+    plus_product = torch.addmm if X.dim() == 2 else torch.baddbmm
+    for i in range(steps):
+        a, b, c = coefficients[min(i, len(coefficients) - 1)]
+        K = X @ X.mT
+        X = plus_product(X, plus_product(K, K, K, beta=b, alpha=c), X, beta=a)
+    return X
 
 
 def inverse_root(K: Tensor, n: int, eps: float) -> Tensor:

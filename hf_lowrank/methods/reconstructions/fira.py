@@ -81,8 +81,8 @@ class Fira(Reconstruction, key="fira"):
         totals = yield Sum(torch.stack([phi.square().mul_(residual), residual, g_squared]).sum(-1), over="columns")
         phi.div_(self._limit_(s, totals, eps).unsqueeze(-1) * corrected)
         if self.fira_form == "i3s":
-            return Update(N.addcmul_(R, phi.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, phi)
-        Z = N.addcmul_(R, phi.unsqueeze(-2), value=-1)
+            return Update(torch.addcmul(N, R, phi.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, phi)
+        Z = torch.addcmul(N, R, phi.unsqueeze(-2), value=-1)
         return Update(Z, ctx.scale, phi if self.fira_form == "released" else phi * ctx.scale)
 
     def _limit_(self, s: State, totals: Tensor, eps: float) -> Tensor:

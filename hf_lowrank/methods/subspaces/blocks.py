@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from math import log2
 from typing import ClassVar
 
-from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.parts import Subspace
-from hf_lowrank.state.slots import Slots, State
+from hf_lowrank.methods.subspaces.whole import Fixed
+from hf_lowrank.state.slots import State
 from hf_lowrank.tensors.bases import Basis, Blocks
 
 
@@ -31,10 +30,9 @@ def block_size(rank: float) -> int:
     return int(2**level)
 
 
-class _Fixed(Subspace):
-    """A basis that is the same for ever."""
+class _Sums(Fixed):
+    """Sums over blocks of 2^level rows."""
 
-    without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger", "basis_format", "products")
     composable: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
 
@@ -47,22 +45,9 @@ class _Fixed(Subspace):
         """One row of R for every block."""
         return -(-m // block_size(rank))
 
-    @override
-    def slots(self) -> Slots:
-        return {}
-
-    @override
-    def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        return None
-
-    @override
-    def interval_(self, s: State, gap: int, overlap: float) -> int:
-        """Never again."""
-        return 2**62
-
 
 @dataclass(frozen=True)
-class Haar(_Fixed, key="haar"):
+class Haar(_Sums, key="haar"):
     """The approximation coefficients of a Haar transform of some level: sums over 2^level entries / 2^(level/2).
 
     References:
@@ -79,7 +64,7 @@ class Haar(_Fixed, key="haar"):
 
 
 @dataclass(frozen=True)
-class Fold(_Fixed, key="fold"):
+class Fold(_Sums, key="fold"):
     """Means over 2^level adjacent entries, of G and of G∘G: R is (..., 2r, n). A short last block is filled with
     zeros.
 
