@@ -38,6 +38,7 @@ PLAIN = [  # Adam in a stored basis that a refresh chooses from the gradient, or
     if METHODS[name].subspace in ("dominant", "i3s", "hybrid", "uniform", "random")
     and METHODS[name].moments == "adam"
     and METHODS[name].reconstruction in ("project", "fira")
+    and not METHODS[name].defaults
 ]
 DEVICE = os.environ.get("HF_LOWRANK_DEVICE", "cpu")
 """Where the weights are: the references are computed on the CPU."""

@@ -28,7 +28,9 @@ from hf_lowrank.methods import registry, resolve
 GAP = 5
 ADAM = [n for n in COVERING if METHODS[n].moments == "adam"]
 BY_AXIS = [  # rules that tell outputs from inputs
-    n for n in NAMES if METHODS[n].moments == "adam_mini" or METHODS[n].subspace in ("haar", "fold")
+    n
+    for n in NAMES
+    if METHODS[n].moments in ("adam_mini", "normuon", "racs", "sinkhorn") or METHODS[n].subspace in ("haar", "fold")
 ]
 
 

@@ -16,7 +16,6 @@ from hf_lowrank.methods.formula import state_formula
 COUNTERS = 5 * 8 + 3 * 4  # step, moment_step, skipped, refreshes, refresh_at; the report of a refresh
 ADAM = {name: lambda m, n, r: m * r + 2 * n * r for name in METHODS if METHODS[name].moments == "adam"}
 NUMBERS = ADAM | {
-    **dict.fromkeys(("fira_adamw", "fira_i3s_adamw", "subtrack_pp_adamw"), lambda m, n, r: m * r + 2 * n * r + 1),
     **{name: lambda m, n, r: m * r + n * r for name in METHODS if METHODS[name].moments in ("momentum", "muon")},
     "natural_galore_adamw": lambda m, n, r: m * r + 2 * n * r + 4 * n * r,
     "q_galore_adamw": lambda m, n, r: m * r / 8 + 2 * n * r,
@@ -44,10 +43,15 @@ WHOLE = {
     "sm3": lambda m, n, r: m * n + m + n,
     "muon": lambda m, n, r: m * n,
     "normuon": lambda m, n, r: m * n + n,
+    "racs": lambda m, n, r: m + n + 1,
+    "sinkhorn": lambda m, n, r: 0,
+    "whitened": lambda m, n, r: 0,
 }
 NUMBERS |= {name: WHOLE[row.moments] for name, row in METHODS.items() if row.subspace == "whole"}
-FIRA = [name for name in METHODS if METHODS[name].reconstruction == "fira" and METHODS[name].moments != "adam"]
+FIRA = [name for name, row in METHODS.items() if row.reconstruction == "fira"]
 NUMBERS |= {name: lambda m, n, r, rest=NUMBERS[name]: rest(m, n, r) + 1 for name in FIRA}
+ALICE = ("alice_adamw", "alice_muon")
+NUMBERS |= {name: lambda m, n, r, rest=NUMBERS[name]: rest(m, n, r) + n + 1 for name in ALICE}
 # counters of their own, in bytes; Grass counts an index as one number, which takes eight bytes
 OWN = {"natural_galore_adamw": 8, "q_galore_adamw": 5 * 4 + 2 * 8}
 
@@ -105,6 +109,8 @@ def test_declared_bytes_are_those_of_the_formula(name, shape):
     ("subtrack_pp_adamw", {"accumulate": True}, "mr + 2nr + mn + 1", 8),
     ("ldadam", {"error_feedback": "off"}, "mr + 2nr", 0),
     ("ldadam", {"error_feedback": "bf16"}, "mr + 2nr + mn/2", 0),
+    ("alice_adamw", {"tracking": True}, "mr + 2nr + r^2 + n + 1", 0),
+    ("galore_i3s_adamw", {"stable_spam": True}, "mr + 2nr + 3", 0),
     ("natural_galore_adamw", {"history": 20}, "mr + 22nr", 8),
     ("galore_dominant_adamw", {"proj_type": "full"}, "mr + nr + 2r^2", 0),
     ("galore_i3s_msgd", {"proj_type": "full"}, "mr + nr + r^2", 0),

@@ -90,6 +90,7 @@ class MatrixStep(Unit):
             self._skip_()
             return
         with self.view.writing() as s:
+            yield from asking(rules.subspace.observe(s, R, ctx), self.summed)
             N = yield from asking(rules.moments.update(s, R, ctx), self.summed)
             c_t = rules.moments.step_scale(ctx)
             norms = ColumnNorms(G, basis, self.isometric, self.column_norms())

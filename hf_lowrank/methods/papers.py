@@ -25,13 +25,21 @@ TITLES = {
     "2410.11289": "Subspace Optimization for Large Language Models with Convergence Guarantees",
     "2410.16029": "Natural GaLore: Accelerating GaLore for memory-efficient LLM Training and Fine-tuning",
     "2410.16103": "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics",
+    "2411.07837": "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training",
+    "2412.13148": "SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training",
     "2412.05270": "APOLLO: SGD-like Memory, AdamW-level Performance",
     "2501.07237": "Breaking Memory Limits: Gradient Wavelet Transform Enhances LLMs Training",
     "2502.01586": "SubTrack++: Gradient Subspace Tracking for Scalable LLM Training",
     "2502.05790": "I3S: Importance Sampling Subspace Selection for Low-Rank Optimization in LLM Pretraining",
+    "2502.06742": "Gradient Multi-Normalization for Stateless and Scalable LLM Training",
+    "2502.07752": (
+        "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a Low-Rank Extension"
+    ),
+    "2502.17055": "Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam",
     "2502.16982": "Muon is Scalable for LLM Training",
     "2505.16932": "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm",
     "2505.24749": ("SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating Memory-Efficient LLM Training"),
+    "2510.01878": "Randomized Gradient Subspaces for Efficient Large Language Model Training",
     "2510.05491": "NorMuon: Making Muon More Efficient and Scalable",
     "2512.07112": "FOAM: Folded Optimizer with Approximate Moment",
 }

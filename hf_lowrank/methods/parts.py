@@ -137,6 +137,9 @@ class Subspace(Part, ABC):
         """Return what a refresh looks at, in the place of the gradient of this step."""
         return G
 
+    def observe(self, s: State, R: Tensor, ctx: Context) -> Rule[None]:
+        """Take note of the projected gradient of a step, in place. Sums may be asked for over the columns of R."""
+
     def accumulate_(self, s: State, G: Tensor) -> None:
         """Take note of a finite gradient that no refresh has looked at."""
 

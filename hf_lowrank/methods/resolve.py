@@ -55,6 +55,9 @@ class LowRankOptions:
         help="precision of the two products of a step: ieee (fp32), tf32, bf16, or bf16x2, where the basis is two "
         "numbers of bf16; auto: bf16x2 for bf16 weights on an accelerator, else fp32, or TF32 where torch is told so",
     )
+    stable_spam: bool = opt.flag(
+        False, help="Stable-SPAM: clip the spikes of every gradient and level its norm before anything looks at it"
+    )
     on_refresh: str = opt.choice(*TRANSPORTS, help="what happens to the moments at a refresh")
     stagger: bool | str = opt.switch(
         help="spread the refreshes of the matrices evenly over the interval; auto: on an accelerator, unless they "
@@ -258,6 +261,8 @@ def _filled(chosen: Parts, options: Mapping[str, Any]) -> Parts:
     made = [replace(part, **own) for part, own in zip(parts, given, strict=True)]
     if options.get("proj_type") == "full":
         made[0] = _both_sides(made[0])
+    if options.get("stable_spam"):
+        made[2] = _without_spikes(made[2])
     return Parts(*made)
 
 
@@ -265,6 +270,12 @@ def _both_sides(subspace: Subspace) -> Subspace:
     from hf_lowrank.methods.subspaces.two_sided import BothSides
 
     return BothSides(subspace)
+
+
+def _without_spikes(reconstruction: Reconstruction) -> Reconstruction:
+    from hf_lowrank.methods.reconstructions.stable_spam import StableSpam
+
+    return StableSpam(reconstruction)
 
 
 def _check_together(made: Parts, options: Mapping[str, Any]) -> None:

@@ -40,6 +40,10 @@ _APOLLO = "arXiv 2412.05270"
 _SUMO = "arXiv 2505.24749"
 _ALONG_GRADIENT: dict[str, Any] = {"scale": 1.0}
 
+_ALICE = "arXiv 2502.07752"
+_SINKGD = "arXiv 2502.06742"
+_WALK = "arXiv 2510.01878"
+_SUBTRACK: dict[str, Any] = {"on_refresh": "rotate_variance", "fira_form": "paper"}
 _ADALOMO = "arXiv 2310.10195"
 _NORMUON = "arXiv 2510.05491"
 _WHOLE: dict[str, Any] = {"rank": 1, "scale": 1.0, "proj_type": "right"}
@@ -81,7 +85,7 @@ METHODS: dict[str, Method] = {
         "fira",
         "SubTrack++: the same with moments carried along and recovery scaling",
         "arXiv 2502.01586",
-        {"on_refresh": "rotate_variance", "fira_form": "paper"},
+        _SUBTRACK,
     ),
     "golore_adamw": Method(
         "golore", "adam", "project", "GoLore: dominant, then random for the last 20 % of the run", _GOLORE
@@ -201,6 +205,48 @@ METHODS: dict[str, Method] = {
     ),
     "full_muon": Method("whole", "muon", "project", "Muon: orthogonalised momentum", "arXiv 2502.16982", _MUON),
     "full_normuon": Method("whole", "normuon", "project", "NorMuon: Muon with neurons of one size", _NORMUON, _MUON),
+    "racs": Method(
+        "whole", "racs", "project", "RACS: rows and columns scaled by a fixed point", _ALICE, {**_WHOLE, "scale": 0.05}
+    ),
+    "sinkgd": Method("whole", "sinkhorn", "project", "SinkGD: rows and columns of unit RMS", _SINKGD, _WHOLE),
+    "swan": Method(
+        "whole",
+        "whitened",
+        "project",
+        "SWAN: outputs standardised, then whitened",
+        "arXiv 2412.13148",
+        {**_WHOLE, "orthogonalize": "polar_express"},
+    ),
+    "alice_adamw": Method(
+        "alice",
+        "adam",
+        "compensation",
+        "Alice-0: leading vectors and random others; the residual in units of what it usually is",
+        _ALICE,
+        {"scale": 0.3},
+    ),
+    "alice_muon": Method(
+        "alice",
+        "muon",
+        "compensation",
+        "SUMO's orthogonalised momentum in Alice's subspace, with its residual",
+        f"{_ALICE}; {_SUMO}",
+        _ALONG_GRADIENT,
+    ),
+    "frugal_adamw": Method(
+        "dominant",
+        "adam",
+        "frugal",
+        "FRUGAL: Adam inside, the sign of the residual outside, moments cleared at a refresh",
+        "arXiv 2411.07837",
+        {**_ALONG_GRADIENT, "on_refresh": "reset"},
+    ),
+    "grasswalk_adamw": Method(
+        "grass_walk", "adam", "fira", "GrassWalk: a random walk of the basis, SubTrack++'s rest", _WALK, _SUBTRACK
+    ),
+    "grassjump_adamw": Method(
+        "random", "adam", "fira", "GrassJump: a random basis at every refresh, SubTrack++'s rest", _WALK, _SUBTRACK
+    ),
     "lowrank": Method(
         "dominant", "adam", "project", "any parts by name: subspace=, moments=, reconstruction=", "-", free=True
     ),

@@ -143,9 +143,9 @@ MUTANTS = [
     Mutant("missing rotation", MOMENTS + "natural.py", 'C.unsqueeze(-3) @ s["window"]', 's["window"]',
            run_of("natural_galore_adamw")),
     # ---- steps ------------------------------------------------------------------------------------------------------
-    Mutant("limiter does nothing", STEPS + "fira.py", ".clamp_min_(limiter).div_(limiter)", ".mul_(0).add_(1)",
+    Mutant("limiter does nothing", "methods/limiter.py", ".clamp_min_(limiter).div_(limiter)", ".mul_(0).add_(1)",
            run_of("fira_adamw", "stack")),
-    Mutant("limiter never relents", STEPS + "fira.py", ".clamp_min_(limiter).div_(limiter)", ".div_(limiter)",
+    Mutant("limiter never relents", "methods/limiter.py", ".clamp_min_(limiter).div_(limiter)", ".div_(limiter)",
            run_of("fira_adamw", "stack")),
     Mutant("form ignored", STEPS + "fira.py", 'within = ctx.scale if self.fira_form == "released" else 1.0',
            "within = 1.0", run_of("fira_adamw")),

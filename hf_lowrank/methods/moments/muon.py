@@ -140,20 +140,24 @@ def orthogonal(X: Tensor, how: str, steps: int, columns: Columns, factor: float 
     elif how == "newton_schulz":
         found = iterated(short.bfloat16(), NEWTON_SCHULZ, steps)
     else:
-        found = iterated(short / 1.01, POLAR_EXPRESS, steps)
+        found = iterated(short, POLAR_EXPRESS, steps, margin=1.01)
     held = (found.mT if tall else found).narrow(-1, columns.start, X.shape[-1])
     return held.to(X.dtype).mul_(factor)
 
 
-def iterated(X: Tensor, coefficients: Sequence[tuple[float, float, float]], steps: int) -> Tensor:
+def iterated(
+    X: Tensor, coefficients: Sequence[tuple[float, float, float]], steps: int, *, margin: float = 1.0
+) -> Tensor:
     """Return X (..., r, n), short side first, after iterations that bring its singular values towards 1.
 
     Args:
         X: the matrix, of any norm.
         coefficients: (a, b, c) of each iteration; the last are repeated.
         steps: how many.
+        margin: by how much the norm is to be below 1, as a factor: rounding must not bring a singular value above.
     """
-    X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min_(torch.finfo(X.dtype).tiny)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    X = X / norm.mul_(margin).clamp_min_(torch.finfo(X.dtype).tiny)
     plus_product = torch.addmm if X.dim() == 2 else torch.baddbmm
     for i in range(steps):
         a, b, c = coefficients[min(i, len(coefficients) - 1)]

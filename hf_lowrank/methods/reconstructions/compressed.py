@@ -14,9 +14,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.options import number
+from hf_lowrank.methods.limiter import LIMITED, LIMITER, limit_
+from hf_lowrank.methods.options import again, number
 from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
-from hf_lowrank.methods.reconstructions.fira import LIMITED, limit_
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.subspaces.blocks import block_size
 from hf_lowrank.state.slots import Slot, Slots, State
@@ -46,7 +46,7 @@ class Details(Reconstruction, key="details"):
     composable: ClassVar[bool] = False
     gauges: ClassVar[Mapping[str, Gauge]] = LIMITED
 
-    limiter: float = number(1.01, above=1.0, help="largest growth of the norm from one step to the next")
+    limiter: float = again(LIMITER)
 
     @override
     def slots(self) -> Slots:

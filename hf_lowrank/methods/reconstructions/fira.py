@@ -11,15 +11,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.options import choice, number
+from hf_lowrank.methods.limiter import LIMITED, LIMITER, limit_
+from hf_lowrank.methods.options import again, choice
 from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.sums import Asking, Sum
 
-
-LIMITED = {"limited": Gauge("share of the steps in which the limiter was active", counted=True)}
 
 NO_RESIDUAL = 1e-5
 """Share of the gradient's squared norm under which the residual is rounding noise and counts as none."""
@@ -58,7 +57,7 @@ class Fira(Reconstruction, key="fira"):
     }
 
     fira_form: str = choice("released", "i3s", "paper", help="which of the three published forms")
-    limiter: float = number(1.01, above=1.0, help="largest growth of the residual's norm from one step to the next")
+    limiter: float = again(LIMITER)
 
     @override
     def slots(self) -> Slots:
@@ -93,24 +92,3 @@ class Fira(Reconstruction, key="fira"):
         share.nan_to_num_(nan=1.0)  # squares may overflow where R does not
         L = limit_(s, "residual_norm", scaled.sqrt(), self.limiter, eps, none)
         return L.masked_fill_(none, torch.inf)
-
-
-def limit_(s: State, name: str, norm: Tensor, limiter: float, eps: float, keep: Tensor | None = None) -> Tensor:
-    """Return L = max(norm / (last + eps), limiter) / limiter, 1 while the last norm is 0, and store norm / L.
-
-    Divided by L the norm grows by the factor `limiter` at most. The last norm is the slot `name`; where `keep` is
-    true it stays as it is. A step in which L is above 1 is counted in the gauge `limited`.
-
-    References:
-        Fira, arXiv 2410.01623, eq. 13.
-    """
-    last = s[name]
-    growth = (norm / (last + eps)).clamp_min_(limiter).div_(limiter)
-    L = torch.where(last > 0, growth, 1.0)  # also after a norm that was not a number
-    active = L > 1
-    limited = norm / L
-    if keep is not None:
-        active, limited = active & ~keep, torch.where(keep, last, limited)
-    s["limited"].add_(active)
-    last.copy_(limited)
-    return L

@@ -12,9 +12,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.options import choice, number
+from hf_lowrank.methods.limiter import LIMITED, LIMITER, limit_
+from hf_lowrank.methods.options import again, choice
 from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
-from hf_lowrank.methods.reconstructions.fira import LIMITED, limit_
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors import kernels
@@ -42,7 +42,7 @@ class ScaledGradient(Reconstruction, key="scaled_gradient"):
 
     scaling: str = choice("channel", "tensor", help="APOLLO: one factor per column of the long side, or per matrix")
     limit: str = choice("back", "front", help="APOLLO: limit the growth after or before the factor sqrt(scale)")
-    limiter: float = number(1.01, above=1.0, help="largest growth of the norm from one step to the next")
+    limiter: float = again(LIMITER)
 
     @override
     def slots(self) -> Slots:
