@@ -87,6 +87,9 @@ def _of_matrix(weight: Tensor, config: Config, name: str) -> Plan:
     lengths = {"m": layout.m, "n": layout.columns, "r": r}
     piece = dict(zip("mn", layout.piece, strict=True))
     buffers = {key: slot.sized(piece if slot.held else lengths, layout.stack) for key, slot in slots.items()}
+    if parts.subspace.whole and layout.transposed:  # moments lie as the weight does, with which they are read
+        alike = [key for key in moments if moments[key].axes == "r n"]
+        buffers |= {key: replace(buffers[key], turned=True) for key in alike}
     formats = {"basis": options.get("basis_format", "fp32"), "moments": options["state_format"]}
     return Plan(layout, columns, r, buffers, view.encodings(buffers, **formats))
 

@@ -35,7 +35,8 @@ def adopt(saved: Tensor, fresh: Tensor) -> Tensor:
         fresh.to_local().copy_(saved.narrow(axis, sum(lengths[:rank]), lengths[rank]))
         return fresh
     # the device that trains has no room for two of them: what lies there already is taken over
-    return saved.detach().to(fresh.device, copy=saved.device.type == "cpu")
+    tensor = saved.detach().to(fresh.device, copy=saved.device.type == "cpu")
+    return tensor if tensor.stride() == fresh.stride() or isinstance(fresh, DTensor) else fresh.copy_(tensor)
 
 
 def whole_if_needed(saved: Any, weight: Tensor) -> Any:

@@ -77,6 +77,7 @@ class Subspace(Part, ABC):
         orthonormal: whether the columns of a new basis are orthonormal.
         late: whether bases after the first are chosen when the weight has been written, for the next step.
         needs_momentum: whether a refresh looks at the first moment, which it finds as s["momentum"] (..., r, n).
+        whole: whether R is the gradient itself.
         projected: axes of R, for one matrix.
     """
 
@@ -84,6 +85,7 @@ class Subspace(Part, ABC):
     orthonormal: ClassVar[bool] = True
     late: ClassVar[bool] = False
     needs_momentum: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     projected: ClassVar[str] = "r n"
 
     @property

@@ -87,18 +87,17 @@ class EightBit(Encoding):
     def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
         functional = _bitsandbytes()
         code = _dynamic_code(buffer.slot.values != "positive", stored[name].device)
-        absmax = stored[f"{name}.absmax"]
-        value: Tensor = functional.dequantize_blockwise(stored[name], absmax=absmax, code=code, blocksize=self.block)
-        return value.view(buffer.shape)
+        absmax, codes = stored[f"{name}.absmax"], buffer.flat(stored[name])
+        return buffer.laid(functional.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=self.block))
 
     @override
     def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
         functional = _bitsandbytes()
         code = _dynamic_code(buffer.slot.values != "positive", value.device)
-        codes, quantized = functional.quantize_blockwise(value.contiguous(), code=code, blocksize=self.block)
+        codes, quantized = functional.quantize_blockwise(buffer.flat(value), code=code, blocksize=self.block)
         if buffer.slot.values == "positive":  # code 0 is zero, which would be divided by
             codes.clamp_(min=1)
-        stored[name].copy_(codes.view(buffer.shape))
+        stored[name].copy_(buffer.laid(codes))
         stored[f"{name}.absmax"].copy_(quantized.absmax)
 
     @override
@@ -123,7 +122,7 @@ class FourBit(Encoding):
 
     @override
     def buffers(self, name: str, buffer: Buffer) -> Buffers:
-        packed = replace(_typed(buffer, torch.uint8), shape=(-(-buffer.numel // 2),))
+        packed = replace(_typed(buffer, torch.uint8), shape=(-(-buffer.numel // 2),), turned=False)
         return {name: packed, f"{name}.absmax": _scales(buffer, self.block)}
 
     @override
@@ -132,13 +131,13 @@ class FourBit(Encoding):
         codes = torch.stack([packed & 15, packed >> 4], -1).flatten().float()
         levels = (codes + 1) / 16 if buffer.slot.values == "positive" else (codes - 7) / 7
         scales = stored[f"{name}.absmax"].repeat_interleave(self.block)[: codes.numel()]
-        return (levels * scales)[: buffer.numel].view(buffer.shape)
+        return buffer.laid((levels * scales)[: buffer.numel])
 
     @override
     def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
         blocks = stored[f"{name}.absmax"].numel()
         flat = torch.zeros(blocks * self.block, dtype=torch.float32, device=value.device)
-        flat[: buffer.numel] = value.reshape(-1)
+        flat[: buffer.numel] = buffer.flat(value)
         rows = flat.view(blocks, self.block)
         absmax = rows.abs().amax(1)
         ratio = rows / torch.where(absmax > 0, absmax, 1.0).unsqueeze(1)

@@ -58,10 +58,18 @@ def counter() -> Slot:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One tensor with its shape; `slot` says the rest."""
+    """One tensor with its shape; `slot` says the rest.
+
+    Attributes:
+        slot: what it is.
+        shape: its shape.
+        turned: whether its last two axes lie in memory in the other order, as those of a weight do that is seen
+            transposed.
+    """
 
     slot: Slot
     shape: tuple[int, ...]
+    turned: bool = False
 
     @property
     def numel(self) -> int:
@@ -81,10 +89,19 @@ class Buffer:
     def allocate(self, weight: Tensor) -> Tensor:
         """Return the initial tensor for a parameter `weight`."""
         device = torch.device("cpu") if self.slot.host else weight.device
-        tensor = torch.zeros(self.shape, dtype=self.slot.dtype, device=device)
+        tensor = self.laid(torch.zeros(self.numel, dtype=self.slot.dtype, device=device))
         if self.slot.axes_first:
             tensor.diagonal(dim1=-2, dim2=-1).fill_(1)
         return tensor
+
+    def laid(self, flat: Tensor) -> Tensor:
+        """Return numbers that are in the order of memory, (numel,), in this shape."""
+        *stack, rows, columns = self.shape if self.turned else (0, 0)
+        return flat.view(*stack, columns, rows).mT if self.turned else flat.view(self.shape)
+
+    def flat(self, value: Tensor) -> Tensor:
+        """Return a tensor of this shape in the order of memory, (numel,)."""
+        return (value.mT if self.turned else value).reshape(-1)
 
 
 Slots = Mapping[str, Slot]

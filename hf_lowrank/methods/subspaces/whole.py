@@ -48,6 +48,7 @@ class Whole(Fixed, key="whole"):
     clipping refused.
     """
 
+    whole: ClassVar[bool] = True
     projected: ClassVar[str] = "m n"
 
     @property
