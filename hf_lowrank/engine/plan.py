@@ -100,7 +100,7 @@ def _columns_of(layout: Layout, config: Config, name: str) -> Columns:
 
 
 def _of_dense(weight: Tensor, config: Config) -> Plan:
-    rule, shape, columns = config.parts.moments.dense, tuple(local(weight).shape), dense_columns(weight)
+    rule, shape, columns = config.dense_rule, tuple(local(weight).shape), _columns_of_dense(weight, config)
     slots = {**rule.slots(columns), **COUNTERS}
     lengths = {"r": prod(shape[1:]), "n": shape[0] if shape else 1}
     buffers = {}
@@ -116,9 +116,10 @@ def _of_dense(weight: Tensor, config: Config) -> Plan:
     return Plan(None, columns, 0, buffers, encodings)
 
 
-def dense_columns(weight: Tensor) -> Columns:
+def _columns_of_dense(weight: Tensor, config: Config) -> Columns:
     """Return what the columns of a dense tensor are, as a rule that is not elementwise sees it: its first axis."""
-    return Columns(weight.shape[0] if weight.dim() else 1, 1, vector=weight.dim() < 2)
+    tokens = config.options["kind"] == "embedding"
+    return Columns(weight.shape[0] if weight.dim() else 1, 1, vector=weight.dim() < 2, tokens=tokens)
 
 
 def split_axis(weight: DTensor, plan: Plan, key: str) -> tuple[int, int] | None:

@@ -27,6 +27,7 @@ TITLES = {
     "2502.05790": "I3S: Importance Sampling Subspace Selection for Low-Rank Optimization in LLM Pretraining",
     "2502.16982": "Muon is Scalable for LLM Training",
     "2505.24749": ("SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating Memory-Efficient LLM Training"),
+    "2506.16659": "A Minimalist Optimizer Design for LLM Pretraining",
     "2512.07112": "FOAM: Folded Optimizer with Approximate Moment",
 }
 """Titles by arXiv number. A paper that is not here is cited by its number."""

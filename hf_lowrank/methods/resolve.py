@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hf_lowrank.methods import options as opt
+from hf_lowrank.methods.dense import MIXED, SAME, DenseOptions, SplitOptions
 from hf_lowrank.methods.registry import KINDS, TRANSPORTS, Gauge, classes, prototype
 from hf_lowrank.methods.table import METHODS, Method
 
@@ -116,16 +117,24 @@ class Config:
         options: every option of a group of matrices, or of a group of dense parameters.
         parts: what the options are filled into.
         low_rank: whether this is for matrices.
+        split: how dense parameters are told apart where the options are those of a whole model.
     """
 
     method: str
     options: Mapping[str, Any]
     parts: Parts
     low_rank: bool = True
+    split: SplitOptions = SplitOptions()
 
     @classmethod
     def of(
-        cls, name: str, given: Mapping[str, Any], *, low_rank: bool = True, facts: Mapping[str, Any] | None = None
+        cls,
+        name: str,
+        given: Mapping[str, Any],
+        *,
+        low_rank: bool = True,
+        model: bool = False,
+        facts: Mapping[str, Any] | None = None,
     ) -> Config:
         """Resolve a name and the options that the user set.
 
@@ -133,6 +142,7 @@ class Config:
             name: a valid name.
             given: options as values or text.
             low_rank: False for a group of dense parameters.
+            model: whether these are the options of a whole model, so that those of its split are among them.
             facts: what is known of the model and the run, for the options that are such a fact and are not given.
 
         Raises:
@@ -142,7 +152,7 @@ class Config:
         what, given = f"optimizer {name}", {**implied, **given}
         kinds, chosen = _chosen_parts(row, given, what)
         schema = _schema(chosen, low_rank)
-        valid = {**schema, **kinds}
+        valid = {**schema, **kinds, **(splitting := opt.schema(SplitOptions) if model else {})}
         for key in given:
             if key not in valid:
                 opt.parse(key, given[key], valid, what=what)  # says what there is
@@ -157,7 +167,8 @@ class Config:
             _check_together(parts, options)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
-        return cls(row, MappingProxyType({**named, **options}), parts, low_rank)
+        apart = {key: opt.parse(key, given[key], splitting, what=what) for key in splitting if key in given}
+        return cls(row, MappingProxyType({**named, **options}), parts, low_rank, SplitOptions(**apart))
 
     def with_(self, **options: Any) -> Config:
         """Return the same with other values of options that are no part's, such as the seed."""
@@ -167,12 +178,19 @@ class Config:
         }
         return replace(self, options=MappingProxyType({**self.options, **values}))
 
-    def dense(self) -> Config:
-        """Return the same for a group of dense parameters."""
-        row = METHODS[self.method]
-        own = {*(KINDS if row.free else ()), *_schema(self.parts, False)}
-        options = {key: value for key, value in self.options.items() if key in own}
+    def dense(self, kind: str = MIXED) -> Config:
+        """Return the same for a group of dense parameters of one kind."""
+        known = {**self.options, "dense": self.split.rule(kind), "kind": kind}
+        own = {*(KINDS if METHODS[self.method].free else ()), *_schema(self.parts, False)}
+        options = {key: value for key, value in known.items() if key in own}
         return replace(self, options=MappingProxyType(options), low_rank=False)
+
+    @property
+    def dense_rule(self) -> Moments:
+        """The rule of a group of dense parameters."""
+        chosen = self.options["dense"]
+        rule: Moments = self.parts.moments.dense if chosen == SAME else prototype("moments", chosen)
+        return rule
 
     @property
     def facts(self) -> dict[str, str]:
@@ -233,7 +251,7 @@ def _schema(chosen: Parts, low_rank: bool) -> dict[str, Field[Any]]:
     """Return the options of a group by name."""
     subspace, moments, reconstruction = chosen.subspace, chosen.moments, chosen.reconstruction
     if not low_rank:
-        found = opt.schema(SharedOptions, moments)
+        found = opt.schema(SharedOptions, DenseOptions, moments)
         return {key: item for key, item in found.items() if key not in moments.dense.without}
     found = opt.schema(SharedOptions, LowRankOptions, moments, subspace, reconstruction)
     without = {*subspace.without, *moments.without, *reconstruction.without}
@@ -257,14 +275,10 @@ def _filled(chosen: Parts, options: Mapping[str, Any]) -> Parts:
     given = ({item.name: options[item.name] for item in fields(part) if item.name in options} for part in parts)
     made = [replace(part, **own) for part, own in zip(parts, given, strict=True)]
     if options.get("proj_type") == "full":
-        made[0] = _both_sides(made[0])
+        from hf_lowrank.methods.subspaces.two_sided import BothSides
+
+        made[0] = BothSides(made[0])
     return Parts(*made)
-
-
-def _both_sides(subspace: Subspace) -> Subspace:
-    from hf_lowrank.methods.subspaces.two_sided import BothSides
-
-    return BothSides(subspace)
 
 
 def _check_together(made: Parts, options: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowrank.methods.dense import SAME
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.observe.counting import adamw_bytes, component_bytes
 from hf_lowrank.observe.units import MIB
@@ -77,8 +78,21 @@ def summary(optimizer: LowRankOptimizer) -> str:
     if matrices:
         scale = matrices[0].config.options["scale"]
         text += f", lr {lr * scale:g} ({lr:g} x scale {scale:g})"
-    text += f"; {len(everything) - len(matrices)} dense parameters, lr {lr:g}"
+    text += f"; {len(everything) - len(matrices)} dense parameters, lr {lr:g}{_apart(optimizer, lr)}"
     return text + f"; state {declared / MIB:.1f} MiB (AdamW: {adamw / MIB:.1f} MiB)"
+
+
+def _apart(optimizer: LowRankOptimizer, lr: float) -> str:
+    """Say which kinds of dense parameters have another rate or rule than the others, in parentheses."""
+    found = dict[str, list[str]]()
+    for group, config in zip(optimizer.param_groups, optimizer.configs, strict=True):
+        if not config.low_rank:
+            rate, rule = group.get("initial_lr", group["lr"]), config.options["dense"]
+            told = [f"lr {rate:g}"] * (rate != lr) + [f"by {rule}"] * (rule != SAME)
+            if told:
+                found.setdefault(config.options["kind"], told)
+    texts = [f"{kind} {', '.join(told)}" for kind, told in found.items()]
+    return f" ({'; '.join(texts)})" if texts else ""
 
 
 def _span(values: list[int]) -> str:
