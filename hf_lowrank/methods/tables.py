@@ -131,11 +131,10 @@ def option_groups(names: Iterable[str] = METHODS) -> list[OptionGroup]:
     values: dict[Declared, dict[str, Any]] = defaultdict(dict)  # defaults by method
     owners: dict[Declared, set[Owner]] = defaultdict(set)
     for name in names:
-        config = Config.of(name, {}, model=True)
-        defaults = {**config.options, **asdict(config.split)}
-        for owner, key, option in _declared(config):
-            if key in defaults:
-                values[key, option][name] = defaults[key]
+        known = options_of(name)
+        for owner, key, option in _declared(Config.of(name, {})):
+            if key in known:
+                values[key, option][name] = known[key]
                 owners[key, option].add(owner)
     grouped: dict[tuple[Owner, ...], list[Declared]] = defaultdict(list)
     for declared, of in owners.items():
@@ -148,6 +147,12 @@ def option_groups(names: Iterable[str] = METHODS) -> list[OptionGroup]:
         )
         for of, found in sorted(grouped.items(), key=lambda item: item[0])
     ]
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Return every option that a method takes for a model, with its default."""
+    config = Config.of(name, {}, model=True)
+    return {**config.options, **asdict(config.split)}
 
 
 def _declared(config: Config) -> Iterator[tuple[Owner, str, options.Option]]:

@@ -280,8 +280,9 @@ def test_the_state_that_planner_and_targets_count_is_the_one_there_is():
     assert held["lm_head.weight"] == 4 * 320 * 16 + 3 * 8
     estimate = memory.estimate_memory(llama(vocab_size=320), METHOD, rank=4, dtype="fp32", options=options)
     assert estimate.state == sum(held.values()) == opt.declared_bytes()
-    rows = {row.name: row.state_bytes for row in targets.plan(llama(vocab_size=320), METHOD, rank=4, **options)}
-    assert rows["lm_head"] == held["lm_head.weight"] and rows["model.embed_tokens"] == 24
+    rows = {row.name: row for row in targets.plan(llama(vocab_size=320), METHOD, rank=4, **options)}
+    assert rows["lm_head"].state_bytes == held["lm_head.weight"] and rows["model.embed_tokens"].state_bytes == 24
+    assert (rows["lm_head"].rule, rows["model.norm"].rule) == ("momentum_column_norm", "same")
 
 
 def test_the_summary_names_the_kinds_that_differ():
