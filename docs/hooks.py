@@ -82,7 +82,8 @@ blocks), `_layerwise` (gradients freed during backward) and `_8bit_layerwise`.
 
 m is a matrix's short side, n its long one, r the rank. State is counted in numbers of 32 bits, AdamW's would be 2mn;
 counters, what is kept for the log, and the scales of quantised formats come on top. Embeddings, norms, biases and the
-output head take the same moments' rule with no subspace: AdamW for `..._adamw`. transformers' own `galore_adamw` and
+output head take the same moments' rule with no subspace: AdamW for `..._adamw`; rates and rules of their own are
+[options](../trainer.md#embeddings-head-and-vectors). transformers' own `galore_adamw` and
 `apollo_adamw` are left as they are. [Choosing a method](../choosing.md) says what to take, [Options](options.md) what
 can be set.
 
@@ -160,7 +161,7 @@ basis. This method fills in three parts.
 {_sizes([name])}
 
 For one {WIDE[0]} x {WIDE[1]} matrix; AdamW in fp32 takes {ADAMW:.0f} MiB. Parameters that have no subspace keep full
-moments.
+moments, unless they have [another rule](../trainer.md#embeddings-head-and-vectors).
 
 ## Options
 

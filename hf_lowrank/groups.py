@@ -1,24 +1,31 @@
-"""Which parameters get a subspace, and which decay. Needs neither transformers nor peft to know their models."""
+"""Which parameters get a subspace, which decay, and which have a rate or a rule of their own."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
+from hf_lowrank import modules
 from hf_lowrank.engine.known import remember
 from hf_lowrank.methods import options, resolve
+from hf_lowrank.methods.dense import KINDS, MIXED, SplitOptions
 from hf_lowrank.methods.resolve import Config
+from hf_lowrank.methods.table import METHODS
 from hf_lowrank.tensors.layout import clamp_rank
 
 
-HEADS = ("lm_head", "classifier", "score", "head")
-"""Modules that are output heads, which stay dense by default."""
+_WORDS = {
+    "embedding": "embedding",
+    "head": f"output head (a linear layer outside the model's body, or one named {', '.join(modules.HEADS)})",
+    "vector": "vector",
+}
+MATRIX = "matrix"
 
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)(?=\.|$)")
-_LORA = re.compile(r"(^|\.)lora_")
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
@@ -46,22 +53,30 @@ def param_groups(
             whole name, or a list (in one string: separated by commas) of such expressions or of substrings of names;
             a matrix named so is projected even where its short side is not above the rank.
         weight_decay: decay of the parameters that decay; None leaves it to the optimizer.
-        method_options: options of the method, for instance update_proj_gap=200, scale=0.25.
+        method_options: options of the method, for instance update_proj_gap=200, scale=0.25; and of the split
+            (methods.dense.SplitOptions), for instance embedding_lr=1e-3, head_rule="momentum_column_norm".
 
     Returns:
-        Groups with (name, parameter) pairs, those of matrices with the key `rank`.
+        Groups with (name, parameter) pairs, those of matrices with the key `rank`. Embeddings, heads and vectors whose
+        rate or rule differs have groups of their own; a weight that is embedding and head is an embedding.
 
     Raises:
         ValueError: if nothing matches; the message says what there is.
     """
     given = method_options if rank is None else {"rank": rank, **method_options}
     if method is not None:
-        config = Config.of(method, given, facts=model_facts(model))
+        config = Config.of(method, given, model=True, facts=model_facts(model))
         own_seed = "seed" in given
         return groups_for(model, config, target_modules=target_modules, weight_decay=weight_decay, own_seed=own_seed)
     rank = options.parse("rank", given.pop("rank", 128), options.schema(resolve.LowRankOptions), what="rank")
-    dense = {key: value for key, value in given.items() if key in resolve.dense_options()}
-    return _split_up(model, {"rank": rank, **given}, dense, target_modules, weight_decay)
+    schema = options.schema(SplitOptions)
+    apart = {key: options.parse(key, given.pop(key), schema, what="groups") for key in schema if key in given}
+    split, dense = SplitOptions(**apart), {k: v for k, v in given.items() if k in resolve.dense_options()}
+
+    def of_kind(kind: str) -> dict[str, Any]:
+        return {**dense, **({"dense": split.rule(kind), "kind": kind} if apart else {})}
+
+    return _split_up(model, {"rank": rank, **given}, of_kind, split, target_modules, weight_decay)
 
 
 def groups_for(
@@ -79,37 +94,73 @@ def groups_for(
         config: the method and its options.
         own_seed: whether the options' seed counts, and not that of the optimizer.
     """
-    own, dense = ({"method": c.method, **c.options, "config": c} for c in (config, config.dense()))
-    if not own_seed:
-        del own["seed"], dense["seed"]
-    return _split_up(model, own, dense, target_modules, weight_decay)
+
+    def own(c: Config) -> dict[str, Any]:
+        found = {"method": c.method, **c.options, "config": c}
+        return found if own_seed else {key: value for key, value in found.items() if key != "seed"}
+
+    def of_kind(kind: str) -> dict[str, Any]:
+        return own(config.dense(kind))
+
+    usual = METHODS[config.method].defaults
+    return _split_up(model, own(config), of_kind, config.split, target_modules, weight_decay, usual)
 
 
 def _split_up(
     model: nn.Module,
     own: Mapping[str, Any],
-    dense: Mapping[str, Any],
+    dense: Callable[[str], Mapping[str, Any]],
+    split: SplitOptions,
     target_modules: str | Sequence[str] | None,
     weight_decay: float | None,
+    usual: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """Return groups of matrices with the options `own`, and of all else with the options `dense`."""
+    """Return groups of matrices with the options `own`, and of all else with the options `dense` of their kind."""
     target_parameters(model, rank=own["rank"], target_modules=target_modules)  # says so if there are none
     targets = set(target_parameters(model, rank=own["rank"], target_modules=target_modules, frozen=True))
     decaying = set(decay_names(model))
+    kinds, everything = modules.kinds(model), list(modules.trainable(model, frozen=True))
+    found = [MATRIX if name in targets else kinds.get(id(p), MIXED) for name, p in everything]
+    _check_split(model, split, found, usual)
+    apart = (MATRIX, MIXED, *split.apart)
     groups: list[dict[str, Any]] = []
-    for low_rank in (True, False):
+    for kind in apart:
+        rate = split.rate(kind)
+        chosen = {**(own if kind == MATRIX else dense(kind)), **({} if rate is None else {"lr": rate})}
+        here = [one for one, its in zip(everything, found, strict=True) if (its if its in apart else MIXED) == kind]
         for decays in (True, False):
             decay = {"weight_decay": weight_decay if decays else 0.0}
-            options = {**({} if decays and weight_decay is None else decay), **(own if low_rank else dense)}
+            options = {**({} if decays and weight_decay is None else decay), **chosen}
             members = []
-            for name, p in trainable(model, frozen=True):
-                if (name in targets) == low_rank and (name in decaying) == decays:
+            for name, p in here:
+                if (name in decaying) == decays:
                     remember(p, name, options)  # for one that is trained later
                     if p.requires_grad:
                         members.append((name, p))
             if members:
                 groups.append({"params": members, **options})
     return groups
+
+
+def _check_split(model: nn.Module, split: SplitOptions, found: Collection[str], usual: Mapping[str, Any]) -> None:
+    """Refuse options of a kind of which all is projected, or nothing there; warn of a head that is an embedding.
+
+    Those that are as a method has them by default (`usual`) may find nothing.
+    """
+    for kind in KINDS:
+        for name in split.given(kind):
+            if usual.get(name) == getattr(split, name):
+                continue
+            if kind == "head" and modules.tied(model):
+                other = name.replace("head", "embedding")
+                warnings.warn(
+                    f"{name}: the output head is the embedding's weight, one parameter, to which {other} applies",
+                    stacklevel=4,
+                )
+            elif kind not in found:
+                raise ValueError(
+                    f"{name}: {type(model).__name__} has no {_WORDS[kind]} that is without a subspace; leave it out"
+                )
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
@@ -121,35 +172,14 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
     return {"head_dim": size} if size else {}
 
 
-def trainable(model: nn.Module, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name without wrappers, parameter) of every parameter that requires a gradient, shared ones once.
-
-    Args:
-        model: the model.
-        frozen: also those that do not.
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"parameters are split by their names in a model: give the nn.Module, not {type(model).__name__}"
-        )
-    for name, p in model.named_parameters():
-        if p.requires_grad or frozen:
-            yield clean(name), p
-
-
-def clean(name: str) -> str:
-    """Strip what torch.compile, DDP and activation checkpointing add to a name."""
-    return _WRAPPERS.sub("", name).lstrip(".")
-
-
 def decay_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters that decay by Trainer's rule: all but nn.LayerNorm's, biases and norms."""
     return [
-        clean(f"{prefix}.{name}")
+        modules.clean(f"{prefix}.{name}")
         for prefix, module in model.named_modules()
         if not isinstance(module, nn.LayerNorm)
         for name in module._parameters
-        if not _NO_DECAY.search(clean(f"{prefix}.{name}").lower())
+        if not _NO_DECAY.search(modules.clean(f"{prefix}.{name}").lower())
     ]
 
 
@@ -162,11 +192,11 @@ def target_parameters(
         model, rank, target_modules: see `param_groups`.
         frozen: also those that do not require a gradient now.
     """
-    names = {id(p): name for name, p in trainable(model, frozen=frozen)}
-    candidates = {names[id(p)]: (module, p) for module, p in _matrices(model) if id(p) in names}
+    names = {id(p): name for name, p in modules.trainable(model, frozen=frozen)}
+    candidates = {names[id(p)]: (module, p) for module, p in modules.matrices(model) if id(p) in names}
     if target_modules is None or target_modules in ("all-linear", "all_linear"):
-        body = {id(p) for p in _body(model).parameters()}
-        inside = {n: (m, p) for n, (m, p) in candidates.items() if id(p) in body and m.split(".")[-1] not in HEADS}
+        body = {id(p) for p in modules.body(model).parameters()}
+        inside = {n: (m, p) for n, (m, p) in candidates.items() if not modules.is_head(m, p, body)}
         found = [name for name, (_, p) in inside.items() if _short(p) > clamp_rank(rank, 2**62, 2**62) or rank < 1]
         if not found:
             heads = sorted({m for m, _ in candidates.values()} - {m for m, _ in inside.values()})
@@ -204,33 +234,6 @@ def _matches(pattern: str, module: str) -> bool:
         raise ValueError(f"optim_target_modules: {pattern!r} is not a regular expression: {error}") from None
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name of the module, weight) of every weight that could be projected."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for prefix, module in model.named_modules():
-        path = clean(prefix)
-        experts = "expert" in f"{path}.{type(module).__name__}".lower()
-        for name, p in module.named_parameters(recurse=False):
-            linear = name == "weight" and p.dim() == 2 and _is_linear(module)
-            stacked = experts and p.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
-            if (linear or stacked) and id(p) not in embeddings and not _LORA.search(path):
-                yield path if linear else f"{path}.{name}", p
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers' own, as GPT-2 has it
-
-
-def _body(model: nn.Module) -> nn.Module:
-    """Return the model without its head: `base_model` of a PreTrainedModel, below any wrapper."""
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner
-    if callable(get_base := getattr(model, "get_base_model", None)):  # peft
-        model = get_base()
-    base = getattr(model, "base_model", model)
-    return base if isinstance(base, nn.Module) else model
-
-
 def _short(p: Tensor) -> int:
     return min(p.shape[-2:])
 
@@ -253,7 +256,7 @@ def _nothing_found(
         return (
             f"rank={rank} is not below the short side of any matrix (the largest is {largest}); choose a smaller rank"
         )
-    lora = any(_LORA.search(name) for name in names.values())
+    lora = any(modules.LORA.search(name) for name in names.values())
     if heads:
         return (
             f"{'beside LoRA factors, which are low-rank already, ' if lora else ''}the only trainable matrices are "

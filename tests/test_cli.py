@@ -125,6 +125,12 @@ def test_targets_and_memory_agree(run, tmp_path):
     assert estimate["dense_state"] == sum(row["state_bytes"] for row in rows if not row["rank"])
 
 
+def test_targets_and_memory_take_rates_and_rules_by_kind(run, tmp_path):
+    for command in ("targets", "memory"):
+        code, out, _ = run(command, tiny_config(tmp_path), "--optim-args", "rank=4,dense=sgd,vector_lr=1")
+        assert code == 0 and (command == "memory" or "dense, sgd" in out)
+
+
 def test_memory_prints_every_part_and_what_fits_a_budget(run):
     code, out, _ = run("memory", "60m", "--rank", 128)
     assert code == 0 and "58.1 M parameters" in out and "total" in out

@@ -23,6 +23,7 @@ import pytest
 import hf_lowrank
 from hf_lowrank import METHODS, Moments, Reconstruction, Subspace
 from hf_lowrank.methods import papers, resolve, tables
+from hf_lowrank.methods.dense import SplitOptions
 
 
 ROOT = Path(__file__).parent.parent
@@ -169,7 +170,12 @@ def test_the_page_of_options_has_every_option_below_the_part_that_has_it():
                     if f"| `{item.name}` |" in text and re.search(rf"\b{kind}s?\b.*\b{name}\b", title, re.I)
                 )
                 assert section, (kind, name, item.name)
-    for owner, title in ((resolve.SharedOptions, tables.SHARED), (resolve.LowRankOptions, tables.MATRICES)):
+    common = {
+        tables.SHARED: resolve.SharedOptions,
+        tables.MATRICES: resolve.LowRankOptions,
+        tables.SPLIT: SplitOptions,
+    }
+    for title, owner in common.items():
         assert re.findall(r"^\| `(\w+)`", sections[title], re.M) == [item.name for item in fields(owner)]
 
 

@@ -82,5 +82,5 @@ def _described(name: str, *, details: bool, full: bool) -> dict[str, Any]:
     if full:
         config = resolve.Config.of(name, {})
         row |= {"state": tables.state(config), "cannot": tables.limits(config)}
-        row |= {"options": dict(config.options)} if details else {}
+        row |= {"options": tables.options_of(name)} if details else {}
     return row

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from hf_lowrank.cli.printing import AsJson, show, table
 from hf_lowrank.methods import resolve
+from hf_lowrank.methods.dense import SAME
 from hf_lowrank.methods.options import split_assignments
 from hf_lowrank.observe.units import MIB, parse_bytes
 from hf_lowrank.planning.hub import check_within_reach
@@ -39,7 +40,7 @@ def targets(
     options: dict[str, Any] = split_assignments(optim_args)
     resolve.split(optim)
     check_within_reach(model)  # before torch is imported
-    resolve.complete(optim, {"rank": 128, **options})  # refuse what is wrong before looking at the model
+    resolve.Config.of(optim, {"rank": 128, **options}, model=True)  # refuse what is wrong before looking at the model
     from hf_lowrank.hf.models import load_model
     from hf_lowrank.planning.targets import plan
 
@@ -52,7 +53,8 @@ def targets(
         saved = f"{1 - row.state_bytes / row.adamw_bytes:.0%}" if row.rank else "-"
         sizes = (f"{n / MIB:,.2f}" for n in (row.state_bytes, row.adamw_bytes))
         shape = " x ".join(map(str, row.shape))
-        shown.add_row(row.name, str(row.count), shape, str(row.rank or "dense"), *sizes, saved)
+        rank = str(row.rank or ("dense" if row.rule == SAME else f"dense, {row.rule}"))
+        shown.add_row(row.name, str(row.count), shape, rank, *sizes, saved)
     show(shown)
     state, adamw = (sum(getattr(row, key) for row in rows) for key in ("state_bytes", "adamw_bytes"))
     projected, dense = (sum(row.count for row in rows if bool(row.rank) is low_rank) for low_rank in (True, False))

@@ -48,7 +48,8 @@ def check_checkpoint(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str
         raise ValueError(
             "the checkpoint's parameter groups hold "
             f"{[len(g['params']) for g in saved_groups]} parameters, this optimizer's "
-            f"{[len(g['params']) for g in groups]}: another model, rank or set of target modules"
+            f"{[len(g['params']) for g in groups]}: another model, rank or set of target modules, or other kinds of "
+            "parameters with a rate or rule of their own"
         )
     for saved, now in zip(saved_groups, groups, strict=True):
         names = saved.get("param_names"), now.get("param_names")

@@ -22,7 +22,7 @@ from hf_lowrank.tensors.layout import local
 
 
 class DenseStep(Unit):
-    """The step of all dense parameters of one group on one mesh: the same moments with no subspace.
+    """The step of all parameters of one group on one mesh that have no subspace.
 
     Args:
         weights: the parameters.
@@ -45,7 +45,7 @@ class DenseStep(Unit):
         indices: Sequence[int],
     ) -> None:
         self.weights, self.stored, self.config, self.plans = weights, stored, config, plans
-        self.group, self.indices, self.rule = group, indices, config.parts.moments.dense
+        self.group, self.indices, self.rule = group, indices, config.dense_rule
         self.mesh = weights[0].device_mesh if isinstance(weights[0], DTensor) else None
         self.device, self.shapes = weights[0].device, [weight.shape for weight in weights]
         held = [{key: local(tensor) for key, tensor in one.items()} for one in stored]
@@ -127,7 +127,7 @@ class DenseStep(Unit):
     def _context(self, i: int) -> Context:
         weight = self.weights[i]
         place = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else 0
-        return context_of(
+        ctx = context_of(
             self.stored[i],
             self.config,
             self.group,
@@ -140,3 +140,5 @@ class DenseStep(Unit):
             device=weight.device,
             weight=weight,
         )
+        # the rate of matrices that are stepped whole is a multiple of the group's; decay is not
+        return ctx._replace(lr=ctx.lr * ctx.scale, weight_decay=ctx.weight_decay / ctx.scale)

@@ -33,7 +33,7 @@ class Plan:
     """What is known of a parameter before its first step.
 
     Attributes:
-        layout: how a matrix lies; None for a dense parameter.
+        layout: how a matrix lies; None for what is stepped as a dense parameter is.
         columns: what the columns of R are.
         r: the rank of a matrix; 0 for a dense parameter.
         buffers: the declared state of this process's piece.
@@ -55,7 +55,7 @@ class Plan:
             config: its method and options.
             name: its name in the model, "" if unknown.
         """
-        return _of_matrix(weight, config, name) if config.low_rank else _of_dense(weight, config)
+        return _of_matrix(weight, config, name) if config.by_matrix else _of_dense(weight, config)
 
     @property
     def kept(self) -> Buffers:
@@ -103,7 +103,7 @@ def _columns_of(layout: Layout, config: Config, name: str) -> Columns:
 
 
 def _of_dense(weight: Tensor, config: Config) -> Plan:
-    rule, shape, columns = config.parts.moments.dense, tuple(local(weight).shape), dense_columns(weight)
+    rule, shape, columns = config.dense_rule, tuple(local(weight).shape), _columns_of_dense(weight, config)
     slots = {**rule.slots(columns), **COUNTERS}
     lengths = {"r": prod(shape[1:]), "n": shape[0] if shape else 1}
     buffers = {}
@@ -115,13 +115,16 @@ def _of_dense(weight: Tensor, config: Config) -> Plan:
             buffers[key] = replace(slot, axes=slot.axes.replace("r n", "n") if columns.vector else slot.axes).sized(
                 lengths
             )
-    encodings = view.encodings(buffers, moments=config.options["dense_state_format"])
-    return Plan(None, columns, 0, buffers, encodings)
+    encodings = view.encodings(
+        buffers, moments=config.options["state_format" if config.low_rank else "dense_state_format"]
+    )
+    return Plan(None, columns, weight.shape[-1] if config.low_rank else 0, buffers, encodings)
 
 
-def dense_columns(weight: Tensor) -> Columns:
+def _columns_of_dense(weight: Tensor, config: Config) -> Columns:
     """Return what the columns of a dense tensor are, as a rule that is not elementwise sees it: its first axis."""
-    return Columns(weight.shape[0] if weight.dim() else 1, 1, vector=weight.dim() < 2)
+    tokens = config.options.get("kind") == "embedding"
+    return Columns(weight.shape[0] if weight.dim() else 1, 1, vector=weight.dim() < 2, tokens=tokens)
 
 
 def split_axis(weight: DTensor, plan: Plan, key: str) -> tuple[int, int] | None:

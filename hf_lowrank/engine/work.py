@@ -62,7 +62,7 @@ class Work:
                 if not state[p]:
                     check_weight(p, config)
                     state[p] = allocate(p, plan)
-            if config.low_rank:
+            if config.by_matrix:
                 steps = [
                     MatrixStep(p, state[p], config, plan, group, first + i)
                     for i, (_, p, _, plan) in enumerate(members)

@@ -49,7 +49,8 @@ def optimizer_cls_and_kwargs(
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    config = Config.of(method, options if rank is None else {"rank": rank, **options}, facts=model_facts(model))
+    chosen = options if rank is None else {"rank": rank, **options}
+    config = Config.of(method, chosen, model=True, facts=model_facts(model))
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
     return LowRankOptimizer, _keywords(model, config, values, target_modules)
@@ -99,7 +100,7 @@ def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[ty
     for option, argument in _TRAINING_ARGUMENTS.items():
         if option in options:
             raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")
-    config = _layerwise(args, Config.of(name_of(args), options, facts=model_facts(model)))
+    config = _layerwise(args, Config.of(name_of(args), options, model=True, facts=model_facts(model)))
     keywords = _keywords(model, config, values, args.optim_target_modules)
     return LowRankOptimizer, {**keywords, "share_refreshes": _replicated(args)}
 

@@ -22,12 +22,14 @@ class Columns:
             (the head's size); 0 where they are inputs.
         start: the first one that this process holds.
         vector: whether there is no other axis: a dense vector.
+        tokens: whether they are the entries of an embedding, whose outputs are the other axis.
     """
 
     n: int
     block: int = 0
     start: int = 0
     vector: bool = False
+    tokens: bool = False
 
 
 class Context(NamedTuple):

@@ -45,8 +45,13 @@ def integer(default: int | None, *, minimum: int, help: str, fact: str = "") -> 
     return _option(default, _whole, lambda v: minimum <= v < 2**63, f"an integer >= {minimum}", help, fact)
 
 
-def number(default: float, *, above: float | None = None, minimum: float = 0.0, below: float = inf, help: str) -> Any:
-    """Declare a finite real option greater than `above`, or of at least `minimum`; and less than `below`."""
+def number(
+    default: float | None, *, above: float | None = None, minimum: float = 0.0, below: float = inf, help: str
+) -> Any:
+    """Declare a finite real option greater than `above`, or of at least `minimum`; and less than `below`.
+
+    The default None means 'derived from other options'.
+    """
     if above is None:
         expected = f"a number >= {minimum:g}" + (f" and < {below:g}" if below < inf else "")
         return _option(default, float, lambda v: isfinite(v) and minimum <= v < below, expected, help)
@@ -54,9 +59,10 @@ def number(default: float, *, above: float | None = None, minimum: float = 0.0, 
     return _option(default, float, lambda v: isfinite(v) and above < v < below, expected, help)
 
 
-def choice(*values: str, help: str) -> Any:
-    """Declare an option that is one of `values`; the first is the default."""
-    return _option(values[0], str, lambda v: v in values, "one of " + ", ".join(values), help)
+def choice(*values: str, derived: bool = False, help: str) -> Any:
+    """Declare an option that is one of `values`; the first is the default, unless it is derived from other options."""
+    default = None if derived else values[0]
+    return _option(default, str, lambda v: v in values, "one of " + ", ".join(values), help)
 
 
 def flag(default: bool, *, help: str) -> Any:

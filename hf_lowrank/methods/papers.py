@@ -39,6 +39,7 @@ TITLES = {
     "2502.16982": "Muon is Scalable for LLM Training",
     "2505.16932": "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm",
     "2505.24749": ("SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating Memory-Efficient LLM Training"),
+    "2506.16659": "A Minimalist Optimizer Design for LLM Pretraining",
     "2510.01878": "Randomized Gradient Subspaces for Efficient Large Language Model Training",
     "2510.05491": "NorMuon: Making Muon More Efficient and Scalable",
     "2512.07112": "FOAM: Folded Optimizer with Approximate Moment",

@@ -217,7 +217,9 @@ class Moments(Part, ABC):
         """Step fp32 tensors of one group by an elementwise rule; the default is `update`, one tensor at a time."""
         for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
             N = alone(self.update(s, G, ctx))
-            W.mul_(1 - ctx.lr * ctx.weight_decay).sub_(N, alpha=ctx.lr * self.step_scale(ctx))
+            if (beta := 1 - ctx.lr * ctx.weight_decay) != 1.0:
+                W.mul_(beta)
+            W.sub_(N, alpha=ctx.lr * self.step_scale(ctx))
 
 
 class Carried(NamedTuple):
@@ -237,12 +239,14 @@ class Reconstruction(Part, ABC):
     Attributes:
         needs_gradient: whether the step looks at more of G than R, so that G must live until the weight is written.
         needs_momentum: whether it is told of a change of basis (`change_basis_`).
+        plain: whether the step is alpha P N and nothing else.
         by_columns: whether all that it looks at of G, beside R, are the norms of columns, and all that it does is P Z
             + G diag(d): then many matrices of one shape may step at once on an accelerator.
     """
 
     needs_gradient: ClassVar[bool] = False
     by_columns: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
     needs_momentum: ClassVar[bool] = False
 
     def slots(self) -> Slots:

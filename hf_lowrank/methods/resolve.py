@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hf_lowrank.methods import options as opt
+from hf_lowrank.methods.dense import MIXED, SAME, DenseOptions, SplitOptions
 from hf_lowrank.methods.registry import KINDS, TRANSPORTS, Gauge, classes, prototype
 from hf_lowrank.methods.table import METHODS, Method
 
@@ -78,6 +79,11 @@ class Parts:
         """Whether the gradient must live until the weight is written, so that layerwise updates in the hook."""
         return self.subspace.needs_gradient or self.reconstruction.needs_gradient
 
+    @property
+    def direct(self) -> bool:
+        """Whether nothing stands between the moments of every element and the weight."""
+        return self.subspace.whole and self.moments.elementwise and self.reconstruction.plain
+
 
 SUFFIXES: dict[str, dict[str, Any]] = {
     "_8bit": {"state_format": "8bit", "dense_state_format": "8bit"},
@@ -119,16 +125,24 @@ class Config:
         options: every option of a group of matrices, or of a group of dense parameters.
         parts: what the options are filled into.
         low_rank: whether this is for matrices.
+        split: how dense parameters are told apart where the options are those of a whole model.
     """
 
     method: str
     options: Mapping[str, Any]
     parts: Parts
     low_rank: bool = True
+    split: SplitOptions = SplitOptions()
 
     @classmethod
     def of(
-        cls, name: str, given: Mapping[str, Any], *, low_rank: bool = True, facts: Mapping[str, Any] | None = None
+        cls,
+        name: str,
+        given: Mapping[str, Any],
+        *,
+        low_rank: bool = True,
+        model: bool = False,
+        facts: Mapping[str, Any] | None = None,
     ) -> Config:
         """Resolve a name and the options that the user set.
 
@@ -136,6 +150,7 @@ class Config:
             name: a valid name.
             given: options as values or text.
             low_rank: False for a group of dense parameters.
+            model: whether these are the options of a whole model, so that those of its split are among them.
             facts: what is known of the model and the run, for the options that are such a fact and are not given.
 
         Raises:
@@ -145,7 +160,7 @@ class Config:
         what, given = f"optimizer {name}", {**implied, **given}
         kinds, chosen = _chosen_parts(row, given, what)
         schema = _schema(chosen, low_rank)
-        valid = {**schema, **kinds}
+        valid = {**schema, **kinds, **(splitting := opt.schema(SplitOptions) if model else {})}
         for key in given:
             if key not in valid:
                 opt.parse(key, given[key], valid, what=what)  # says what there is
@@ -160,7 +175,9 @@ class Config:
             _check_together(parts, options)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
-        return cls(row, MappingProxyType({**named, **options}), parts, low_rank)
+        wanted = {**METHODS[row].defaults, **given}
+        apart = {key: opt.parse(key, wanted[key], splitting, what=what) for key in splitting if key in wanted}
+        return cls(row, MappingProxyType({**named, **options}), parts, low_rank, SplitOptions(**apart))
 
     def with_(self, **options: Any) -> Config:
         """Return the same with other values of options that are no part's, such as the seed."""
@@ -170,12 +187,26 @@ class Config:
         }
         return replace(self, options=MappingProxyType({**self.options, **values}))
 
-    def dense(self) -> Config:
-        """Return the same for a group of dense parameters."""
-        row = METHODS[self.method]
-        own = {*(KINDS if row.free else ()), *_schema(self.parts, False)}
-        options = {key: value for key, value in self.options.items() if key in own}
+    def dense(self, kind: str = MIXED) -> Config:
+        """Return the same for a group of dense parameters of one kind."""
+        known = {**self.options, "dense": self.split.rule(kind), "kind": kind}
+        own = {*(KINDS if METHODS[self.method].free else ()), *_schema(self.parts, False)}
+        options = {key: value for key, value in known.items() if key in own}
         return replace(self, options=MappingProxyType(options), low_rank=False)
+
+    @property
+    def dense_rule(self) -> Moments:
+        """The rule of what is stepped without a subspace."""
+        chosen = self.options.get("dense")
+        if chosen is None:
+            return self.parts.moments
+        rule: Moments = self.parts.moments.dense if chosen == SAME else prototype("moments", chosen)
+        return rule
+
+    @property
+    def by_matrix(self) -> bool:
+        """Whether this is for matrices that are stepped one by one; else whole groups are, as dense parameters."""
+        return self.low_rank and not self.parts.direct
 
     @property
     def facts(self) -> dict[str, str]:
@@ -236,7 +267,7 @@ def _schema(chosen: Parts, low_rank: bool) -> dict[str, Field[Any]]:
     """Return the options of a group by name."""
     subspace, moments, reconstruction = chosen.subspace, chosen.moments, chosen.reconstruction
     if not low_rank:
-        found = opt.schema(SharedOptions, moments)
+        found = opt.schema(SharedOptions, DenseOptions, moments)
         return {key: item for key, item in found.items() if key not in moments.dense.without}
     found = opt.schema(SharedOptions, LowRankOptions, moments, subspace, reconstruction)
     without = {*subspace.without, *moments.without, *reconstruction.without}
@@ -260,22 +291,14 @@ def _filled(chosen: Parts, options: Mapping[str, Any]) -> Parts:
     given = ({item.name: options[item.name] for item in fields(part) if item.name in options} for part in parts)
     made = [replace(part, **own) for part, own in zip(parts, given, strict=True)]
     if options.get("proj_type") == "full":
-        made[0] = _both_sides(made[0])
+        from hf_lowrank.methods.subspaces.two_sided import BothSides
+
+        made[0] = BothSides(made[0])
     if options.get("stable_spam"):
-        made[2] = _without_spikes(made[2])
+        from hf_lowrank.methods.reconstructions.stable_spam import StableSpam
+
+        made[2] = StableSpam(made[2])
     return Parts(*made)
-
-
-def _both_sides(subspace: Subspace) -> Subspace:
-    from hf_lowrank.methods.subspaces.two_sided import BothSides
-
-    return BothSides(subspace)
-
-
-def _without_spikes(reconstruction: Reconstruction) -> Reconstruction:
-    from hf_lowrank.methods.reconstructions.stable_spam import StableSpam
-
-    return StableSpam(reconstruction)
 
 
 def _check_together(made: Parts, options: Mapping[str, Any]) -> None:

@@ -208,6 +208,14 @@ METHODS: dict[str, Method] = {
     "racs": Method(
         "whole", "racs", "project", "RACS: rows and columns scaled by a fixed point", _ALICE, {**_WHOLE, "scale": 0.05}
     ),
+    "scale_sgd": Method(
+        "whole",
+        "column_norm",
+        "project",
+        "SCALE: outputs of unit RMS; momentum for the head alone",
+        "arXiv 2506.16659",
+        {**_WHOLE, "embedding_rule": "column_norm", "head_rule": "momentum_column_norm"},
+    ),
     "sinkgd": Method("whole", "sinkhorn", "project", "SinkGD: rows and columns of unit RMS", _SINKGD, _WHOLE),
     "swan": Method(
         "whole",

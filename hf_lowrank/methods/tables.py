@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hf_lowrank.methods import options
+from hf_lowrank.methods.dense import SplitOptions
 from hf_lowrank.methods.registry import KINDS
 from hf_lowrank.methods.resolve import Config, LowRankOptions, SharedOptions, part_choices
 from hf_lowrank.methods.table import METHODS
 
 
 SHARED, MATRICES, CHOICES = "Every method", "Every method, for its matrices", "Which parts"
+SPLIT = "Every method, for what has no subspace"
 """Titles of the groups of options that belong to no part."""
 
 SHOWN = 8
@@ -104,7 +106,7 @@ def options_tables(names: Iterable[str] = METHODS) -> str:
 
 def _used_by(group: OptionGroup) -> str:
     """Return a line with the methods that have the options of a group, where not all have them."""
-    if group.title in (SHARED, MATRICES):
+    if group.title in (SHARED, MATRICES, SPLIT):
         return ""
     shown = [f"`{name}`" for name in group.methods[:SHOWN]]
     rest = [f"{len(group.methods) - SHOWN} more with such a part"] if len(group.methods) > SHOWN else []
@@ -129,10 +131,10 @@ def option_groups(names: Iterable[str] = METHODS) -> list[OptionGroup]:
     values: dict[Declared, dict[str, Any]] = defaultdict(dict)  # defaults by method
     owners: dict[Declared, set[Owner]] = defaultdict(set)
     for name in names:
-        config = Config.of(name, {})
-        for owner, key, option in _declared(config):
-            if key in config.options:
-                values[key, option][name] = config.options[key]
+        known = options_of(name)
+        for owner, key, option in _declared(Config.of(name, {})):
+            if key in known:
+                values[key, option][name] = known[key]
                 owners[key, option].add(owner)
     grouped: dict[tuple[Owner, ...], list[Declared]] = defaultdict(list)
     for declared, of in owners.items():
@@ -147,9 +149,16 @@ def option_groups(names: Iterable[str] = METHODS) -> list[OptionGroup]:
     ]
 
 
+def options_of(name: str) -> dict[str, Any]:
+    """Return every option that a method takes for a model, with its default."""
+    config = Config.of(name, {}, model=True)
+    return {**config.options, **asdict(config.split)}
+
+
 def _declared(config: Config) -> Iterator[tuple[Owner, str, options.Option]]:
     """Yield (whose it is, name, declaration) of a method's options."""
     owners: dict[Owner, Any] = {(0, MATRICES): LowRankOptions, (len(KINDS) + 1, SHARED): SharedOptions}
+    owners[len(KINDS) + 2, SPLIT] = SplitOptions
     for place, kind in enumerate(KINDS, start=1):
         part = getattr(config.parts, kind)
         owners[place, _part_name(part)] = part

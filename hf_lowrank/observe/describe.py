@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowrank.methods.dense import SAME
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.observe.counting import adamw_bytes, component_bytes
 from hf_lowrank.observe.units import MIB
@@ -73,12 +74,27 @@ def summary(optimizer: LowRankOptimizer) -> str:
     adamw = adamw_bytes(everything)
     ranks = sorted({one.plan.r for one in matrices})
     lr = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])  # a warm-up starts at zero
-    text = f"{optimizer.defaults['method']}: {len(matrices)} matrices at rank {_span(ranks)}"
+    whole = bool(matrices) and matrices[0].config.parts.subspace.whole
+    place = "stepped whole" if whole else f"at rank {_span(ranks)}"
+    text = f"{optimizer.defaults['method']}: {len(matrices)} matrices {place}"
     if matrices:
         scale = matrices[0].config.options["scale"]
         text += f", lr {lr * scale:g} ({lr:g} x scale {scale:g})"
-    text += f"; {len(everything) - len(matrices)} dense parameters, lr {lr:g}"
+    text += f"; {len(everything) - len(matrices)} dense parameters, lr {lr:g}{_apart(optimizer, lr)}"
     return text + f"; state {declared / MIB:.1f} MiB (AdamW: {adamw / MIB:.1f} MiB)"
+
+
+def _apart(optimizer: LowRankOptimizer, lr: float) -> str:
+    """Say which kinds of dense parameters have another rate or rule than the others, in parentheses."""
+    found = dict[str, list[str]]()
+    for group, config in zip(optimizer.param_groups, optimizer.configs, strict=True):
+        if not config.low_rank:
+            rate, rule = group.get("initial_lr", group["lr"]), config.options["dense"]
+            told = [f"lr {rate:g}"] * (rate != lr) + [f"by {rule}"] * (rule != SAME)
+            if told:
+                found.setdefault(config.options["kind"], told)
+    texts = [f"{kind} {', '.join(told)}" for kind, told in found.items()]
+    return f" ({'; '.join(texts)})" if texts else ""
 
 
 def _span(values: list[int]) -> str:

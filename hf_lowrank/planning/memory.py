@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lowrank import groups
+from hf_lowrank import groups, modules
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe import counting as bytes_of
@@ -175,7 +175,7 @@ def estimate_memory(
         ),
     )
     if optim in ADAMW:
-        trained = [p for _, p in groups.trainable(net)]
+        trained = [p for _, p in modules.trainable(net)]
         gradients, state = bytes_of.weight_bytes(trained, size), bytes_of.adamw_bytes(trained, size)
         return replace(blank, gradients=gradients, dense_state=state)
     given = {**(options or {}), **({} if layerwise is None else {"layerwise": layerwise})}

@@ -23,6 +23,7 @@ class Row:
         count: how many there are.
         shape: of one.
         rank: of the subspace, None where the parameter stays dense.
+        rule: of a dense parameter: the option `dense` of its group; None for a matrix.
         state_bytes: of the method, over all of them.
         adamw_bytes: what AdamW would keep for them, in the types that they have.
     """
@@ -31,6 +32,7 @@ class Row:
     count: int
     shape: tuple[int, ...]
     rank: int | None
+    rule: str | None
     state_bytes: int
     adamw_bytes: int
 
@@ -49,12 +51,13 @@ def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **
     """
     split = groups.param_groups(model, method=method, target_modules=target_modules, **options)
     optimizer = LowRankOptimizer(split, method)
-    found: dict[tuple[str, tuple[int, ...], int | None], list[tuple[int, int]]] = defaultdict(list)
+    found: dict[tuple[str, tuple[int, ...], int | None, str | None], list[tuple[int, int]]] = defaultdict(list)
     for name, p, config, plan in optimizer.declared():
         rank = plan.r if config.low_rank else None
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank
+        rule = None if config.low_rank else config.options["dense"]
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank, rule
         found[key].append((plan.nbytes, adamw_bytes([p])))
     return [
-        Row(name, len(sizes), shape, rank, sum(ours for ours, _ in sizes), sum(adamw for _, adamw in sizes))
-        for (name, shape, rank), sizes in found.items()
+        Row(name, len(sizes), shape, rank, rule, sum(ours for ours, _ in sizes), sum(adamw for _, adamw in sizes))
+        for (name, shape, rank, rule), sizes in found.items()
     ]

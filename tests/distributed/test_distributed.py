@@ -8,6 +8,7 @@ from processes import torchrun
 from streams import COVERING, PLAIN
 
 from hf_lowrank import METHODS
+from hf_lowrank.methods.dense import RULES
 
 
 pytestmark = pytest.mark.processes
@@ -67,6 +68,14 @@ def test_sharded_and_whole_weights_go_together(names, tmp_path):
     for name, figures in launch("mixed", 3, names, tmp_path).items():
         assert figures["displacement"] < tolerance(name), name
         assert figures["norm"] < 1e-3, name  # of the last step: what is replicated counts once
+
+
+def test_rules_and_rates_of_dense_parameters_are_those_of_one_process(tmp_path):
+    """An embedding's outputs have their norms from all processes, where its rows lie."""
+    for rule, figures in launch("rules", 2, [rule for rule in RULES if rule != "same"], tmp_path).items():
+        assert figures["displacement"] < tolerance("galore_dominant_adamw"), rule
+        assert figures["resumed"], rule
+        assert set(figures["rates"]) == {1e-2, 3e-2, 5e-3, 2e-2}, rule
 
 
 def expected(wide, along_gradient):

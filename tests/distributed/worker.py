@@ -118,6 +118,31 @@ def fsdp(name):
     }
 
 
+def rules(name):
+    """A rule of all dense parameters, with rates of their own, beside the unsharded run; and resumed."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    options = {"dense": name, "embedding_lr": 1e-2, "head_lr": 3e-2, "vector_lr": 5e-3}
+    method = "galore_dominant_adamw"
+    alone, _ = single(method, **options)
+    net = sharded()
+    opt = models.optimizer(net, method, **options)
+    models.train(net, opt, 4, rank, world)
+    saved, weights = copy.deepcopy(get_optimizer_state_dict(net, opt)), [p.detach().clone() for p in net.parameters()]
+    models.train(net, opt, STEPS - 4, rank, world, start=4)
+    again = sharded()
+    with torch.no_grad():
+        for p, q in zip(again.parameters(), weights, strict=True):
+            p.copy_(q)
+    other = models.optimizer(again, method, **options)
+    set_optimizer_state_dict(again, other, saved)
+    models.train(again, other, STEPS - 4, rank, world, start=4)
+    return {
+        "displacement": models.displacement(whole(net), whole(alone), start()),
+        "resumed": all(torch.equal(a, b) for a, b in zip(whole(net), whole(again), strict=True)),
+        "rates": sorted(group["lr"] for group in opt.param_groups),
+    }
+
+
 def mixed(name):
     """One block sharded unevenly, the rest whole on every process; buckets so small that they end anywhere."""
     engine.SYNC_ELEMENTS = 40

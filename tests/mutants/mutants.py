@@ -37,6 +37,12 @@ ROTATED, COMPLETED, RESET = (
 )
 SMALL = OPTIONS + "test_small_second_moments[shape0-rotate-adafactor-options0]"
 PROPERTIES = "tests/test_properties_of_methods.py::"
+DENSE = "tests/test_dense_rules.py::"
+EMBEDDING = DENSE + "test_a_run_equals_the_reference[column_norm-shape0-embedding]"
+GROUPS = (
+    "tests/integration/test_dense_groups.py::"
+    "test_a_kind_with_a_rate_or_a_rule_has_a_group_of_its_own_and_nothing_else_has"
+)
 SUBSPACES, MOMENTS, STEPS = "methods/subspaces/", "methods/moments/", "methods/reconstructions/"
 
 MUTANTS = [
@@ -142,6 +148,17 @@ MUTANTS = [
            run_of("natural_galore_adamw")),
     Mutant("missing rotation", MOMENTS + "natural.py", 'C.unsqueeze(-3) @ s["window"]', 's["window"]',
            run_of("natural_galore_adamw")),
+    Mutant("tokens for outputs", "engine/plan.py", 'config.options.get("kind") == "embedding"',
+           'config.options.get("kind") == "head"', EMBEDDING),
+    Mutant("mean over the wrong length", MOMENTS + "column_norm.py", "unsqueeze(-1), ctx.columns.n",
+           "unsqueeze(-1), X.shape[-2]", EMBEDDING),
+    Mutant("division by zero", MOMENTS + "column_norm.py", "torch.where(norm > 0, norm, torch.inf)", "norm",
+           DENSE + "test_every_output_moves_by_the_rate_and_one_without_a_gradient_not_at_all[column_norm-head-1]"),
+    Mutant("momentum forgotten", MOMENTS + "column_norm.py", 's["exp_avg"].lerp_(R, 1 - ctx.beta1)', "R",
+           DENSE + "test_a_run_equals_the_reference[momentum_column_norm-shape0-mixed]"),
+    Mutant("rule ignored", "methods/resolve.py", "if chosen == SAME else", "if chosen else",
+           DENSE + "test_a_run_equals_the_reference[sgd-shape0-mixed]"),
+    Mutant("rate ignored", "groups.py", '{} if rate is None else {"lr": rate}', "{}", GROUPS + "[None]"),
     # ---- steps ------------------------------------------------------------------------------------------------------
     Mutant("limiter does nothing", "methods/limiter.py", ".clamp_min_(limiter).div_(limiter)", ".mul_(0).add_(1)",
            run_of("fira_adamw", "stack")),

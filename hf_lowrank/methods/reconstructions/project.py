@@ -25,6 +25,7 @@ class Project(Reconstruction, key="project"):
     """
 
     by_columns: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
 
     @override
     def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:

@@ -1,0 +1,96 @@
+"""What the parameters of a model are, by its modules. Needs neither transformers nor peft to know their models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+
+from torch import Tensor, nn
+
+
+HEADS = ("lm_head", "classifier", "score", "head")
+"""Modules that are output heads, which stay dense by default."""
+
+LORA = re.compile(r"(^|\.)lora_")
+"""Names of LoRA factors."""
+
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)(?=\.|$)")
+
+
+def trainable(model: nn.Module, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name without wrappers, parameter) of every parameter that requires a gradient, shared ones once.
+
+    Args:
+        model: the model.
+        frozen: also those that do not.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"parameters are split by their names in a model: give the nn.Module, not {type(model).__name__}"
+        )
+    for name, p in model.named_parameters():
+        if p.requires_grad or frozen:
+            yield clean(name), p
+
+
+def clean(name: str) -> str:
+    """Strip what torch.compile, DDP and activation checkpointing add to a name."""
+    return _WRAPPERS.sub("", name).lstrip(".")
+
+
+def kinds(model: nn.Module) -> dict[int, str]:
+    """Return by its id what a parameter is: an embedding, also if a head shares it, a head's weight, or a vector."""
+    vectors = {id(p): "vector" for p in model.parameters() if p.dim() < 2}
+    inside = {id(p) for p in body(model).parameters()}
+    heads = {id(p): "head" for path, p in matrices(model) if p.dim() == 2 and is_head(path, p, inside)}
+    return {**vectors, **heads, **dict.fromkeys(embeddings(model), "embedding")}
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name of the module, weight) of every weight that could be projected."""
+    tables = embeddings(model)
+    for prefix, module in model.named_modules():
+        path = clean(prefix)
+        experts = "expert" in f"{path}.{type(module).__name__}".lower()
+        for name, p in module.named_parameters(recurse=False):
+            linear = name == "weight" and p.dim() == 2 and is_linear(module)
+            stacked = experts and p.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+            if (linear or stacked) and id(p) not in tables and not LORA.search(path):
+                yield path if linear else f"{path}.{name}", p
+
+
+def embeddings(model: nn.Module) -> set[int]:
+    """Return the ids of the weights of all nn.Embedding."""
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
+def tied(model: nn.Module) -> bool:
+    """Tell whether a linear layer, such as the head, has the weight of an embedding."""
+    tables = embeddings(model)
+    return any(is_linear(module) and id(module.weight) in tables for module in model.modules())
+
+
+def is_head(path: str, p: Tensor, inside: Collection[int]) -> bool:
+    """Tell whether a weight is that of an output head.
+
+    Args:
+        path: name of its module.
+        p: the weight.
+        inside: ids of all parameters of the model's body.
+    """
+    return id(p) not in inside or path.split(".")[-1] in HEADS
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module multiplies by its weight."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers' own, as GPT-2 has it
+
+
+def body(model: nn.Module) -> nn.Module:
+    """Return the model without its head: `base_model` of a PreTrainedModel, below any wrapper."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    if callable(get_base := getattr(model, "get_base_model", None)):  # peft
+        model = get_base()
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
