@@ -154,8 +154,8 @@ class Subspace(Part, ABC):
 class Moments(Part, ABC):
     """The running statistics, and the direction that they give.
 
-    Dense parameters take the same rule with R = G: a vector as it is, anything else as a matrix whose columns are the
-    first axis of the weight.
+    Dense parameters take the same rule, or one that the option `dense` names, with R = G: a vector as it is, anything
+    else as a matrix whose columns are the first axis of the weight.
 
     Attributes:
         elementwise: whether every element is stepped for itself. Dense tensors then keep their own shape, and pieces
@@ -168,7 +168,7 @@ class Moments(Part, ABC):
 
     @property
     def dense(self) -> Moments:
-        """The rule of the parameters that have no subspace; by default the same."""
+        """The rule of the parameters that have no subspace and are given no other; by default the same."""
         return self
 
     @abstractmethod
