@@ -160,10 +160,12 @@ class Moments(Part, ABC):
     Attributes:
         elementwise: whether every element is stepped for itself. Dense tensors then keep their own shape, and pieces
             may be stepped alone.
+        images: how many fp32 tensors of a dense parameter's size its step makes, at most, beside weight and gradient.
         transports: what it can do at a refresh.
     """
 
     elementwise: ClassVar[bool] = False
+    images: ClassVar[int] = 4
     transports: ClassVar[tuple[str, ...]] = TRANSPORTS
 
     @property

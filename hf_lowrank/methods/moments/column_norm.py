@@ -27,6 +27,7 @@ class Normalised(Moments):
     """N has unit RMS for every output of the weight; vectors, which have no other axis, take Adam."""
 
     composable: ClassVar[bool] = False
+    images: ClassVar[int] = 2  # the direction, and moments in fewer bits decoded
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 
     @abstractmethod

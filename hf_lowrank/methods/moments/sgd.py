@@ -25,6 +25,7 @@ class Sgd(Moments, key="sgd"):
 
     composable: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
+    images: ClassVar[int] = 0
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 
     @override
