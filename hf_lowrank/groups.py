@@ -25,6 +25,7 @@ _WORDS = {
     "vector": "vector",
 }
 MATRIX = "matrix"
+"""The kind of what gets a subspace, beside those of dense parameters."""
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 

@@ -159,25 +159,27 @@ class Subspace(Part, ABC):
 class Moments(Part, ABC):
     """The running statistics, and the direction that they give.
 
-    Dense parameters take the same rule with R = G: a vector as it is, anything else as a matrix whose columns are the
-    first axis of the weight.
+    Dense parameters take the same rule, or one that the option `dense` names, with R = G: a vector as it is, anything
+    else as a matrix whose columns are the first axis of the weight.
 
     Attributes:
         elementwise: whether every element is stepped for itself. Dense tensors then keep their own shape, and pieces
             may be stepped alone.
         keeps_momentum: whether there is a first moment, at which other parts may look.
         needs_weight: whether it looks at the weight itself (`ctx.weight`).
+        images: how many fp32 tensors of a dense parameter's size its step makes, at most, beside weight and gradient.
         transports: what it can do at a refresh.
     """
 
     elementwise: ClassVar[bool] = False
     keeps_momentum: ClassVar[bool] = True
     needs_weight: ClassVar[bool] = False
+    images: ClassVar[int] = 4
     transports: ClassVar[tuple[str, ...]] = TRANSPORTS
 
     @property
     def dense(self) -> Moments:
-        """The rule of the parameters that have no subspace; by default the same."""
+        """The rule of the parameters that have no subspace and are given no other; by default the same."""
         return self
 
     @abstractmethod

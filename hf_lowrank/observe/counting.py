@@ -75,18 +75,16 @@ def workspace_bytes(optimizer: LowRankOptimizer, size: Size = own_type) -> int:
 
     An ordinary step holds what is projected and its direction for two buckets (`engine.step.SYNC_ELEMENTS`), the
     halves of the bases of one, three images of the largest matrix where a method looks at each of its elements, and
-    the fp32 images of a block of one dense tensor, or of all of it, with its direction and two images more, where the
-    rule looks at the whole. A refresh holds the float64 copy of a gradient, its Gram matrix, the eigenvectors and what
-    the library works in, and the new bases of a wave.
+    the fp32 images of one dense tensor, or of a block of it, that its rule makes. A refresh holds the float64 copy of
+    a gradient, its Gram matrix, the eigenvectors and what the library works in, and the new bases of a wave.
     """
     held = bases = whole = dense = decomposed = 0
     for _, p, config, plan in optimizer.declared():
         block = min(local(p).numel(), BLOCK_ON_DEVICE)
         if plan.layout is None:
-            images = 2 * (size(p) < 4)
-            if not (config.dense_rule.elementwise or plan.columns.vector):
-                block, images = local(p).numel(), images + 3
-            dense = max(dense, 4 * images * block)
+            rule, low = config.dense_rule, size(p) < 4
+            length = block if rule.elementwise and low else local(p).numel()
+            dense = max(dense, 4 * (2 * low + rule.images) * length)
             continue
         held += transient(plan, config)
         if transient(plan, config) > plan.r * plan.layout.n:

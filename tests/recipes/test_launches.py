@@ -6,7 +6,10 @@ import pytest
 import torch
 from streams import COVERING, NAMES
 
+from hf_lowrank import LowRankOptimizer
 from hf_lowrank.methods import resolve
+from hf_lowrank.methods.dense import RULES
+from hf_lowrank.observe.counting import workspace_bytes
 from recipes.benchmarks import device_counts
 from recipes.benchmarks.fake_cuda import DEVICE, Counted, fake_cuda
 
@@ -48,6 +51,24 @@ def test_every_part_waits_once_a_step(name, dtype):
 @pytest.mark.parametrize("size", ["60m", "7b"])
 def test_every_row_waits_once_a_step(name, dtype, size):
     check(name, size, dtype, 2, per_matrix=100)
+
+
+OF_DENSE = [("galore_dominant_adamw", rule) for rule in RULES]
+OF_DENSE += [(f"galore_dominant_{moments}", "same") for moments in ("adafactor", "came", "adam_mini")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["head", "embedding"])
+@pytest.mark.parametrize("name, rule", OF_DENSE)
+def test_a_rule_of_dense_parameters_waits_once_and_keeps_to_the_estimate(name, rule, kind, dtype):
+    with fake_cuda():
+        p = torch.nn.Parameter(torch.empty(32000, 512, dtype=dtype, device=DEVICE))
+        opt = LowRankOptimizer([{"params": [p], "dense": rule, "kind": kind}], name)
+        for _ in range(2):
+            p.grad = torch.empty_like(p)
+            with Counted() as step:
+                opt.step()
+    assert sum(step.syncs.values()) <= 1 and step.peak <= workspace_bytes(opt)
 
 
 # launches of a whole step of 7B (224 matrices, 67 other tensors), what a step of its first layers may take of them

@@ -41,6 +41,7 @@ class Adam(Moments, key="adam"):
     """
 
     elementwise: ClassVar[bool] = True
+    images: ClassVar[int] = 0
 
     @override
     def slots(self, columns: Columns) -> Slots:

@@ -28,6 +28,7 @@ class Normalised(Moments):
 
     composable: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = ("keep", "reset")
+    images: ClassVar[int] = 2  # the direction, and moments in fewer bits decoded
 
     @abstractmethod
     def direction(self, s: State, R: Tensor, ctx: Context) -> Tensor:

@@ -26,6 +26,7 @@ class Momentum(Moments, key="momentum"):
     """
 
     elementwise: ClassVar[bool] = True
+    images: ClassVar[int] = 1
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
     @override
