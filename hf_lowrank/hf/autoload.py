@@ -1,7 +1,7 @@
 """Opt-in: with HF_LOWRANK_AUTOLOAD=1 a plain `python run_clm.py --optim galore_i3s_adamw` works.
 
 torch calls `autoload` at the end of `import torch` (entry point group torch.backends). An exception here would make
-that import fail, so nothing is imported; a hook waits for transformers.
+that import fail, so nothing is imported; a hook waits for transformers, and for the plug-ins of LLaMA-Factory v1.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from types import ModuleType
 from typing import Any
 
 
+LLAMA_FACTORY = "llamafactory.v1.plugins.trainer_plugins.optimizer"
+
+
 def autoload() -> None:
-    """Register the optimizers as soon as transformers' Trainer is imported, if the variable asks for it."""
+    """Register the optimizers as soon as what names them is imported, if the variable asks for it."""
     if os.environ.get("HF_LOWRANK_AUTOLOAD") != "1":
         return
     if "transformers.trainer" in sys.modules:
@@ -28,7 +31,7 @@ def autoload() -> None:
 class _Hook:
     """Finder that lets the real one work and acts once the module has run."""
 
-    watched = ("transformers.training_args", "transformers.trainer")
+    watched = ("transformers.training_args", "transformers.trainer", LLAMA_FACTORY)
     busy = False
 
     def find_spec(
@@ -59,6 +62,10 @@ def _after_import(name: str, module: Any) -> None:
         from hf_lowrank.hf.names import add_to
 
         add_to(module.OptimizerNames)
+    elif name == LLAMA_FACTORY:
+        from hf_lowrank.hf import llamafactory
+
+        llamafactory.register()
     else:
         from hf_lowrank.hf.register import register
 
