@@ -24,7 +24,10 @@ def autoload() -> None:
         return
     if "transformers.trainer" in sys.modules:
         _after_import("transformers.trainer", sys.modules["transformers.trainer"])
-    elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        return
+    if "transformers.training_args" in sys.modules:  # which has imported torch, before the hook is there
+        sys.modules["transformers.training_args"].__class__ = _BegunBefore
+    if not any(isinstance(finder, _Hook) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Hook())
 
 
@@ -55,6 +58,17 @@ class _Hook:
 
         loader.exec_module = exec_module
         return spec
+
+
+class _BegunBefore(ModuleType):
+    """A module that had begun to run before the hook was there: act as soon as something is taken from it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in ("OptimizerNames", "TrainingArguments"):
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            _after_import(self.__name__, self)
+        return value
 
 
 def _after_import(name: str, module: Any) -> None:

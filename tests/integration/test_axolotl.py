@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama
+from conftest import shown, tiny_llama
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +19,8 @@ import hf_lowrank
 
 base = pytest.importorskip("axolotl.integrations.base", reason="axolotl is not installed")
 PLUGIN = "hf_lowrank.hf.axolotl.LowRankPlugin"
-OPTIM = {"optimizer": "galore_i3s_adamw", "optim_args": {"rank": 4, "update_proj_gap": 3}, "learning_rate": 0.01}
+OPTIM = yaml.safe_load(shown("with/axolotl.md", "yaml"))
+OPTIM["optim_args"] |= {"rank": 4, "update_proj_gap": 3}
 
 
 @pytest.fixture
@@ -34,7 +35,6 @@ def configuration(tmp_path):
     (tmp_path / "data.jsonl").write_text(f"{json.dumps({'text': 'the cat sees a dog the dog sees a cat'})}\n" * 32)
     return {
         "base_model": str(tmp_path / "model"),
-        "plugins": [PLUGIN],
         **OPTIM,
         "weight_decay": 0.1,
         "datasets": [{"path": str(tmp_path / "data.jsonl"), "ds_type": "json", "type": "completion"}],

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from conftest import tiny_llama
+from conftest import shown, tiny_llama
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +27,7 @@ from hf_lowrank.hf import llamafactory  # noqa: E402
 
 
 WORDS = ["<|im_start|>", "<|im_end|>", "user", "assistant", "who", "are", "you", "I", "am", "a", "model"]
-OPTIM = {"name": "galore_i3s_adamw", "lr": 0.01, "weight_decay": 0.1, "rank": 4, "update_proj_gap": 2}
+OPTIM = {**yaml.safe_load(shown("with/llamafactory.md", "yaml"))["optim_config"], "rank": 4, "update_proj_gap": 2}
 
 
 @pytest.fixture

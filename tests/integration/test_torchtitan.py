@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import shown
 from processes import torchrun
 from torch.distributed import checkpoint as dcp
 
@@ -20,16 +21,6 @@ from hf_lowrank.hf.torchtitan import LowRankContainer  # noqa: E402
 
 
 WORKER = Path(__file__).parent / "torchtitan_worker.py"
-REGISTRY = """
-from torchtitan.models.llama3.config_registry import llama3_debugmodel
-from hf_lowrank.hf.torchtitan import LowRankContainer
-
-
-def galore():
-    config = llama3_debugmodel()
-    config.optimizer = LowRankContainer.Config(method="galore_i3s_adamw", lr=1e-2, options={"rank": 64})
-    return config
-"""
 
 
 def same(a, b):
@@ -37,7 +28,7 @@ def same(a, b):
 
 
 def test_a_configuration_names_it_and_the_command_line_changes_it(tmp_path, monkeypatch):
-    (tmp_path / "my_run.py").write_text(REGISTRY)
+    (tmp_path / "my_run.py").write_text(shown("with/torchtitan.md", "python"))
     monkeypatch.syspath_prepend(tmp_path)
     config = ConfigManager().parse_args(["--module", "my_run", "--config", "galore", "--optimizer.lr", "0.02"])
     model = llama()
@@ -47,7 +38,7 @@ def test_a_configuration_names_it_and_the_command_line_changes_it(tmp_path, monk
     assert {(group["method"], group["lr"], group["rank"]) for group in low_rank} == {("galore_i3s_adamw", 0.02, 64)}
     # one fused q-k-v, o, and three of the feed-forward block; embeddings and head are dense
     assert sum(len(group["params"]) for group in low_rank) == 5
-    assert config.optimizer.to_dict()["options"] == {"rank": 64}  # what its logger writes
+    assert config.optimizer.to_dict()["options"] == {"rank": 64, "update_proj_gap": 200}  # what its logger writes
 
 
 def test_it_trains_as_the_optimizer_does_by_itself():
