@@ -10,7 +10,7 @@ from hf_lowrank.methods import resolve, tables
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FIRST_SCREEN = "\n".join(README.splitlines()[:20])
-PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
 
 
 def test_it_is_one_page():

@@ -7,6 +7,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from hf_lowrank.hf.register import register
+from hf_lowrank.methods import resolve
 
 
 class LowRankPlugin(BasePlugin):  # type: ignore[misc,unused-ignore]
@@ -18,5 +19,20 @@ class LowRankPlugin(BasePlugin):  # type: ignore[misc,unused-ignore]
     """
 
     def register(self, cfg: Any) -> None:
-        """Make every method a valid optimizer; axolotl calls this while it reads its configuration."""
+        """Make every method a valid optimizer; axolotl calls this while it reads its configuration.
+
+        Raises:
+            ValueError: for one of our optimizers with a setting by which axolotl splits the parameters, which it would
+                drop for an optimizer that brings its own groups.
+        """
         register()
+        if cfg.get("optimizer") in resolve.names():
+            dropped = [key for key in _SPLITTING if cfg.get(key)]
+            if dropped:
+                raise ValueError(
+                    f"{', '.join(dropped)}: axolotl does not apply it to {cfg['optimizer']}, which brings its own "
+                    "groups; another rate for embeddings and head is embedding_lr below optim_args"
+                )
+
+
+_SPLITTING = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")

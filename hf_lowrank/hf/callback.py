@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from hf_lowrank.hf.arguments import give_clipping_back, hold_clipping, name_of, refuse_unsupported
 from hf_lowrank.hf.model_card import TAG
+from hf_lowrank.hf.unsloth import take_embedding_learning_rate
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe import folder
 from hf_lowrank.observe.describe import described, headline, summary
@@ -53,6 +54,10 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self.optimizer: LowRankOptimizer | None = None
         self.run: Run | None = None  # where this callback is the one that reports
         self._first_refresh: FirstRefresh | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over what unsloth would do by itself."""
+        take_embedding_learning_rate(args, kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the optimizer, say and write what it is, in a folder that no other process trains in."""

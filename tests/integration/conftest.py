@@ -1,5 +1,6 @@
 """A tiny LLaMA, tiny data and one way to train them through Trainer."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def train(args, model=None, trainer_class=Trainer, resume=None, **kwargs):
 def engine(trainer):
     """The LowRankOptimizer inside accelerate's wrapper."""
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+def shown(page, language):
+    """Return the first block of a language on a page of the documentation."""
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    found = re.search(rf"^```[ ]*(?:\{{\.)?{language}[^\n]*\n(.*?)^```$", text, re.M | re.S)
+    assert found, f"{page} has no block of {language}"
+    return found[1]
 
 
 @pytest.fixture(autouse=True)

@@ -147,6 +147,13 @@ def test_autoload_is_opt_in(script, tmp_path):
     assert idle.stdout.strip() == "False"
 
 
+def test_autoload_where_torch_is_first_imported_by_the_arguments(tmp_path):
+    """As in `trl sft`: they have begun to run when torch calls the package, and are all that a parser needs."""
+    code = "from transformers import TrainingArguments as T; print(T('out', optim='galore_i3s_adamw').optim.value)"
+    found = launch([sys.executable, "-c", code], tmp_path, HF_LOWRANK_AUTOLOAD="1")
+    assert found.stdout.strip() == "galore_i3s_adamw", found.stderr
+
+
 def test_another_optimizer_under_the_launcher(script, tmp_path):
     result = launch([*PYTHON, script, *flags(tmp_path / "out", "adamw_torch")], tmp_path)
     (report,) = reports(tmp_path / "out", result)
