@@ -83,6 +83,26 @@ def test_sm3_of_a_vector_is_adagrad():
     assert displacement(ours, theirs, start) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["full_adamw", "full_msgd", "full_muon"])
+def test_scale_multiplies_the_rate_and_not_the_decay(name):
+    p, q, start = weight(TALL), weight(TALL), weight(TALL)
+    stream = gradients(TALL, 8)
+    a = finish(optimizer(p, name, lr=1e-2, scale=0.3, weight_decay=0.1), p, stream)
+    b = finish(optimizer(q, name, lr=3e-3, weight_decay=0.1 / 0.3), q, stream)
+    assert displacement(a, b, start) < 1e-5  # fp32, the products of rates in another order
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
+@pytest.mark.parametrize("ending", ["", "_8bit"])
+def test_moments_lie_in_memory_as_their_weight_does(shape, ending):
+    """Else every step would read one of them across the grain."""
+    p = weight(shape)
+    opt = optimizer(p, "full_muon" + ending)
+    finish(opt, p, gradients(shape, 2))
+    moment = opt.state[p]["exp_avg"]
+    assert moment.shape == shape[::-1] and moment.mT.is_contiguous()
+
+
 # ---- layerwise: every gradient is gone, and the run is the plain one -----------------------------------------------
 
 
