@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from comparing import GAP, SETTING, STEPS, TOLERANCE, agree, optimizer
 from streams import SQUARE, STACK, TALL, WIDE, displacement, finish, gradients, weight
 
@@ -31,6 +32,32 @@ def test_every_form_of_fira_equals_its_print(form, shape, rank, eps):
     _, _, refs = agree("fira_adamw", shape, rank=rank, fira_form=form, eps=eps)
     if shape == STACK:  # the limiter acted at some steps and let others through
         assert {True, False} <= {acted for ref in refs for acted in ref.limited}
+
+
+EPS = [
+    "galore_dominant_adamw",
+    "fira_adamw",
+    "ldadam",
+    "natural_galore_adamw",
+    "galore_dominant_adam_mini",
+    "gwt_adamw",
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("place", ["torch", "released"])
+@pytest.mark.parametrize("name", [*EPS, "foam_adamw"])
+def test_eps_is_added_where_the_option_says(name, place, shape):
+    agree(name, shape, eps_place=place)
+
+
+@pytest.mark.parametrize("name", EPS)
+def test_without_bias_correction_there_is_one_place_for_eps(name):
+    ends = []
+    for place in ("torch", "released"):
+        p = weight(TALL)
+        ends.append(finish(optimizer(p, name, eps_place=place, correct_bias=False), p, gradients(TALL, STEPS)))
+    assert torch.equal(*ends)
 
 
 # ---- every option of every method -----------------------------------------------------------------------------------
@@ -219,6 +246,7 @@ def test_proj_type_chooses_the_side(name, shape, proj_type):
 
 
 @pytest.mark.parametrize("name, options", [
+    *((name, {"eps_place": "released"}) for name in [*EPS, "foam_adamw"]),
     ("subtrack_adamw", {"step": "normalized", "eta": 0.5}),
     ("subtrack_adamw", {"step": "raw", "eta": 5e-3}),
     ("subtrack_adamw", {"accumulate": True}),

@@ -160,6 +160,10 @@ def test_an_option_of_another_method_is_refused():
     for option, value in (("r0", 2), ("limiter", 1.1), ("fira_form", "paper")):
         with pytest.raises(ValueError, match=f"no option '{option}'"):
             optimizer(weight(WIDE), "galore_dominant_adamw", **{option: value})
+    for name in ("golore_msgd", "galore_dominant_adafactor", "fira_came", "flora_adafactor"):  # they add none
+        for rank in (3, None):
+            with pytest.raises(ValueError, match="no option 'eps_place'"):
+                optimizer(weight(WIDE), name, rank=rank, eps_place="released")
     with pytest.raises(ValueError, match="no option 'refresh'"):
         optimizer(weight(WIDE), "galore_random_adamw", refresh="gram")
     with pytest.raises(ValueError, match="no option 'scale'"):  # a dense group has none

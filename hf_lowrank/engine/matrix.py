@@ -210,6 +210,7 @@ def context_of(
         initial_lr=float(group.get("initial_lr", lr)),
         scale=options.get("scale", 1.0),
         correct_bias=options.get("correct_bias", True),
+        eps_place=options.get("eps_place", "torch"),
         stochastic_rounding=options["stochastic_rounding"],
         rank=options.get("rank", 0),
         columns=columns,

@@ -41,6 +41,7 @@ class Context(NamedTuple):
         initial_lr: the learning rate that the schedule multiplies.
         scale: the factor alpha on the low-rank update.
         correct_bias: whether Adam's bias correction is applied.
+        eps_place: where Adam's eps is added; see `moments.adam.eps_of_root`.
         stochastic_rounding: how weights of low precision are written.
         m, r: rows of the matrix seen wide, and of R; both 0 for a dense parameter.
         rank: the option.
@@ -61,6 +62,7 @@ class Context(NamedTuple):
     initial_lr: float
     scale: float
     correct_bias: bool
+    eps_place: str
     stochastic_rounding: bool
     m: int
     r: int

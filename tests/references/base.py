@@ -98,11 +98,15 @@ class Adam:
 
 
 def direction(M: Tensor, V: Tensor, t: int, h: Any) -> tuple[Tensor, float]:
-    """N = M / (sqrt(V) + eps sqrt(c2)) and c = sqrt(c2) / c1; I3S eq. 1 prints neither c1 nor c2."""
+    """N = M / (sqrt(V) + eps sqrt(c2)) and c = sqrt(c2) / c1; I3S eq. 1 prints neither c1 nor c2.
+
+    eps_place="released": galore-torch's N = M / (sqrt(V) + eps), with the same c.
+    """
     if not h.correct_bias:
         return M / (V.sqrt() + h.eps), 1.0
     c1, c2 = 1 - h.beta1**t, 1 - h.beta2**t
-    return M / (V.sqrt() + h.eps * sqrt(c2)), sqrt(c2) / c1
+    eps = h.eps if h.eps_place == "released" else h.eps * sqrt(c2)
+    return M / (V.sqrt() + eps), sqrt(c2) / c1
 
 
 @dataclass
@@ -118,6 +122,7 @@ class Matrix:
     weight_decay: float = 0.0
     scale: float = 1.0
     correct_bias: bool = True
+    eps_place: str = "torch"
     transposed: bool | None = None  # None: proj_type=std
 
     def __post_init__(self) -> None:

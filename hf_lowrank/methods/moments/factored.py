@@ -86,6 +86,7 @@ class Adafactor(Moments, key="adafactor"):
     """
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     decay_rate: float = again(DECAY_RATE)
     clip_threshold: float = again(CLIP_THRESHOLD)
@@ -121,6 +122,7 @@ class CAME(Moments, key="came"):
     """
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     clip_threshold: float = again(CLIP_THRESHOLD)
     beta3: float = number(0.9999, below=1.0, help="CAME: decay of the confidence")
@@ -167,6 +169,7 @@ class SketchedMomentum(Moments, key="sketched_momentum"):
 
     composable: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = Momentum.transports
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     decay_rate: float = again(DECAY_RATE)
     clip_threshold: float = again(CLIP_THRESHOLD)

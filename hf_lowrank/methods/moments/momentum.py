@@ -27,6 +27,7 @@ class Momentum(Moments, key="momentum"):
 
     elementwise: ClassVar[bool] = True
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     @override
     def slots(self, columns: Columns) -> Slots:
