@@ -23,7 +23,8 @@ from hf_lowrank.tensors import kernels
     ("galore_dominant_adafactor", Adafactor()),
     ("galore_dominant_came", CAME()),
     ("galore_dominant_adam_mini", AdamMini("column", outside=True)),  # one per row of the weight
-    ("golore_msgd", Momentum()),
+    ("golore_msgd", Momentum(whole=True)),
+    ("galore_i3s_msgd", Momentum()),
     ("flora_adafactor", Adafactor()),
     ("natural_galore_adamw", Adam()),
     ("foam_adamw", Adam()),
@@ -47,7 +48,7 @@ def test_dense_matrices_take_the_same_moments_and_no_scale(shape, name, moments)
     ("galore_dominant_adafactor", "adafactor"),
     ("galore_dominant_came", "came"),
     ("galore_dominant_adam_mini", "adam"),
-    ("golore_msgd", "momentum"),
+    ("galore_i3s_msgd", "momentum"),
     ("natural_galore_adamw", "adam"),
     ("foam_adamw", "adam"),
     ("galore_dominant_muon", "adam"),

@@ -93,10 +93,11 @@ def test_golore_switches_inside_the_run(shape, name, switch_at):
     agree(name, shape, switch_at=switch_at)
 
 
+@pytest.mark.parametrize("first", ["damped", "gradient"])
 @pytest.mark.parametrize("how", ["keep", "rotate", "reset"])
 @pytest.mark.parametrize("name", ["golore_msgd", "galore_i3s_msgd", "galore_hybrid_msgd"])
-def test_momentum_sgd(name, how):
-    agree(name, TALL, on_refresh=how, **({"r0": 1} if "hybrid" in name else {}))
+def test_momentum_sgd(name, how, first):
+    agree(name, TALL, on_refresh=how, first_momentum=first, **({"r0": 1} if "hybrid" in name else {}))
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL, STACK])
@@ -250,10 +251,13 @@ def test_proj_type_chooses_the_side(name, shape, proj_type):
     ("subtrack_adamw", {"step": "normalized", "eta": 0.5}),
     ("subtrack_adamw", {"step": "raw", "eta": 5e-3}),
     ("subtrack_adamw", {"accumulate": True}),
-    ("subtrack_pp_adamw", {"fira_form": "released"}),
+    ("subtrack_pp_adamw", {"fira_form": "i3s"}),
+    ("subtrack_pp_adamw", {"fira_form": "paper"}),
     ("subtrack_pp_adamw", {"on_refresh": "keep"}),
     ("golore_adamw", {"switch_at": 0.2}),
     ("golore_adamw", {"on_refresh": "keep"}),
+    ("golore_msgd", {"first_momentum": "damped"}),
+    ("galore_i3s_msgd", {"first_momentum": "gradient"}),
     ("galore_i3s_msgd", {"on_refresh": "rotate"}),
     ("galore_hybrid_msgd", {"r0": 0}),
     ("natural_galore_adamw", {"damping": 1.0}),

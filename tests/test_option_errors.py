@@ -195,7 +195,15 @@ def test_defaults_are_the_documented_ones():
     assert how["grass_adamw"] == "reset"
     assert {how[name] for name in NAMES if "apollo" in name} == {"keep"}
     scale = {name: resolve.complete(name, {})["scale"] for name in NAMES}
-    ones = {"ldadam", "flora_adafactor", "apollo_random_adamw", "apollo_dominant_adamw"}
+    ones = {"ldadam", "flora_adafactor", "apollo_random_adamw", "apollo_dominant_adamw", "golore_adamw"}
     ones |= {name for name in NAMES if name.endswith("msgd")}
     assert {scale[name] for name in ones} == {1.0} and scale["apollo_mini_adamw"] == 128.0
     assert {scale[name] for name in PLAIN if name not in ones} == {0.25}
+    for option, usual, others in (
+        ("fira_form", "released", {}),
+        ("proj_type", "std", {"ldadam": "paper", "gwt_adamw": "right", "foam_adamw": "right"}),
+        ("first_momentum", "damped", {"golore_msgd": "gradient"}),
+        ("eps_place", "torch", {}),
+    ):
+        found = {name: resolve.complete(name, {}).get(option, usual) for name in NAMES}
+        assert {name: value for name, value in found.items() if value != usual} == others

@@ -30,7 +30,7 @@ def test_golore_is_galore_before_the_switch_and_carries_its_momentum_at_every_re
 
     W, gradients = randn(*TALL), stream(TALL)
     early = GoLore(W, rank=3, gap=4, switch=5, draw=draw, moments=moments)
-    plain = LowRank(W, rank=3, gap=4, on_refresh="rotate", moments=moments, scale=0.25)
+    plain = LowRank(W, rank=3, gap=4, on_refresh="rotate", moments=moments)
     same(finish(early, gradients[:8]), finish(plain, gradients[:8]))  # bases at 0 and 4
     momentum, basis = early.moments.M, early.P
     early.step(gradients[8])
