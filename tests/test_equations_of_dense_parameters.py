@@ -25,7 +25,7 @@ from hf_lowrank.tensors import kernels
     ("galore_dominant_adam_mini", AdamMini("column", outside=True)),  # one per row of the weight
     ("golore_msgd", Momentum(whole=True)),
     ("galore_i3s_msgd", Momentum()),
-    ("flora_adafactor", Adafactor()),
+    ("flora_adafactor", Adafactor(late=True)),
     ("natural_galore_adamw", Adam()),
     ("foam_adamw", Adam()),
     ("galore_dominant_muon", Adam()),
@@ -46,6 +46,7 @@ def test_dense_matrices_take_the_same_moments_and_no_scale(shape, name, moments)
 
 @pytest.mark.parametrize("name, by_hand", [
     ("galore_dominant_adafactor", "adafactor"),
+    ("flora_adafactor", "flora"),
     ("galore_dominant_came", "came"),
     ("galore_dominant_adam_mini", "adam"),
     ("galore_i3s_msgd", "momentum"),
@@ -60,14 +61,17 @@ def test_dense_vectors_are_stepped_by_the_element(name, by_hand):
     W, M, V = start.detach().double(), 0.0, 0.0
     for t, gradient in enumerate(stream, 1):
         G = gradient.double()
-        b2 = 1 - t**-0.8 if by_hand == "adafactor" else 0.95
+        b2 = 1 - t**-0.8 if by_hand in ("adafactor", "flora") else 0.95
         V = b2 * V + (1 - b2) * G * G
-        if by_hand in ("adafactor", "came"):  # not factored, and no confidence
+        if by_hand in ("adafactor", "flora", "came"):  # not factored, and no confidence
             G = G / V.sqrt()
-            G = G / max(1.0, float(G.norm()) / 3)
+            G = G if by_hand == "flora" else G / max(1.0, float(G.norm()) / 3)
         M = 0.8 * M + 0.2 * G
-        adam = (M / (1 - 0.8**t)) / ((V / (1 - 0.95**t)).sqrt() + 1e-2)
-        W = W - 1e-2 * (adam if by_hand == "adam" else M)
+        N = {
+            "adam": (M / (1 - 0.8**t)) / ((V / (1 - 0.95**t)).sqrt() + 1e-2),
+            "flora": M / max(1.0, float(M.norm()) / 3),
+        }
+        W = W - 1e-2 * N.get(by_hand, M)
     assert displacement(W, p, start) < TOLERANCE
 
 

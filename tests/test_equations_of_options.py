@@ -182,6 +182,7 @@ def test_compression_of_the_last_axis(shape, level, name, options):
 
 @pytest.mark.parametrize("moments, options", [
     ("adafactor", {"clip_threshold": 0.5, "decay_rate": 0.5}),
+    ("adafactor", {"clip_threshold": 0.5, "clip_at": "step"}),
     ("came", {"clip_threshold": 0.5, "beta3": 0.9, "eps2": 1e-3}),
     ("adam_mini", {}),
 ])  # fmt: skip
@@ -283,6 +284,7 @@ def test_proj_type_chooses_the_side(name, shape, proj_type):
     ("foam_adamw", {"fold_of": "gradient"}),
     ("galore_dominant_adafactor", {"decay_rate": 0.5}),
     ("galore_dominant_adafactor", {"clip_threshold": 0.5}),
+    ("galore_dominant_adafactor", {"clip_at": "step"}),
     ("galore_dominant_came", {"beta3": 0.9}),
     ("galore_dominant_came", {"eps2": 1e-3}),
     ("galore_dominant_adam_mini", {"on_refresh": "rotate"}),

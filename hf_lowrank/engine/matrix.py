@@ -178,6 +178,7 @@ class MatrixStep(Unit):
             self.index,
             self.plan.columns,
             number=number,
+            written=refreshing and self.config.parts.subspace.late and number > 0,
             m=self.layout.m,
             r=self.plan.r,
             offset=self.layout.offset if self.layout.along else 0,

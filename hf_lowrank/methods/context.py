@@ -35,6 +35,7 @@ class Context(NamedTuple):
 
     Attributes:
         step: updates that this parameter has had before this one.
+        written: whether the weight has been written in this step: a late refresh looks at the gradient again.
         moment_step: t of the bias correction: updates of the moments, this one included.
         number: which basis is in use or being chosen: 0 is the first.
         lr, beta1, beta2, eps, weight_decay: the group's values at this step.
@@ -52,6 +53,7 @@ class Context(NamedTuple):
     """
 
     step: int
+    written: bool
     moment_step: int
     number: int
     lr: float

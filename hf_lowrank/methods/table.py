@@ -139,7 +139,7 @@ METHODS: dict[str, Method] = {
         {**_UNSCALED, "update_proj_gap": 1, "proj_type": "paper"},
     ),
     "flora_adafactor": Method(
-        "sketch",
+        "momentum_sketch",
         "sketched_momentum",
         "flora",
         "FLora: Adafactor whose first moment is a Gaussian sketch",

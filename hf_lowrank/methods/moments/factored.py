@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.momentum import Momentum
-from hf_lowrank.methods.options import again, number
+from hf_lowrank.methods.options import again, choice, number
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.sums import Asking, Sum
@@ -73,7 +73,7 @@ def rotate_factors_(s: State, C: Tensor, *prefixes: str) -> None:
 @dataclass(frozen=True)
 class Adafactor(Moments, key="adafactor"):
     """U = R / sqrt(V^) with V^ = row col^T / mean(row) and b2_t = 1 - t^-decay_rate; U <- U / max(1, RMS(U) / clip);
-    M <- b1 M + (1 - b1) U;  N = M.
+    M <- b1 M + (1 - b1) U;  N = M. With `clip_at=step` it is N that is limited, and not U.
 
     State on R: rn + r + n. The update has the size of a sign, so the learning rate is of Adam's order.
 
@@ -90,6 +90,9 @@ class Adafactor(Moments, key="adafactor"):
 
     decay_rate: float = again(DECAY_RATE)
     clip_threshold: float = again(CLIP_THRESHOLD)
+    clip_at: str = choice(
+        "update", "step", help="Adafactor: limit an update before it enters the momentum, or the step after it"
+    )
 
     @override
     def slots(self, columns: Columns) -> Slots:
@@ -98,9 +101,11 @@ class Adafactor(Moments, key="adafactor"):
     @override
     def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
         beta2 = 1 - ctx.moment_step**-self.decay_rate
-        root = yield from observe(s, R.square() + TINY, "square", beta2, ctx.columns)
-        u = yield from clipped(R * root, self.clip_threshold, ctx.columns)
-        return s["exp_avg"].lerp_(u, 1 - ctx.beta1).clone()
+        u = R * (yield from observe(s, R.square() + TINY, "square", beta2, ctx.columns))
+        if self.clip_at == "update":
+            u = yield from clipped(u, self.clip_threshold, ctx.columns)
+        N = s["exp_avg"].lerp_(u, 1 - ctx.beta1).clone()
+        return N if self.clip_at == "update" else (yield from clipped(N, self.clip_threshold, ctx.columns))
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
@@ -158,10 +163,12 @@ class CAME(Moments, key="came"):
 
 @dataclass(frozen=True)
 class SketchedMomentum(Moments, key="sketched_momentum"):
-    """M <- b1 M + (1 - b1) R, the momentum of what FLora sketches; what is not sketched is stepped by Adafactor.
+    """M <- b1 M + (1 - b1) R, the momentum of what FLora sketches.
+
+    What is not sketched is stepped by Adafactor with momentum, the step limited after it.
 
     References:
-        FLora, arXiv 2402.03293, Algorithm 2.
+        FLora, arXiv 2402.03293, Algorithm 2; the rule of what is not sketched: its code.
 
     Differs from the authors' code: there is momentum by default, Trainer's adam_beta1. Gradients are not compressed
     while they accumulate: Trainer owns them.
@@ -177,7 +184,7 @@ class SketchedMomentum(Moments, key="sketched_momentum"):
     @property
     @override
     def dense(self) -> Moments:
-        return Adafactor(self.decay_rate, self.clip_threshold)
+        return Adafactor(self.decay_rate, self.clip_threshold, clip_at="step")
 
     @override
     def slots(self, columns: Columns) -> Slots:

@@ -75,7 +75,7 @@ class Unfold(Reconstruction, key="unfold"):
     """U = alpha m / (sqrt(v) + eps), m = unfold(M) + c E, v = unfold(V) + c^2 E∘E, E = G - unfold(fold(G)).
 
     References:
-        FOAM, arXiv 2512.07112, Algorithm 1.
+        FOAM, arXiv 2512.07112; the rule: its code.
 
     Differs from the authors' code: eps is added to the corrected sqrt(v) unless `eps_place=released`, and nothing of
     the weight's size is kept between operations: the step is formed for some columns at a time.
