@@ -114,6 +114,7 @@ def displacement(a: Tensor, b: Tensor, start: Tensor) -> float:
     return float((a - b).norm() / (a - start).norm())
 
 
-def wide(x: Tensor) -> Tensor:
-    """The view short side first; square ones transposed (proj_type=std)."""
-    return x.mT if x.shape[-2] >= x.shape[-1] else x
+def wide(x: Tensor, proj_type: str = "std") -> Tensor:
+    """The view short side first; square ones transposed for proj_type=std and as they are for paper."""
+    rows, columns = x.shape[-2:]
+    return x.mT if rows > columns or (rows == columns and proj_type == "std") else x

@@ -11,6 +11,7 @@ from references.momentum import Momentum
 from streams import COVERING, TALL, WIDE, displacement, finish, gradients, optimizer, orthonormal, weight
 
 from hf_lowrank import LowRankOptimizer
+from hf_lowrank.methods import resolve
 from hf_lowrank.tensors import kernels
 
 
@@ -22,8 +23,9 @@ from hf_lowrank.tensors import kernels
     ("galore_dominant_adafactor", Adafactor()),
     ("galore_dominant_came", CAME()),
     ("galore_dominant_adam_mini", AdamMini("column", outside=True)),  # one per row of the weight
-    ("golore_msgd", Momentum()),
-    ("flora_adafactor", Adafactor()),
+    ("golore_msgd", Momentum(whole=True)),
+    ("galore_i3s_msgd", Momentum()),
+    ("flora_adafactor", Adafactor(late=True)),
     ("natural_galore_adamw", Adam()),
     ("foam_adamw", Adam()),
     ("galore_dominant_muon", Adam()),
@@ -44,9 +46,10 @@ def test_dense_matrices_take_the_same_moments_and_no_scale(shape, name, moments)
 
 @pytest.mark.parametrize("name, by_hand", [
     ("galore_dominant_adafactor", "adafactor"),
+    ("flora_adafactor", "flora"),
     ("galore_dominant_came", "came"),
     ("galore_dominant_adam_mini", "adam"),
-    ("golore_msgd", "momentum"),
+    ("galore_i3s_msgd", "momentum"),
     ("natural_galore_adamw", "adam"),
     ("foam_adamw", "adam"),
     ("galore_dominant_muon", "adam"),
@@ -58,15 +61,57 @@ def test_dense_vectors_are_stepped_by_the_element(name, by_hand):
     W, M, V = start.detach().double(), 0.0, 0.0
     for t, gradient in enumerate(stream, 1):
         G = gradient.double()
-        b2 = 1 - t**-0.8 if by_hand == "adafactor" else 0.95
+        b2 = 1 - t**-0.8 if by_hand in ("adafactor", "flora") else 0.95
         V = b2 * V + (1 - b2) * G * G
-        if by_hand in ("adafactor", "came"):  # not factored, and no confidence
+        if by_hand in ("adafactor", "flora", "came"):  # not factored, and no confidence
             G = G / V.sqrt()
-            G = G / max(1.0, float(G.norm()) / 3)
+            G = G if by_hand == "flora" else G / max(1.0, float(G.norm()) / 3)
         M = 0.8 * M + 0.2 * G
-        adam = (M / (1 - 0.8**t)) / ((V / (1 - 0.95**t)).sqrt() + 1e-2)
-        W = W - 1e-2 * (adam if by_hand == "adam" else M)
+        N = {
+            "adam": (M / (1 - 0.8**t)) / ((V / (1 - 0.95**t)).sqrt() + 1e-2),
+            "flora": M / max(1.0, float(M.norm()) / 3),
+        }
+        W = W - 1e-2 * N.get(by_hand, M)
     assert displacement(W, p, start) < TOLERANCE
+
+
+@pytest.mark.parametrize("place", ["torch", "released"])
+@pytest.mark.parametrize("name", ["galore_dominant_adamw", "natural_galore_adamw", "foam_adamw", "fira_muon"])
+def test_eps_has_its_place_in_dense_parameters_too(name, place):
+    p, start, stream = weight(WIDE), weight(WIDE), gradients(WIDE, STEPS)
+    opt = LowRankOptimizer([{"params": [p], "eps_place": place}], name, lr=1e-2, eps=1e-2)
+    ref = LowRank(
+        start.detach().clone(),
+        rank=6,
+        gap=100,
+        choose=lambda G, r, old: torch.eye(r).double(),
+        lr=1e-2,
+        eps=1e-2,
+        eps_place=place,
+    )
+    for G in stream:
+        ref.step(G)
+    assert displacement(ref.weight, finish(opt, p, stream), start) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_steps_are_counted_apart_where_eps_depends_on_them(name):
+    """A vector that misses a gradient is at another t than the one beside it; both are stepped in one call."""
+    if "eps_place" not in resolve.complete(name, {}, low_rank=False):
+        pytest.skip("has no eps")
+    stream, ends = [G[0] for G in gradients((5, 9), 6)], []
+    for together in (True, False):
+        a, b = weight((9,)), weight((9,), seed=8)
+        opts = [
+            LowRankOptimizer([{"params": some, "eps_place": "released"}], name, lr=1e-2, eps=1e-2)
+            for some in ([[a, b]] if together else [[a], [b]])
+        ]
+        for t, G in enumerate(stream):
+            a.grad, b.grad = G.clone(), None if t < 3 else G.clone()
+            for opt in opts:
+                opt.step()
+        ends.append(torch.cat([a.detach(), b.detach()]))
+    assert torch.equal(*ends)
 
 
 def test_dense_parameters_without_bias_correction_follow_eq_1_too():

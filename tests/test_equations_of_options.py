@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from comparing import GAP, SETTING, STEPS, TOLERANCE, agree, optimizer
 from streams import SQUARE, STACK, TALL, WIDE, displacement, finish, gradients, weight
 
@@ -31,6 +32,32 @@ def test_every_form_of_fira_equals_its_print(form, shape, rank, eps):
     _, _, refs = agree("fira_adamw", shape, rank=rank, fira_form=form, eps=eps)
     if shape == STACK:  # the limiter acted at some steps and let others through
         assert {True, False} <= {acted for ref in refs for acted in ref.limited}
+
+
+EPS = [
+    "galore_dominant_adamw",
+    "fira_adamw",
+    "ldadam",
+    "natural_galore_adamw",
+    "galore_dominant_adam_mini",
+    "gwt_adamw",
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("place", ["torch", "released"])
+@pytest.mark.parametrize("name", [*EPS, "foam_adamw"])
+def test_eps_is_added_where_the_option_says(name, place, shape):
+    agree(name, shape, eps_place=place)
+
+
+@pytest.mark.parametrize("name", EPS)
+def test_without_bias_correction_there_is_one_place_for_eps(name):
+    ends = []
+    for place in ("torch", "released"):
+        p = weight(TALL)
+        ends.append(finish(optimizer(p, name, eps_place=place, correct_bias=False), p, gradients(TALL, STEPS)))
+    assert torch.equal(*ends)
 
 
 # ---- every option of every method -----------------------------------------------------------------------------------
@@ -66,10 +93,11 @@ def test_golore_switches_inside_the_run(shape, name, switch_at):
     agree(name, shape, switch_at=switch_at)
 
 
+@pytest.mark.parametrize("first", ["damped", "gradient"])
 @pytest.mark.parametrize("how", ["keep", "rotate", "reset"])
 @pytest.mark.parametrize("name", ["golore_msgd", "galore_i3s_msgd", "galore_hybrid_msgd"])
-def test_momentum_sgd(name, how):
-    agree(name, TALL, on_refresh=how, **({"r0": 1} if "hybrid" in name else {}))
+def test_momentum_sgd(name, how, first):
+    agree(name, TALL, on_refresh=how, first_momentum=first, **({"r0": 1} if "hybrid" in name else {}))
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL, STACK])
@@ -154,6 +182,7 @@ def test_compression_of_the_last_axis(shape, level, name, options):
 
 @pytest.mark.parametrize("moments, options", [
     ("adafactor", {"clip_threshold": 0.5, "decay_rate": 0.5}),
+    ("adafactor", {"clip_threshold": 0.5, "clip_at": "step"}),
     ("came", {"clip_threshold": 0.5, "beta3": 0.9, "eps2": 1e-3}),
     ("adam_mini", {}),
 ])  # fmt: skip
@@ -219,13 +248,17 @@ def test_proj_type_chooses_the_side(name, shape, proj_type):
 
 
 @pytest.mark.parametrize("name, options", [
+    *((name, {"eps_place": "released"}) for name in [*EPS, "foam_adamw"]),
     ("subtrack_adamw", {"step": "normalized", "eta": 0.5}),
     ("subtrack_adamw", {"step": "raw", "eta": 5e-3}),
     ("subtrack_adamw", {"accumulate": True}),
-    ("subtrack_pp_adamw", {"fira_form": "released"}),
+    ("subtrack_pp_adamw", {"fira_form": "i3s"}),
+    ("subtrack_pp_adamw", {"fira_form": "paper"}),
     ("subtrack_pp_adamw", {"on_refresh": "keep"}),
     ("golore_adamw", {"switch_at": 0.2}),
     ("golore_adamw", {"on_refresh": "keep"}),
+    ("golore_msgd", {"first_momentum": "damped"}),
+    ("galore_i3s_msgd", {"first_momentum": "gradient"}),
     ("galore_i3s_msgd", {"on_refresh": "rotate"}),
     ("galore_hybrid_msgd", {"r0": 0}),
     ("natural_galore_adamw", {"damping": 1.0}),
@@ -251,6 +284,7 @@ def test_proj_type_chooses_the_side(name, shape, proj_type):
     ("foam_adamw", {"fold_of": "gradient"}),
     ("galore_dominant_adafactor", {"decay_rate": 0.5}),
     ("galore_dominant_adafactor", {"clip_threshold": 0.5}),
+    ("galore_dominant_adafactor", {"clip_at": "step"}),
     ("galore_dominant_came", {"beta3": 0.9}),
     ("galore_dominant_came", {"eps2": 1e-3}),
     ("galore_dominant_adam_mini", {"on_refresh": "rotate"}),

@@ -159,8 +159,9 @@ def test_a_decomposition_that_fails_is_done_in_another_way(monkeypatch):
         kernels.gram_basis(G)
 
 
-def test_a_run_of_150_steps_ends_where_galore_torchs_does():
-    """Signs as ours, eps too small to matter (theirs is elsewhere), each with its own decompositions."""
+@pytest.mark.parametrize("eps, place", [(1e-12, "torch"), (1e-6, "released")])
+def test_a_run_of_150_steps_ends_where_galore_torchs_does(eps, place):
+    """Signs as ours, eps too small to matter or where theirs is, each with its own decompositions."""
     galore_torch = pytest.importorskip("galore_torch")
     projector = pytest.importorskip("galore_torch.galore_projector").GaLoreProjector
 
@@ -175,7 +176,7 @@ def test_a_run_of_150_steps_ends_where_galore_torchs_does():
             )
             return (own * torch.where(pivot < 0, -1.0, 1.0)).float()
 
-    common = {"lr": 1e-2, "eps": 1e-12, "weight_decay": 0.0}
+    common = {"lr": 1e-2, "eps": eps, "weight_decay": 0.0}
     sizes = {"rank": 16, "update_proj_gap": 50, "scale": 0.25}
     ends = []
     for theirs in (True, False):
@@ -189,6 +190,7 @@ def test_a_run_of_150_steps_ends_where_galore_torchs_does():
             for p in low_rank:
                 optimizer.state[p]["projector"] = Aligned(16, update_proj_gap=50, scale=0.25, proj_type="std")
         else:
+            groups = [{**group, "eps_place": place} for group in groups]
             optimizer = LowRankOptimizer(groups, "galore_dominant_adamw", **common)
         for step in range(150):
             optimizer.zero_grad()

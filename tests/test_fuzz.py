@@ -79,6 +79,7 @@ def train(data: st.DataObject) -> None:
         ("refresh", ("gram", "svd", "randomized", "power")),
         ("fira_form", ("released", "i3s", "paper")),
         ("r0", (0, 1, 2, 20)),
+        ("eps_place", ("torch", "released")),
     ):
         if key in resolve.complete(name, fitting(name, options)):
             value = data.draw(st.sampled_from(values), key)

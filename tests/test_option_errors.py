@@ -15,7 +15,7 @@ from streams import (
     weight,
 )
 
-from hf_lowrank import LowRankOptimizer
+from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.methods import resolve
 
 
@@ -160,6 +160,10 @@ def test_an_option_of_another_method_is_refused():
     for option, value in (("r0", 2), ("limiter", 1.1), ("fira_form", "paper")):
         with pytest.raises(ValueError, match=f"no option '{option}'"):
             optimizer(weight(WIDE), "galore_dominant_adamw", **{option: value})
+    for name in ("golore_msgd", "galore_dominant_adafactor", "fira_came", "flora_adafactor"):  # they add none
+        for rank in (3, None):
+            with pytest.raises(ValueError, match="no option 'eps_place'"):
+                optimizer(weight(WIDE), name, rank=rank, eps_place="released")
     with pytest.raises(ValueError, match="no option 'refresh'"):
         optimizer(weight(WIDE), "galore_random_adamw", refresh="gram")
     with pytest.raises(ValueError, match="no option 'scale'"):  # a dense group has none
@@ -191,7 +195,16 @@ def test_defaults_are_the_documented_ones():
     assert how["grass_adamw"] == "reset"
     assert {how[name] for name in NAMES if "apollo" in name} == {"keep"}
     scale = {name: resolve.complete(name, {})["scale"] for name in NAMES}
-    ones = {"ldadam", "flora_adafactor", "apollo_random_adamw", "apollo_dominant_adamw"}
+    ones = {"ldadam", "flora_adafactor", "apollo_random_adamw", "apollo_dominant_adamw", "golore_adamw"}
     ones |= {name for name in NAMES if name.endswith("msgd")}
     assert {scale[name] for name in ones} == {1.0} and scale["apollo_mini_adamw"] == 128.0
     assert {scale[name] for name in PLAIN if name not in ones} == {0.25}
+    for option, usual, others in (
+        ("fira_form", "released", {}),
+        ("proj_type", "std", {"ldadam": "paper", "gwt_adamw": "right", "foam_adamw": "right"}),
+        ("first_momentum", "damped", {"golore_msgd": "gradient"}),
+        ("eps_place", "torch", {}),
+    ):
+        projecting = [name for name in NAMES if METHODS[name].subspace != "whole"]
+        found = {name: resolve.complete(name, {}).get(option, usual) for name in projecting}
+        assert {name: value for name, value in found.items() if value != usual} == others

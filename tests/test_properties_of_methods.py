@@ -120,7 +120,7 @@ def test_ldadams_error_feedback_loses_nothing(shape, gap):
     stream = gradients(shape, 20)
     for t in run(opt, p, stream):
         PM = held(opt, p, "basis") @ held(opt, p, "exp_avg")
-        taken, seen = taken + PM, seen + wide(stream[t]).double()
+        taken, seen = taken + PM, seen + wide(stream[t], "paper").double()
         total = taken + 0.8 / 0.2 * PM + held(opt, p, "error")
         assert (total - seen).norm() < 1e-6 * (t + 1) * stream[t].norm()  # fp32, added up over the steps
 

@@ -1,6 +1,7 @@
 """Parity with the released packages galore-torch 1.0 and fira 1.0.2, and what is wrong in them.
 
-Both add eps to the uncorrected sqrt(V) and decay after the update: runs are compared at eps 1e-12 and without decay.
+Both add eps to the uncorrected sqrt(V) and decay after the update: runs are compared without decay, and at eps 1e-12
+or with eps_place=released.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import torch
 from streams import PLAIN, SQUARE, TALL, WIDE, displacement, finish, gradients, optimizer, run, weight
 
-from hf_lowrank import METHODS
+from hf_lowrank import METHODS, LowRankOptimizer
 
 
 fira = pytest.importorskip("fira")
@@ -63,12 +64,12 @@ def aligned(own, before, type):
     return own.T if type == "right" else own
 
 
-def parity(name, shape, *, rank, steps=STEPS, gap=GAP, scale=SCALE, own=False, **options):
+def parity(name, shape, *, rank, steps=STEPS, gap=GAP, scale=SCALE, own=False, eps=1e-12, size=1.0, **options):
     """Distance of our run and the released package's, in units of the displacement."""
     stream, ours, theirs = gradients(shape, steps, drift=0.05), weight(shape), weight(shape)
-    start = ours.detach().clone()
+    stream, start = [size * G for G in stream], ours.detach().clone()
     opt = optimizer(
-        ours, name, rank=rank, update_proj_gap=gap, scale=scale, on_refresh="keep", lr=LR, eps=1e-12, **options
+        ours, name, rank=rank, update_proj_gap=gap, scale=scale, on_refresh="keep", lr=LR, eps=eps, **options
     )
 
     def injected(_, before, type):
@@ -77,7 +78,8 @@ def parity(name, shape, *, rank, steps=STEPS, gap=GAP, scale=SCALE, own=False, *
 
     kind = RELEASED[METHODS[name].reconstruction]
     proj_type = options.get("proj_type", "std")
-    other = official(theirs, kind, aligned if own else injected, rank=rank, gap=gap, scale=scale, proj_type=proj_type)
+    common = {"rank": rank, "gap": gap, "scale": scale, "proj_type": proj_type, "eps": eps}
+    other = official(theirs, kind, aligned if own else injected, **common)
     for t in run(opt, ours, stream):
         theirs.grad = stream[t].clone()
         other.step()
@@ -122,6 +124,34 @@ def test_scale_one_agrees_too(name, shape, rank):
 @pytest.mark.parametrize("own", [True, False])
 def test_every_side_of_the_projection_agrees(shape, proj_type, own):
     assert parity("galore_dominant_adamw", shape, rank=3, own=own, proj_type=proj_type) < ACROSS_REFRESHES
+
+
+@pytest.mark.parametrize("name", ["galore_dominant_adamw", "fira_adamw"])
+@pytest.mark.parametrize("shape, rank", CASES)
+# the packages' own eps beside gradients of the size of a language model's, some 1e-5; and one that is as large as they
+@pytest.mark.parametrize("eps, size", [(1e-6, 1e-5), (0.1, 1.0)])
+def test_with_eps_where_they_put_it_runs_equal_the_released_packages(name, shape, rank, eps, size):
+    common = {"rank": rank, "own": True, "refresh": "svd", "eps": eps, "size": size}
+    assert parity(name, shape, eps_place="released", **common) < 1e-5  # seen: 6e-7
+    assert parity(name, shape, **common) > 1e-2  # where torch puts it they part
+
+
+@pytest.mark.parametrize("kind, name", [("galore", "galore_dominant_adamw"), ("fira", "fira_adamw")])
+@pytest.mark.parametrize("shape", [(9,), WIDE, TALL])
+def test_so_do_dense_parameters(kind, name, shape):
+    stream = [1e-5 * G.reshape(-1)[: weight(shape).numel()].reshape(shape) for G in gradients(WIDE, STEPS)]
+    ends, groups = [], ({"eps_place": "released"}, {"eps_place": "torch"}, None)
+    for group in groups:
+        p = weight(shape)
+        if group is None:
+            made = galore_torch.GaLoreAdamW if kind == "galore" else fira.FiraAdamW
+            opt = made([p], lr=LR, eps=1e-6, no_deprecation_warning=True)
+        else:
+            opt = LowRankOptimizer([{"params": [p], **group}], name, lr=LR, eps=1e-6)
+        ends.append(finish(opt, p, stream))
+    released, torchs, theirs = ends
+    assert displacement(theirs, released, weight(shape)) < 1e-5  # the same sums of fp32 numbers
+    assert displacement(theirs, torchs, weight(shape)) > 1e-2
 
 
 def test_a_rank_above_the_short_side_is_clamped_as_released():

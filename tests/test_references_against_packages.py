@@ -139,7 +139,6 @@ def test_two_sides_are_galore_torchs(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flora_is_flora_opts(shape):
-    """Its seed changes at the updates kappa, 2 kappa, ... counted from 1: one step before ours."""
     flora = pytest.importorskip("flora_opt.optimizers.torch.flora")
     p = torch.nn.Parameter(randn(*shape))
     fixed = {"scale_parameter": False, "relative_step": False, "weight_decay": 0.1, "lr": LR}
@@ -154,6 +153,18 @@ def test_flora_is_flora_opts(shape):
         A = flora.stable_randn(size, seed=flora.split_seed(seed)[int(tall)], dtype=torch.float64) / 3**0.5
         return A.T if tall else A
 
-    ref = FLora(p.detach().clone(), gap=GAP, sketch=sketch, late=True, lr=LR, weight_decay=0.1)
-    ref.due = GAP - 1
+    ref = FLora(p.detach().clone(), gap=GAP, sketch=sketch, lr=LR, weight_decay=0.1)
+    together(ref, p, optimizer, stream(shape, STEPS))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_not_sketched_is_stepped_as_flora_opt_does(shape):
+    flora = pytest.importorskip("flora_opt.optimizers.torch.flora")
+    p = torch.nn.Parameter(randn(*shape))
+    fixed = {"scale_parameter": False, "relative_step": False, "weight_decay": 0.1, "lr": LR}
+    optimizer = flora.Flora([p], rank=None, beta1=0.9, **fixed)
+    moments = Adafactor(late=True)
+    ref = LowRank(
+        p.detach().clone(), rank=min(shape), choose=identity, moments=moments, beta1=0.9, lr=LR, weight_decay=0.1
+    )
     together(ref, p, optimizer, stream(shape, STEPS))

@@ -127,7 +127,16 @@ def test_a_walk_turns_a_basis_by_its_angle_and_no_more(angle):
 
 
 @pytest.mark.parametrize(
-    "name", ["galore_i3s_adamw", "fira_adamw", "ldadam", "alice_adamw", "full_adamw", "flora_adafactor"]
+    "name",
+    [
+        "galore_i3s_adamw",
+        "fira_adamw",
+        "ldadam",
+        "alice_adamw",
+        "full_adamw",
+        "flora_adafactor",
+        "online_subspace_adamw",
+    ],
 )
 @pytest.mark.parametrize("shape", [WIDE, TALL, STACK])
 def test_stable_spam_is_its_papers_conditioning_before_the_method(name, shape):

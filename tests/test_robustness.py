@@ -171,6 +171,40 @@ def test_an_older_checkpoint_without_an_option_takes_it_from_the_run():
     assert opt.param_groups[0]["correct_bias"] is False
 
 
+@pytest.mark.parametrize("name, older", [
+    ("ldadam", {"proj_type": "std"}),
+    ("subtrack_pp_adamw", {"fira_form": "paper"}),
+    ("golore_adamw", {"scale": 0.25}),
+    ("golore_msgd", {"first_momentum": "damped", "on_refresh": "reset"}),
+    ("galore_dominant_adamw", {"proj_type": "left"}),  # another shape of the state, even
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [(7, 7), (9, 5)])
+def test_a_checkpoint_keeps_its_options_where_the_defaults_are_others(name, older, shape):
+    def steps(opt, p, seeds):
+        for seed in seeds:
+            p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            opt.step()
+
+    def made(p, **options):
+        fact = {"total_steps": 8} if "golore" in name else {}
+        gap = {} if name == "ldadam" else {"update_proj_gap": 3}
+        return LowRankOptimizer([{"params": [p], "rank": 2, **gap, **fact, **options}], name, lr=1e-2)
+
+    p = nn.Parameter(torch.ones(shape))
+    opt = made(p, **older)
+    steps(opt, p, range(2))
+    q, saved = nn.Parameter(p.detach().clone()), copy.deepcopy(opt.state_dict())
+    resumed = made(q)
+    with pytest.warns(UserWarning, match=f"the checkpoint has {next(iter(older.values()))}: the checkpoint's value"):
+        resumed.load_state_dict(saved)
+    steps(opt, p, range(2, 8))
+    steps(resumed, q, range(2, 8))
+    assert torch.equal(p, q)
+    fresh = nn.Parameter(torch.ones(shape))
+    steps(made(fresh), fresh, range(8))
+    assert not torch.equal(fresh, p) or (name == "ldadam" and shape == (9, 5))  # the side of square ones alone
+
+
 def test_another_order_of_the_same_parameters_is_refused():
     net = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     orders = [[("a", net["a"].weight), ("b", net["b"].weight)], [("b", net["b"].weight), ("a", net["a"].weight)]]

@@ -26,6 +26,8 @@ STRUCTURE = (
     *("method", "rank", "proj_type", "subspace", "moments", "reconstruction"),
     *("state_format", "basis_format", "dense_state_format"),
 )
+"""Options that no run may change. Those of a checkpoint must be those of the run, but for the side that is projected:
+that is the checkpoint's, as any other option is."""
 
 
 def check_checkpoint(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -56,7 +58,7 @@ def check_checkpoint(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str
         if all(names) and names[0] != names[1]:
             raise ValueError("the checkpoint's parameters have other names, or another order, than this optimizer's")
         for key in STRUCTURE:
-            if saved.get(key) != now.get(key):
+            if key != "proj_type" and saved.get(key) != now.get(key):
                 raise ValueError(f"the checkpoint has {key}={saved.get(key)}, this optimizer {key}={now.get(key)}")
 
 

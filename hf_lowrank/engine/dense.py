@@ -134,6 +134,7 @@ class DenseStep(Unit):
             self.indices[i],
             self.plans[i].columns,
             number=0,
+            written=False,
             m=0,
             r=0,
             offset=place,

@@ -100,6 +100,7 @@ class Refresh:
         self.ctx, self.subspace = unit.context(refreshing=True), unit.config.parts.subspace
         self.before = unit.context(number=self.ctx.number - 1)
         self.gradient: Tensor | None = None  # what the rule looks at, on the process that chooses
+        self.absorbed: Tensor | None = None  # this process's piece of it, for a part that follows a change of basis
         self.new: dict[str, Tensor] = {}  # the basis on its way in
         self.changes: list[Tensor] = []  # from the basis before to the new one, where this process knows them
         # whether the basis changes, then overlap with the one before, energy, stable rank
@@ -109,8 +110,9 @@ class Refresh:
     def collect_(self) -> Work[None]:
         """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
         unit, s = self.unit, self.unit.view
-        absorb = unit.config.parts.reconstruction.absorb(s, unit.gradient, self.ctx)
-        G, _ = yield from asking(absorb, unit.layout.along)
+        rule = unit.config.parts.reconstruction
+        G, _ = yield from asking(rule.absorb(s, unit.gradient, self.ctx), unit.layout.along)
+        self.absorbed = G if rule.needs_momentum else None
         self.gradient = unit.layout.whole(self.subspace.refresh_gradient(s, G, self.ctx), self.owner)
         self.new = {name: self._whole_stack(s[name]).clone() for name in s.bases}
         if self.subspace.needs_momentum:
@@ -162,6 +164,7 @@ class Refresh:
             s["report"].copy_(self.choice[1:])
             interval = self.subspace.interval_(s, unit.config.options.get("update_proj_gap", 1), overlap)
         unit.basis, unit.refreshed, self.new = None, True, {}
+        self.absorbed = None
         self._schedule_next(interval, first_interval)
 
     def _carry_over_(self, s: State, new: Mapping[str, Tensor]) -> None:
@@ -181,7 +184,8 @@ class Refresh:
                 Carried(unit.placed(before), M),
                 Carried(unit.placed(after), rules.moments.momentum(s, self.ctx)),
             )
-            rules.reconstruction.change_basis_(s, old, now, self.ctx)
+            assert self.absorbed is not None
+            rules.reconstruction.change_basis_(s, self.absorbed, old, now, self.ctx)
 
     def _whole_stack(self, tensor: Tensor) -> Tensor:
         """Return a basis for all matrices of a stack that is split over processes."""

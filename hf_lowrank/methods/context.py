@@ -37,12 +37,14 @@ class Context(NamedTuple):
 
     Attributes:
         step: updates that this parameter has had before this one.
+        written: whether the weight has been written in this step: a late refresh looks at the gradient again.
         moment_step: t of the bias correction: updates of the moments, this one included.
         number: which basis is in use or being chosen: 0 is the first.
         lr, beta1, beta2, eps, weight_decay: the group's values at this step.
         initial_lr: the learning rate that the schedule multiplies.
         scale: the factor alpha on the low-rank update.
         correct_bias: whether Adam's bias correction is applied.
+        eps_place: where Adam's eps is added; see `moments.adam.eps_of_root`.
         stochastic_rounding: how weights of low precision are written.
         m, r: rows of the matrix seen wide, and of R; both 0 for a dense parameter.
         rank: the option.
@@ -54,6 +56,7 @@ class Context(NamedTuple):
     """
 
     step: int
+    written: bool
     moment_step: int
     number: int
     lr: float
@@ -64,6 +67,7 @@ class Context(NamedTuple):
     initial_lr: float
     scale: float
     correct_bias: bool
+    eps_place: str
     stochastic_rounding: bool
     m: int
     r: int

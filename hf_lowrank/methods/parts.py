@@ -276,8 +276,16 @@ class Reconstruction(Part, ABC):
             ctx: the step.
         """
 
-    def change_basis_(self, s: State, old: Carried, new: Carried, ctx: Context) -> None:
-        """Take note of a change of basis: what the first moment was, and what has become of it."""
+    def change_basis_(self, s: State, G: Tensor, old: Carried, new: Carried, ctx: Context) -> None:
+        """Take note of a change of basis.
+
+        Args:
+            s: the state.
+            G: the gradient that the refresh looked at, as `absorb` returned it.
+            old: what the first moment was.
+            new: what has become of it.
+            ctx: the step.
+        """
 
     def after_step_(self, s: State, G: Tensor, R: Tensor, basis: Basis) -> None:
         """Take note of a step that was made, G as `absorb` returned it."""

@@ -23,6 +23,12 @@ class SharedOptions:
 
     seed: int = opt.integer(0, minimum=0, help="seed of the private generators")
     correct_bias: bool = opt.flag(True, help="Adam's bias correction")
+    eps_place: str = opt.choice(
+        "torch",
+        "released",
+        help="where Adam's eps is added: to the corrected sqrt(V), as torch.optim.AdamW does, or to the uncorrected "
+        "one, as the code that GaLore and Fira released does",
+    )
     stochastic_rounding: bool = opt.flag(True, help="write bf16/fp16 weights by stochastic rounding, else to nearest")
     state_format: str = opt.choice("fp32", "8bit", "4bit", help="number format of the moments of matrices")
     basis_format: str = opt.choice("fp32", "bf16", "8bit", "4bit", help="number format of the bases")

@@ -38,12 +38,12 @@ _FIRA = "arXiv 2410.01623"
 _GOLORE = "arXiv 2410.11289"
 _APOLLO = "arXiv 2412.05270"
 _SUMO = "arXiv 2505.24749"
-_ALONG_GRADIENT: dict[str, Any] = {"scale": 1.0}
+_UNSCALED: dict[str, Any] = {"scale": 1.0}
 
 _ALICE = "arXiv 2502.07752"
 _SINKGD = "arXiv 2502.06742"
 _WALK = "arXiv 2510.01878"
-_SUBTRACK: dict[str, Any] = {"on_refresh": "rotate_variance", "fira_form": "paper"}
+_SUBTRACK: dict[str, Any] = {"on_refresh": "rotate_variance"}
 _ADALOMO = "arXiv 2310.10195"
 _NORMUON = "arXiv 2510.05491"
 _WHOLE: dict[str, Any] = {"rank": 1, "scale": 1.0, "proj_type": "right"}
@@ -88,11 +88,18 @@ METHODS: dict[str, Method] = {
         _SUBTRACK,
     ),
     "golore_adamw": Method(
-        "golore", "adam", "project", "GoLore: dominant, then random for the last 20 % of the run", _GOLORE
+        "golore", "adam", "project", "GoLore: dominant, then random for the last 20 % of the run", _GOLORE, _UNSCALED
     ),
-    "golore_msgd": Method("golore", "momentum", "project", "GoLore with momentum SGD", _GOLORE, _ALONG_GRADIENT),
+    "golore_msgd": Method(
+        "golore",
+        "momentum",
+        "project",
+        "GoLore with momentum SGD",
+        _GOLORE,
+        {**_UNSCALED, "first_momentum": "gradient"},
+    ),
     "galore_i3s_msgd": Method(
-        "i3s", "momentum", "project", "low-rank momentum SGD in an I3S subspace", _I3S, _ALONG_GRADIENT
+        "i3s", "momentum", "project", "low-rank momentum SGD in an I3S subspace", _I3S, _UNSCALED
     ),
     "galore_hybrid_msgd": Method(
         "hybrid",
@@ -100,13 +107,13 @@ METHODS: dict[str, Method] = {
         "project",
         "low-rank momentum SGD as analysed in the I3S paper (Algorithm 4)",
         _I3S,
-        _ALONG_GRADIENT,
+        _UNSCALED,
     ),
     "galore_dominant_muon": Method(
-        "dominant", "muon", "project", "SUMO: orthogonalised momentum in GaLore's subspace", _SUMO, _ALONG_GRADIENT
+        "dominant", "muon", "project", "SUMO: orthogonalised momentum in GaLore's subspace", _SUMO, _UNSCALED
     ),
     "galore_i3s_muon": Method(
-        "i3s", "muon", "project", "SUMO's orthogonalised momentum in an I3S subspace", _SUMO, _ALONG_GRADIENT
+        "i3s", "muon", "project", "SUMO's orthogonalised momentum in an I3S subspace", _SUMO, _UNSCALED
     ),
     "fira_muon": Method(
         "dominant",
@@ -114,7 +121,7 @@ METHODS: dict[str, Method] = {
         "fira",
         "SUMO's orthogonalised momentum with Fira's residual",
         f"{_SUMO}; {_FIRA}",
-        _ALONG_GRADIENT,
+        _UNSCALED,
     ),
     "natural_galore_adamw": Method(
         "dominant",
@@ -135,17 +142,18 @@ METHODS: dict[str, Method] = {
         "block_power",
         "adam",
         "error_feedback",
-        "LDAdam: a power step at every step, both moments carried along, error feedback",
+        "LDAdam: a power step at every step, moments carried along, error feedback; its authors' betas are (0.908, "
+        "0.99), their rank is 16",
         "arXiv 2410.16103",
-        {**_ALONG_GRADIENT, "update_proj_gap": 1},
+        {**_UNSCALED, "update_proj_gap": 1, "proj_type": "paper"},
     ),
     "flora_adafactor": Method(
-        "sketch",
+        "momentum_sketch",
         "sketched_momentum",
         "flora",
         "FLora: Adafactor whose first moment is a Gaussian sketch",
         "arXiv 2402.03293",
-        {**_ALONG_GRADIENT, "on_refresh": "rotate", "update_proj_gap": 1000},
+        {**_UNSCALED, "on_refresh": "rotate", "update_proj_gap": 1000},
     ),
     "grass_adamw": Method(
         "rows", "adam", "project", "Grass: rows of the gradient, sampled by norm", "arXiv 2406.17660"
@@ -159,10 +167,10 @@ METHODS: dict[str, Method] = {
         "scaled_gradient",
         "APOLLO: the gradient, its columns scaled as Adam scales their random sketch",
         _APOLLO,
-        _ALONG_GRADIENT,
+        _UNSCALED,
     ),
     "apollo_dominant_adamw": Method(
-        "dominant", "adam", "scaled_gradient", "APOLLO with the leading singular vectors", _APOLLO, _ALONG_GRADIENT
+        "dominant", "adam", "scaled_gradient", "APOLLO with the leading singular vectors", _APOLLO, _UNSCALED
     ),
     "apollo_mini_adamw": Method(
         "sketch",
@@ -239,7 +247,7 @@ METHODS: dict[str, Method] = {
         "compensation",
         "SUMO's orthogonalised momentum in Alice's subspace, with its residual",
         f"{_ALICE}; {_SUMO}",
-        _ALONG_GRADIENT,
+        _UNSCALED,
     ),
     "frugal_adamw": Method(
         "dominant",
@@ -247,7 +255,7 @@ METHODS: dict[str, Method] = {
         "frugal",
         "FRUGAL: Adam inside, the sign of the residual outside, moments cleared at a refresh",
         "arXiv 2411.07837",
-        {**_ALONG_GRADIENT, "on_refresh": "reset"},
+        {**_UNSCALED, "on_refresh": "reset"},
     ),
     "grasswalk_adamw": Method(
         "grass_walk", "adam", "fira", "GrassWalk: a random walk of the basis, SubTrack++'s rest", _WALK, _SUBTRACK

@@ -35,9 +35,9 @@ PROJ_TYPES = ("std", "paper", "reverse_std", "left", "right", "full")
 def is_transposed(rows: int, columns: int, proj_type: str) -> bool:
     """Tell whether the wide view of a (rows, columns) weight is its transpose.
 
-    `std` puts the short side first and sends square weights right (transposed), as all released code does; `paper`
-    sends them left; `reverse_std` puts the long side first; `left` and `right` do not look at the shape; `full`
-    projects both sides.
+    `std` puts the short side first and sends square weights right (transposed), as the code of GaLore and of those
+    that follow it does; `paper` sends them left, as the papers and LDAdam's code do; `reverse_std` puts the long side
+    first; `left` and `right` do not look at the shape; `full` projects both sides.
     """
     return {
         "std": rows >= columns,

@@ -1,5 +1,6 @@
-"""The published updates in plain float64, written from the papers. Nothing here imports anything of the package.
+"""The published updates in plain float64, written from the papers or, where a file says so, from their released code.
 
+Nothing here imports anything of the package.
 REFERENCES holds one entry per part, {(kind, name): Entry}: every file of this folder adds its own.
 """
 

@@ -98,11 +98,15 @@ class Adam:
 
 
 def direction(M: Tensor, V: Tensor, t: int, h: Any) -> tuple[Tensor, float]:
-    """N = M / (sqrt(V) + eps sqrt(c2)) and c = sqrt(c2) / c1; I3S eq. 1 prints neither c1 nor c2."""
+    """N = M / (sqrt(V) + eps sqrt(c2)) and c = sqrt(c2) / c1; I3S eq. 1 prints neither c1 nor c2.
+
+    eps_place="released": galore-torch's N = M / (sqrt(V) + eps), with the same c.
+    """
     if not h.correct_bias:
         return M / (V.sqrt() + h.eps), 1.0
     c1, c2 = 1 - h.beta1**t, 1 - h.beta2**t
-    return M / (V.sqrt() + h.eps * sqrt(c2)), sqrt(c2) / c1
+    eps = h.eps if h.eps_place == "released" else h.eps * sqrt(c2)
+    return M / (V.sqrt() + eps), sqrt(c2) / c1
 
 
 @dataclass
@@ -118,6 +122,7 @@ class Matrix:
     weight_decay: float = 0.0
     scale: float = 1.0
     correct_bias: bool = True
+    eps_place: str = "torch"
     transposed: bool | None = None  # None: proj_type=std
 
     def __post_init__(self) -> None:
@@ -215,11 +220,11 @@ class LowRank(Matrix):
         P, alpha = self.P, self.scale
         if self.form == "galore":  # GaLore Algorithm 2
             return c * alpha * P @ N
-        if self.form == "paper":  # Fira Algorithm 1; SubTrack++ with W <- W - alpha (G_hat + Lambda)
+        if self.form == "paper":  # Fira Algorithm 1; SubTrack++ if alpha is the scale in W - alpha (G_hat + Lambda)
             N = c * N
             S = self.phi(N, R, self.eps) * (G - P @ R)
             return alpha * (P @ N + self.limit(S, self.eps, self.limiter))
-        inside = P @ R if self.form == "i3s" else alpha * P @ R  # I3S section 2.2; fira 1.0.2
+        inside = P @ R if self.form == "i3s" else alpha * P @ R  # I3S section 2.2; fira 1.0.2, SubTrack++'s code
         S = self.phi(N, R, 1e-8) * (G - inside)
         return c * (alpha * P @ N + self.limit(S, 1e-8, self.limiter))
 

@@ -137,7 +137,8 @@ class Entry:
 def assemble(entries: Iterable[Entry], case: Case, W: Tensor, **extra: Any) -> Matrix:
     """One reference of three parts: its class is made of their classes, its arguments of their arguments."""
     o, entries = case.options, list(entries)
-    values = {key: o[key] for key in ("lr", "eps", "weight_decay", "scale", "correct_bias", "on_refresh") if key in o}
+    shared = ("lr", "eps", "eps_place", "weight_decay", "scale", "correct_bias", "on_refresh")
+    values = {key: o[key] for key in shared if key in o}
     values |= {"beta1": o["betas"][0], "beta2": o["betas"][1], "transposed": case.flip}
     values |= {"rank": o["rank"], "gap": o.get("update_proj_gap", 1)}
     for entry in entries:

@@ -1,5 +1,6 @@
 """Moments of a shortened last axis: GWT (arXiv 2501.07237) and FOAM (arXiv 2512.07112). No subspace, no transposing.
 
+FOAM is that of its code, but for `square_of_mean`, which the code does not have.
 A last axis that 2^level does not divide is filled up with zeros at its end; what was added is cropped from the update.
 """
 
@@ -82,7 +83,7 @@ class FOAM(OwnAxis):
 
     _: KW_ONLY
     residual: float = 1.0  # c
-    square_of_mean: bool = False  # fold(g)^2, else fold(g^2) as the code
+    square_of_mean: bool = False  # fold(g)^2 as summaries of the paper have it, else fold(g^2) as the code
 
     def update(self, G: Tensor) -> Tensor:
         X, l, c = padded(G, self.level), self.level, self.residual  # noqa: E741

@@ -40,22 +40,25 @@ class Factored:
 
 
 class Adafactor:
-    """Adafactor with a first moment of the normalised update, lr outside it."""
+    """Adafactor with a first moment of the normalised update, lr outside it.
+
+    The update is limited before the momentum or, with `late`, the step after it (flora-opt).
+    """
 
     M: Any = 0.0
     t = 0
 
-    def __init__(self, decay: float = 0.8, threshold: float = 1.0) -> None:
-        self.decay, self.threshold, self.v = decay, threshold, Factored()
+    def __init__(self, decay: float = 0.8, threshold: float = 1.0, *, late: bool = False) -> None:
+        self.decay, self.threshold, self.late, self.v = decay, threshold, late, Factored()
 
     def __copy__(self) -> Adafactor:
-        return type(self)(self.decay, self.threshold)
+        return type(self)(self.decay, self.threshold, late=self.late)
 
     def update(self, R: Tensor, h: Any) -> tuple[Tensor, float]:
         self.t += 1
-        u = clipped(R / self.v.update(R * R + 1e-30, 1 - self.t**-self.decay).sqrt(), self.threshold)
-        self.M = h.beta1 * self.M + (1 - h.beta1) * u
-        return self.M, 1.0
+        u = R / self.v.update(R * R + 1e-30, 1 - self.t**-self.decay).sqrt()
+        self.M = h.beta1 * self.M + (1 - h.beta1) * (u if self.late else clipped(u, self.threshold))
+        return (clipped(self.M, self.threshold) if self.late else self.M), 1.0
 
     def transport(self, how: str, C: Tensor, h: Any) -> None:
         if how != "keep":
@@ -150,7 +153,8 @@ def adalomo(case: Case) -> AdaLomo:
 
 
 def adafactor(case: Case) -> Adafactor:
-    return Adafactor(case.options["decay_rate"], case.options["clip_threshold"])
+    late = {"update": False, "step": True}[case.options["clip_at"]]
+    return Adafactor(case.options["decay_rate"], case.options["clip_threshold"], late=late)
 
 
 def came(case: Case) -> CAME:

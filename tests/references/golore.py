@@ -23,13 +23,12 @@ def uniform_stiefel(Z: Tensor) -> Tensor:
 
 @dataclass
 class GoLore(LowRank):
-    """With moments=Momentum() it is golore_msgd."""
+    """With moments=Momentum(whole=True) it is golore_msgd; scale 1 as in its pretraining scripts."""
 
     _: KW_ONLY
     switch: int
     draw: Callable[[int, int], Tensor]  # (m, r) -> orthonormal (m, r)
     on_refresh: str = "rotate"  # M <- P_new^T P_old M, V stays
-    scale: float = 0.25
 
     def refresh(self, G: Tensor) -> None:
         if self.steps >= self.switch:  # the flag is looked at at refreshes only

@@ -1,4 +1,7 @@
-"""Online Subspace Descent (arXiv 2408.12857): the basis is trained by Adam on its own projection error."""
+"""Online Subspace Descent (arXiv 2408.12857): the basis is trained by Adam on its own projection error.
+
+As its code does it: no penalty on P^T P - I, torch's AdamW with its weight decay, a learning rate of 1 / gap.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""FLora (arXiv 2402.03293): Adafactor on the whole gradient, its first moment kept in a Gaussian sketch."""
+"""FLora (arXiv 2402.03293): Adafactor on the whole gradient, its first moment kept in a Gaussian sketch.
+
+The sketch and its change every kappa steps are the paper's; the step is that of its code (flora-opt 0.0.3, for torch).
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,13 @@ from references.factored import Factored, clipped
 class FLora(Matrix):
     """sketch(k): A (r, m) of the k-th interval, A_ij ~ N(0, 1/r); down(X) = A X, up(Y) = A^T Y.
 
-    At the first step of an interval the momentum is read through the new sketch (Algorithm 2), or with `late`, as
-    flora-opt does it, through the old one.
+    The sketch changes at the updates kappa, 2 kappa, ... counted from 1. Such an update reads the momentum through the
+    old one; M <- down_new(up_old(M)), and it takes up the update's own u through the new one.
     """
 
     _: KW_ONLY
     gap: int  # kappa
     sketch: Callable[[int], Tensor]
-    late: bool = False
     decay: float = 0.8  # of b2 = 1 - t^-decay
     threshold: float = 1.0
 
@@ -38,14 +40,12 @@ class FLora(Matrix):
         t, b1 = self.steps + 1, self.beta1
         u = G / self.v.update(G * G + 1e-30, 1 - t**-self.decay).sqrt()
         M: Any = 0 * self.A @ u if self.M is None else self.M
-        old = self.A
-        moved = M
-        if self.steps == self.due:
-            self.k, self.due = self.k + 1, self.due + self.gap
+        U = (1 - b1) * u + b1 * self.A.T @ M  # the momentum before this step
+        if t == self.due:
+            old, self.k, self.due = self.A, self.k + 1, self.due + self.gap
             self.A = self.sketch(self.k).double()
-            moved = self.A @ (old.T @ M)
-        U = (1 - b1) * u + b1 * (old.T @ M if self.late else self.A.T @ moved)  # the momentum before this step
-        self.M = b1 * moved + (1 - b1) * self.A @ u
+            M = self.A @ (old.T @ M)
+        self.M = b1 * M + (1 - b1) * self.A @ u
         return self.scale * clipped(U, self.threshold)
 
 
@@ -62,6 +62,7 @@ def flora(case: Case) -> dict[str, Any]:
 
 REFERENCES = {
     ("subspace", "sketch"): Entry(fields=sketched),
+    ("subspace", "momentum_sketch"): Entry(FLora, flora),
     ("moments", "sketched_momentum"): Entry(FLora, flora),
     ("reconstruction", "flora"): Entry(FLora, flora),
 }

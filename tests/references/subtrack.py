@@ -33,7 +33,7 @@ def geodesic(P: Tensor, G: Tensor, *, rule: str, eta: float, direction: str = "d
 
 @dataclass
 class SubTrack(LowRank):
-    """rule is the option step; SubTrack++ is on_refresh="rotate_variance", form="paper"."""
+    """rule is the option step; SubTrack++ is on_refresh="rotate_variance", form="released" as its code."""
 
     _: KW_ONLY
     rule: str = "auto"

@@ -29,6 +29,7 @@ class Adam(Moments, key="adam"):
     """M <- b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R∘R;  N = M / (sqrt(V) + eps sqrt(1 - b2^t)).
 
     With the bias correction c_t = sqrt(1 - b2^t) / (1 - b1^t) outside, c_t N is exactly torch.optim.AdamW's direction.
+    With `eps_place=released` it is N = M / (sqrt(V) + eps).
 
     Where a refresh rotates M into a slot whose V is next to nothing, M is kept within RUNAWAY times the largest
     direction that Adam's own moments can reach; it would be divided by that nothing otherwise.
@@ -36,8 +37,9 @@ class Adam(Moments, key="adam"):
     References:
         Adam, arXiv 1412.6980, Algorithm 1; GaLore, arXiv 2403.03507, Algorithm 2.
 
-    Differs from the authors' code: GaLore and Fira add eps to the uncorrected sqrt(V); here it sits where torch puts
-    it. Moments are fp32 whatever the weights are.
+    Differs from the authors' code: GaLore and Fira add eps to the uncorrected sqrt(V), where it acts as eps / sqrt(1 -
+    b2^t), at first 31 times as strongly; here it sits where torch puts it, unless `eps_place=released`. Moments are
+    fp32 whatever the weights are.
     """
 
     elementwise: ClassVar[bool] = True
@@ -88,17 +90,18 @@ def _adamw_(
     weight_decay: float,
 ) -> None:
     """One AdamW step of fp32 tensors, by torch's fused kernel where the device has one."""
-    fused: dict[torch.device, list[tuple[Tensor, ...]]] = {}
+    fused: dict[tuple[torch.device, float], list[tuple[Tensor, ...]]] = {}
     for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
         M, V, t = s["exp_avg"], s["exp_avg_sq"], _bias_step(ctx)
+        eps = ctx.eps if ctx.eps_place == "torch" else ctx.eps / _root_correction(ctx)
         if has_fused_kernel(W.device) and W.is_contiguous():
-            fused.setdefault(W.device, []).append((W, G.contiguous(), M, V, _step_tensor(t, W.device)))
+            fused.setdefault((W.device, eps), []).append((W, G.contiguous(), M, V, _step_tensor(t, W.device)))
             continue
         M.lerp_(G, 1 - ctx.beta1)
         V.mul_(ctx.beta2).addcmul_(G, G, value=1 - ctx.beta2)
-        denominator = V.sqrt().div_(sqrt(1 - ctx.beta2**t)).add_(ctx.eps)
+        denominator = V.sqrt().div_(_root_correction(ctx)).add_(eps)
         W.mul_(1 - lr * weight_decay).addcdiv_(M, denominator, value=-lr / (1 - ctx.beta1**t))
-    for here in fused.values():
+    for (_, eps), here in fused.items():
         params, gradients, first, second, steps = map(list, zip(*here, strict=True))
         torch._fused_adamw_(
             params,
@@ -111,7 +114,7 @@ def _adamw_(
             beta1=contexts[0].beta1,
             beta2=contexts[0].beta2,
             weight_decay=weight_decay,
-            eps=contexts[0].eps,
+            eps=eps,
             amsgrad=False,
             maximize=False,
         )
@@ -122,6 +125,19 @@ def bias_correction(ctx: Context) -> float:
     if not ctx.correct_bias:
         return 1.0
     return sqrt(1 - ctx.beta2**ctx.moment_step) / (1 - ctx.beta1**ctx.moment_step)
+
+
+def eps_of_root(ctx: Context) -> float:
+    """Return what is added to the uncorrected sqrt(V): eps sqrt(1 - b2^t), or eps for `eps_place=released`.
+
+    The first is eps beside the corrected root sqrt(V) / sqrt(1 - b2^t).
+    """
+    return ctx.eps * (_root_correction(ctx) if ctx.eps_place == "torch" else 1.0)
+
+
+def _root_correction(ctx: Context) -> float:
+    """Return sqrt(1 - b2^t), or 1 without the correction."""
+    return sqrt(1 - ctx.beta2 ** _bias_step(ctx))
 
 
 def _bias_step(ctx: Context) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
-from hf_lowrank.methods.moments.adam import bias_correction
+from hf_lowrank.methods.moments.adam import bias_correction, eps_of_root
 from hf_lowrank.methods.options import integer
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
@@ -69,8 +68,7 @@ class AdamMini(Moments, key="adam_mini"):
             total = yield Sum(torch.zeros_like(v).index_add_(-1, head, square.sum(-2)), over="columns")
             v.lerp_(total / (R.shape[-2] * block), 1 - ctx.beta2)
             spread = v.index_select(-1, head).unsqueeze(-2)
-        eps = ctx.eps * (sqrt(1 - ctx.beta2**ctx.moment_step) if ctx.correct_bias else 1.0)
-        return M / (spread.sqrt() + eps)
+        return M / (spread.sqrt() + eps_of_root(ctx))
 
     @override
     def step_scale(self, ctx: Context) -> float:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.momentum import Momentum
-from hf_lowrank.methods.options import again, number
+from hf_lowrank.methods.options import again, choice, number
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.layout import local
@@ -78,18 +78,17 @@ def rotate_rows_(s: State, C: Tensor, *prefixes: str) -> None:
         row.copy_((C.square() @ row.unsqueeze(-1)).squeeze(-1))
 
 
-def normalised(s: State, R: Tensor, decay_rate: float, threshold: float, ctx: Context) -> Asking[Tensor]:
-    """Take R into Adafactor's statistics and return its clipped U (a new tensor)."""
+def normalised(s: State, R: Tensor, decay_rate: float, ctx: Context) -> Asking[Tensor]:
+    """Take R into Adafactor's statistics and return U (a new tensor)."""
     beta2 = 1 - ctx.moment_step**-decay_rate
     root = yield from observe(s, R.square() + TINY, "square", beta2, ctx.columns)
-    u = yield from clipped(R * root, threshold, ctx.columns)
-    return u
+    return R * root
 
 
 @dataclass(frozen=True)
 class Adafactor(Moments, key="adafactor"):
     """U = R / sqrt(V^) with V^ = row col^T / mean(row) and b2_t = 1 - t^-decay_rate; U <- U / max(1, RMS(U) / clip);
-    M <- b1 M + (1 - b1) U;  N = M.
+    M <- b1 M + (1 - b1) U;  N = M. With `clip_at=step` it is N that is limited, and not U.
 
     State on R: rn + r + n. The update has the size of a sign, so the learning rate is of Adam's order.
 
@@ -102,9 +101,13 @@ class Adafactor(Moments, key="adafactor"):
     """
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     decay_rate: float = again(DECAY_RATE)
     clip_threshold: float = again(CLIP_THRESHOLD)
+    clip_at: str = choice(
+        "update", "step", help="Adafactor: limit an update before it enters the momentum, or the step after it"
+    )
 
     @override
     def slots(self, columns: Columns) -> Slots:
@@ -112,8 +115,11 @@ class Adafactor(Moments, key="adafactor"):
 
     @override
     def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
-        u = yield from normalised(s, R, self.decay_rate, self.clip_threshold, ctx)
-        return s["exp_avg"].lerp_(u, 1 - ctx.beta1).clone()
+        u = yield from normalised(s, R, self.decay_rate, ctx)
+        if self.clip_at == "update":
+            u = yield from clipped(u, self.clip_threshold, ctx.columns)
+        N = s["exp_avg"].lerp_(u, 1 - ctx.beta1).clone()
+        return N if self.clip_at == "update" else (yield from clipped(N, self.clip_threshold, ctx.columns))
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
@@ -152,7 +158,8 @@ class AdaLomo(Moments, key="adalomo"):
         norm = torch.linalg.vector_norm(W, dim=axes, dtype=torch.float32)
         total = yield Sum(norm.square(), over="columns")
         size = (total / prod(ctx.weight.shape[axis] for axis in axes)).sqrt().clamp_min_(self.smallest_weight)
-        u = yield from normalised(s, R, self.decay_rate, self.clip_threshold, ctx)
+        u = yield from normalised(s, R, self.decay_rate, ctx)
+        u = yield from clipped(u, self.clip_threshold, ctx.columns)
         return u.mul_(size.view(size.shape + (1,) * (u.dim() - size.dim())))
 
     @override
@@ -175,6 +182,7 @@ class CAME(Moments, key="came"):
     """
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     clip_threshold: float = again(CLIP_THRESHOLD)
     beta3: float = number(0.9999, below=1.0, help="CAME: decay of the confidence")
@@ -210,10 +218,12 @@ class CAME(Moments, key="came"):
 
 @dataclass(frozen=True)
 class SketchedMomentum(Moments, key="sketched_momentum"):
-    """M <- b1 M + (1 - b1) R, the momentum of what FLora sketches; what is not sketched is stepped by Adafactor.
+    """M <- b1 M + (1 - b1) R, the momentum of what FLora sketches.
+
+    What is not sketched is stepped by Adafactor with momentum, the step limited after it.
 
     References:
-        FLora, arXiv 2402.03293, Algorithm 2.
+        FLora, arXiv 2402.03293, Algorithm 2; the rule of what is not sketched: its code.
 
     Differs from the authors' code: there is momentum by default, Trainer's adam_beta1. Gradients are not compressed
     while they accumulate: Trainer owns them.
@@ -221,6 +231,7 @@ class SketchedMomentum(Moments, key="sketched_momentum"):
 
     composable: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = Momentum.transports
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     decay_rate: float = again(DECAY_RATE)
     clip_threshold: float = again(CLIP_THRESHOLD)
@@ -228,7 +239,7 @@ class SketchedMomentum(Moments, key="sketched_momentum"):
     @property
     @override
     def dense(self) -> Moments:
-        return Adafactor(self.decay_rate, self.clip_threshold)
+        return Adafactor(self.decay_rate, self.clip_threshold, clip_at="step")
 
     @override
     def slots(self, columns: Columns) -> Slots:

@@ -24,10 +24,10 @@ class FoldedAdam(Moments, key="folded_adam"):
     what is lost by folding comes back in the reconstruction `unfold`. Dense parameters take plain Adam.
 
     References:
-        FOAM, arXiv 2512.07112, Algorithm 1.
+        FOAM, arXiv 2512.07112; the rule: its code.
 
     Differs from the authors' code: betas are Trainer's, where its script leaves them at the defaults of the optimizer.
-    The squares are folded, as the code does; `fold_of=gradient` is what the paper prints.
+    The squares are folded, as the code does; `fold_of=gradient` is how summaries of the paper write it.
     """
 
     composable: ClassVar[bool] = False

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
+from hf_lowrank.methods.options import choice
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
 
@@ -17,17 +18,26 @@ from hf_lowrank.state.slots import Slot, Slots, State
 class Momentum(Moments, key="momentum"):
     """M <- b1 M + (1 - b1) R;  N = M, with no bias correction.
 
+    M is zero before the first step, and (1 - b1) R after it. With `first_momentum=gradient`, the default of
+    `golore_msgd`, it is R then, as torch.optim.SGD has it too: the first steps are not shorter than the later ones.
+
     References:
         I3S, arXiv 2502.05790, Algorithm 4. (Its proofs weight the new gradient by beta1, Lemma A.2: their beta1 is one
-        minus this one.)
+        minus this one.) The first momentum: GoLore's code.
 
     Differs from the authors' code: none was released for I3S. GoLore's carries M along only after its switch; here
-    every refresh does what `on_refresh` says.
+    every refresh does what `on_refresh` says. It has a dampening of its own, by default 0.9 as its momentum: there M
+    <- b1 M + 0.1 R whatever b1 is.
     """
 
     elementwise: ClassVar[bool] = True
     images: ClassVar[int] = 1
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
+
+    first_momentum: str = choice(
+        "damped", "gradient", help="momentum SGD: M after the first step, (1 - beta1) R or R itself"
+    )
 
     @override
     def slots(self, columns: Columns) -> Slots:
@@ -35,7 +45,8 @@ class Momentum(Moments, key="momentum"):
 
     @override
     def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
-        return s["exp_avg"].lerp_(R, 1 - ctx.beta1).clone()
+        whole = ctx.moment_step == 1 and self.first_momentum == "gradient"
+        return s["exp_avg"].lerp_(R, 1.0 if whole else 1 - ctx.beta1).clone()
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:

@@ -27,6 +27,7 @@ class Sgd(Moments, key="sgd"):
     elementwise: ClassVar[bool] = True
     keeps_momentum: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
     images: ClassVar[int] = 0
 
     @override

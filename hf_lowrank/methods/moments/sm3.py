@@ -34,6 +34,7 @@ class SM3(Moments, key="sm3"):
     """
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     @override
     def slots(self, columns: Columns) -> Slots:

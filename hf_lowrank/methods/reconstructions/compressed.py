@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
 from typing import ClassVar
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.limiter import LIMITED, LIMITER, limit_
+from hf_lowrank.methods.moments.adam import eps_of_root
 from hf_lowrank.methods.options import again, number
 from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
 from hf_lowrank.methods.registry import Gauge
@@ -36,7 +36,8 @@ class Details(Reconstruction, key="details"):
     References:
         GWT, arXiv 2501.07237, Algorithm 1.
 
-    Differs from the authors' code: the inverse transform is not computed, and eps is added to the corrected sqrt(V).
+    Differs from the authors' code: the inverse transform is not computed, and eps is added to the corrected sqrt(V)
+    unless `eps_place=released`.
 
     As printed nothing bounds the details: where a block's mean is next to nothing so is D, above all in the first
     steps. Warm up.
@@ -55,7 +56,7 @@ class Details(Reconstruction, key="details"):
 
     @override
     def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Asking[Update]:
-        D = s["exp_avg_sq"].sqrt().add_(ctx.eps * _correction(ctx))  # (..., r, n)
+        D = s["exp_avg_sq"].sqrt().add_(eps_of_root(ctx))  # (..., r, n)
         squared = yield Sum(N.square().sum((-2, -1)), over="columns")
         factor = (ctx.scale / limit_(s, "norm", squared.sqrt(), self.limiter, 1e-8))[..., None, None]
         size = block_size(ctx.rank)
@@ -74,10 +75,10 @@ class Unfold(Reconstruction, key="unfold"):
     """U = alpha m / (sqrt(v) + eps), m = unfold(M) + c E, v = unfold(V) + c^2 E∘E, E = G - unfold(fold(G)).
 
     References:
-        FOAM, arXiv 2512.07112, Algorithm 1.
+        FOAM, arXiv 2512.07112; the rule: its code.
 
-    Differs from the authors' code: eps is added to the corrected sqrt(v), and nothing of the weight's size is kept
-    between operations: the step is formed for some columns at a time.
+    Differs from the authors' code: eps is added to the corrected sqrt(v) unless `eps_place=released`, and nothing of
+    the weight's size is kept between operations: the step is formed for some columns at a time.
     """
 
     needs_gradient: ClassVar[bool] = True
@@ -90,7 +91,7 @@ class Unfold(Reconstruction, key="unfold"):
         M, V = N.chunk(2, -2)
         folded = R.narrow(-2, 0, M.shape[-2])
         blocks = Blocks(ctx.m, block_size(ctx.rank), 1.0)
-        eps = ctx.eps * _correction(ctx)
+        eps = eps_of_root(ctx)
 
         def step(G: Tensor, start: int, length: int) -> Tensor:
             m, v, g = (blocks.repeat(X.narrow(-1, start, length)) for X in (M, V, folded))
@@ -98,8 +99,3 @@ class Unfold(Reconstruction, key="unfold"):
             return m.add_(E).div_(v.addcmul_(E, E).sqrt_().add_(eps)).mul_(ctx.scale)
 
         return Update(rest=step)
-
-
-def _correction(ctx: Context) -> float:
-    """Return what eps is multiplied by, so that it is added to the corrected root."""
-    return sqrt(1 - ctx.beta2**ctx.moment_step) if ctx.correct_bias else 1.0

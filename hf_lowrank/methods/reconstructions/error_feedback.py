@@ -58,7 +58,7 @@ class ErrorFeedback(Reconstruction, key="error_feedback"):
         return Update(N, ctx.scale)
 
     @override
-    def change_basis_(self, s: State, old: Carried, new: Carried, ctx: Context) -> None:
+    def change_basis_(self, s: State, G: Tensor, old: Carried, new: Carried, ctx: Context) -> None:
         weight = ctx.beta1 / (1 - ctx.beta1)
         old.add_to_(s["error"], weight)
         new.add_to_(s["error"], -weight)

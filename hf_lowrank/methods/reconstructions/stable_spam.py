@@ -62,17 +62,18 @@ class StableSpam(Reconstruction):
 
     @override
     def absorb(self, s: State, G: Tensor, ctx: Context) -> Asking[tuple[Tensor, dict[str, Tensor]]]:
-        X, t = G.float(), ctx.step + 1
+        X, t = G.float(), ctx.step + (0 if ctx.written else 1)
+        new = 0.0 if ctx.written else 1.0  # this gradient is in the means already
         size = X.abs()
         largest = yield from _over_all(Max, size.amax((-2, -1)) if size.numel() else size.sum((-2, -1)))
-        spike = torch.lerp(s["spike"], largest, 1 - MAX_DECAY)
+        spike = torch.lerp(s["spike"], largest, new * (1 - MAX_DECAY))
         theta = spike / (1 - MAX_DECAY**t)
         share = (theta / largest.clamp_min(torch.finfo(X.dtype).tiny))[..., None, None]
         X = torch.where(size > theta[..., None, None], X * share, X)
         squares = yield from _over_all(Sum, X.square().sum((-2, -1)))
         norm = squares.sqrt()
-        mean = torch.lerp(s["norm_mean"], norm, 1 - MEAN_DECAY)
-        square = torch.lerp(s["norm_sq"], squares, 1 - SQUARE_DECAY)
+        mean = torch.lerp(s["norm_mean"], norm, new * (1 - MEAN_DECAY))
+        square = torch.lerp(s["norm_sq"], squares, new * (1 - SQUARE_DECAY))
         root = (square / (1 - SQUARE_DECAY**t)).sqrt() + 1e-8
         wanted = mean / (1 - MEAN_DECAY**t) / root
         X = X * (wanted / norm.clamp_min(torch.finfo(X.dtype).tiny))[..., None, None]
@@ -85,8 +86,8 @@ class StableSpam(Reconstruction):
         return self.inner.combine(s, norms, R, N, c_t, ctx)
 
     @override
-    def change_basis_(self, s: State, old: Carried, new: Carried, ctx: Context) -> None:
-        self.inner.change_basis_(s, old, new, ctx)
+    def change_basis_(self, s: State, G: Tensor, old: Carried, new: Carried, ctx: Context) -> None:
+        self.inner.change_basis_(s, G, old, new, ctx)
 
     @override
     def after_step_(self, s: State, G: Tensor, R: Tensor, basis: Basis) -> None:

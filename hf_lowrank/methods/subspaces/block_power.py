@@ -25,6 +25,10 @@ class BlockPower(Subspace, key="block_power"):
 
     b is never formed: with B^T = P^T b = rho P^T P M^ + (1 - rho) P^T G, b B = rho P (M^ B) + (1 - rho) G B.
 
+    The authors' settings are betas (0.908, 0.99), the first of them rho, and rank 16; betas are Trainer's (0.9, 0.999)
+    and the rank is 128 where nothing is said. The row `ldadam` has `proj_type=paper`, since they project square
+    matrices from the left.
+
     References:
         LDAdam, arXiv 2410.16103, Algorithm 1 and its section on block power iteration.
 

@@ -69,7 +69,7 @@ class Fold(_Sums, key="fold"):
     zeros.
 
     References:
-        FOAM, arXiv 2512.07112, Algorithm 1.
+        FOAM, arXiv 2512.07112; the rule: its code.
 
     Differs from the authors' code: nothing; both folds are taken in one pass.
     """

@@ -32,8 +32,7 @@ class Grassmann(Subspace, key="grassmann"):
     followed. Three step sizes:
 
     * `auto` (default): theta = atan2(2 sigma, a - b) / 2 with a = ||A^T v||^2, b = ||G^T u||^2, the exact minimum
-    along
-      the geodesic; no parameter, and the size of the gradient does not matter
+      along the geodesic; no parameter, and the size of the gradient does not matter
     * `normalized`: theta = eta 2 sigma / ||G||_F^2
     * `raw`: theta = eta 2 sigma, as both papers have it; sigma grows with the square of the gradient
 
@@ -45,6 +44,14 @@ class Grassmann(Subspace, key="grassmann"):
 
     Differs from the authors' code: tall and square matrices are tracked too (there the tangent is multiplied by zero);
     fp32, kept orthonormal. The workshop's eq. 6 as printed moves uphill: `direction=printed` does that.
+
+    SubTrack++'s moments are carried along here as the paper says, at the step at which the basis moves. Its code does
+    so one step earlier and after that step's own gradient; by the change from the basis of step 0 rather than from the
+    one before; on moments without bias correction; and multiplies the new V by 1 - b2 in the place of 1 - b2^t, a
+    thousandth of what it was. Its recovery scaling is Fira's code, `fira_form=released`, from which the published
+    losses come: the residual is G - alpha P R and is not multiplied by alpha. The paper writes W - alpha (G^ + Lambda)
+    with one alpha before both, where it may as well be the learning rate: `fira_form=i3s` and `paper` are those two
+    readings.
     """
 
     step: str = choice("auto", "normalized", "raw", help="SubTrack: how far a step goes")

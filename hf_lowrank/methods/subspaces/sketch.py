@@ -21,19 +21,8 @@ KEPT = 4
 """Sketches that stay in memory beside the state, so that an ordinary step draws none; a model has one per width."""
 
 
-@dataclass(frozen=True)
-class Sketch(Subspace, key="sketch"):
-    """P (m, r) with entries N(0, 1/r), so that E[P P^T] = I; a new one at every refresh.
-
-    It is a function of (seed, number of the refresh, m, r), drawn on the weight's device: state, none. The stream is
-    the same on all processes, and after a resume, but not on another type of device. Matrices of one shape of P share
-    theirs, which has the right distribution for each of them; the last few are kept from step to step.
-
-    References:
-        APOLLO, arXiv 2412.05270, Algorithm 1; FLora, arXiv 2402.03293, section 2.4.
-
-    Differs from the authors' code: there every weight has a seed and a sketch of its own.
-    """
+class _Gaussian(Subspace):
+    """P (m, r) with entries N(0, 1/r), so that E[P P^T] = I; a new one at every refresh."""
 
     orthonormal: ClassVar[bool] = False
     without: ClassVar[tuple[str, ...]] = ("basis_format",)
@@ -49,6 +38,37 @@ class Sketch(Subspace, key="sketch"):
     @override
     def basis(self, s: State, ctx: Context) -> Basis:
         return Dense(_drawn(ctx.key[0], ctx.number, ctx.m, ctx.r, ctx.device))
+
+
+@dataclass(frozen=True)
+class Sketch(_Gaussian, key="sketch"):
+    """P (m, r) with entries N(0, 1/r), so that E[P P^T] = I; a new one at every refresh.
+
+    It is a function of (seed, number of the refresh, m, r), drawn on the weight's device: state, none. The stream is
+    the same on all processes, and after a resume, but not on another type of device. Matrices of one shape of P share
+    theirs, which has the right distribution for each of them; the last few are kept from step to step.
+
+    References:
+        APOLLO, arXiv 2412.05270, Algorithm 1.
+
+    Differs from the authors' code: there every weight has a seed and a sketch of its own.
+    """
+
+
+@dataclass(frozen=True)
+class MomentumSketch(_Gaussian, key="momentum_sketch"):
+    """A Gaussian sketch as in `sketch`, whose next one is drawn when the last weight of an interval has been written.
+
+    A step reads the momentum through the sketch that it was made with; only then is it carried into the new one.
+
+    References:
+        FLora, arXiv 2402.03293, section 2.4; when the next one is drawn: its code.
+
+    Differs from the authors' code: there every weight has a seed and a sketch of its own.
+    """
+
+    late: ClassVar[bool] = True
+    composable: ClassVar[bool] = False
 
 
 @lru_cache(maxsize=KEPT)
