@@ -24,6 +24,7 @@ def built(tmp_path, model=None, optim="galore_i3s_adamw", **overrides):
         ({"adam_epsilon": 1e-3}, "eps", 1e-3),
         ({"seed": 11}, "seed", 11),
         ({"optim_args": "rank=4,correct_bias=false"}, "correct_bias", False),
+        ({"optim_args": "rank=4,eps_place=released"}, "eps_place", "released"),
     ],
 )
 def test_every_group_gets_it(overrides, key, value, tmp_path):

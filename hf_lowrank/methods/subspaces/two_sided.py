@@ -18,6 +18,9 @@ from hf_lowrank.tensors.bases import Basis, TwoSided
 class BothSides(Subspace):
     """R = P^T G Q (r, r) and U = P N Q^T, P and Q chosen by the same rule from G and from its transpose.
 
+    Where both are singular vectors of one gradient R is diagonal at the refresh. Its other entries are rounding noise,
+    which Adam makes as large as the rest until later gradients outweigh it.
+
     State: mr + nr for the bases and 2r^2 for Adam's moments.
 
     References:
