@@ -30,8 +30,9 @@ ADAM = [n for n in COVERING if METHODS[n].moments == "adam"]
 BY_AXIS = [  # rules that tell outputs from inputs
     n
     for n in NAMES
-    if METHODS[n].moments in ("adam_mini", "normuon", "racs", "sinkhorn", "column_norm")
+    if METHODS[n].moments in ("adam_mini", "normuon", "racs", "sinkhorn")
     or METHODS[n].subspace in ("haar", "fold")
+    or n == "scale_sgd"
 ]
 
 

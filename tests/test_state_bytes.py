@@ -44,7 +44,6 @@ WHOLE = {
     "sm3": lambda m, n, r: m * n + m + n,
     "muon": lambda m, n, r: m * n,
     "normuon": lambda m, n, r: m * n + n,
-    "column_norm": lambda m, n, r: 0,
     "racs": lambda m, n, r: m + n + 1,
     "sinkhorn": lambda m, n, r: 0,
     "whitened": lambda m, n, r: 0,

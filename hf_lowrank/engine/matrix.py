@@ -84,9 +84,14 @@ class MatrixStep(Unit):
         G: Tensor | None
         G, fresh = yield from asking(rules.reconstruction.absorb(self.view, self.gradient, ctx), self.layout.along)
         R = basis.project(G)  # (..., r, n)
+        reading = R
+        if self.config.parts.reads_norms:  # which stand for R, and are looked at anyway
+            if self.norms is None:
+                self.norms = kernels.column_norms(R)
+            reading = self.norms
         if not self.keeps_gradient:
             G = None  # the layerwise mode frees it while this waits
-        if not (yield Reading([R]))[0]:
+        if not (yield Reading([reading]))[0]:
             self._skip_()
             return
         with self.view.writing() as s:

@@ -190,7 +190,8 @@ class Moments(Part, ABC):
     def update(self, s: State, R: Tensor, ctx: Context) -> Rule[Tensor]:
         """Take R into the moments, in place, and return the direction N before bias correction.
 
-        N may be R itself, and R the gradient: nobody writes in either. Sums may be asked for over the columns of R.
+        N may be a moment or R itself, and R the gradient: nobody writes in them. Sums may be asked for over the
+        columns of R.
         """
 
     def transport_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
@@ -271,7 +272,7 @@ class Reconstruction(Part, ABC):
             s: the state.
             norms: of the columns of the gradient and of P R.
             R: the projected gradient (..., r, n).
-            N: the direction (..., r, n), which may be R itself: not to be overwritten.
+            N: the direction (..., r, n), which may be a moment or R itself: not to be overwritten.
             c_t: the bias correction.
             ctx: the step.
         """

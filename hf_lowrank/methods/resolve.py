@@ -86,6 +86,11 @@ class Parts:
         return self.subspace.needs_gradient or self.reconstruction.needs_gradient
 
     @property
+    def reads_norms(self) -> bool:
+        """Whether a step begins by looking at the norm of every column of R, which is the gradient."""
+        return self.subspace.whole and self.reconstruction.needs_gradient and self.reconstruction.by_columns
+
+    @property
     def direct(self) -> bool:
         """Whether nothing stands between the moments of every element and the weight."""
         return self.subspace.whole and self.moments.elementwise and self.reconstruction.plain

@@ -218,8 +218,8 @@ METHODS: dict[str, Method] = {
     ),
     "scale_sgd": Method(
         "whole",
-        "column_norm",
-        "project",
+        "sgd",
+        "unit_columns",
         "SCALE: outputs of unit RMS; momentum for the head alone",
         "arXiv 2506.16659",
         {**_WHOLE, "embedding_rule": "column_norm", "head_rule": "momentum_column_norm"},

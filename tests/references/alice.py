@@ -91,6 +91,14 @@ class Frugal(LowRank):
         return inside + self.free_scale * (E.sign() if self.free == "sign" else E / E.square().mean(0).sqrt())
 
 
+@dataclass
+class UnitColumns(LowRank):
+    """SCALE (arXiv 2506.16659, Algorithm 1): every column of the gradient with unit RMS."""
+
+    def combine(self, G: Tensor, R: Tensor, N: Tensor, c: float) -> Tensor:
+        return self.scale * G / G.square().mean(0).sqrt()
+
+
 class RACS:
     """s = (R^2)^T q / |q|^2, q = R^2 s / |s|^2 from q = 1; EMA; N = diag(q)^-1/2 R diag(s)^-1/2, limited."""
 
@@ -143,6 +151,7 @@ REFERENCES = {
     ("reconstruction", "frugal"): Entry(
         Frugal, lambda case: {key: case.options[key] for key in ("free", "free_scale")}
     ),
+    ("reconstruction", "unit_columns"): Entry(UnitColumns),
     ("moments", "racs"): Entry(
         fields=lambda case: {"moments": RACS(case.options["iterations"], case.options["limiter"])}
     ),

@@ -118,8 +118,8 @@ class Adafactor(Moments, key="adafactor"):
         u = yield from normalised(s, R, self.decay_rate, ctx)
         if self.clip_at == "update":
             u = yield from clipped(u, self.clip_threshold, ctx.columns)
-        N = s["exp_avg"].lerp_(u, 1 - ctx.beta1).clone()
-        return N if self.clip_at == "update" else (yield from clipped(N, self.clip_threshold, ctx.columns))
+        M = s["exp_avg"].lerp_(u, 1 - ctx.beta1)
+        return M if self.clip_at == "update" else (yield from clipped(M.clone(), self.clip_threshold, ctx.columns))
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
@@ -206,7 +206,7 @@ class CAME(Moments, key="came"):
         u = yield from clipped(R * root, self.clip_threshold, ctx.columns)
         M = s["exp_avg"].lerp_(u, 1 - ctx.beta1)
         if R.dim() < 2:
-            return M.clone()
+            return M
         instability = (u - M).square_().add_(self.eps2)
         root = yield from observe(s, instability, "instability", self.beta3, ctx.columns)
         return M * root

@@ -31,7 +31,7 @@ class Momentum(Moments, key="momentum"):
     """
 
     elementwise: ClassVar[bool] = True
-    images: ClassVar[int] = 1
+    images: ClassVar[int] = 0
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
@@ -46,7 +46,7 @@ class Momentum(Moments, key="momentum"):
     @override
     def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
         whole = ctx.moment_step == 1 and self.first_momentum == "gradient"
-        return s["exp_avg"].lerp_(R, 1.0 if whole else 1 - ctx.beta1).clone()
+        return s["exp_avg"].lerp_(R, 1.0 if whole else 1 - ctx.beta1)
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:

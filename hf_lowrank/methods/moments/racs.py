@@ -72,21 +72,23 @@ class RACS(Moments, key="racs"):
         start = 1 - ctx.beta1**ctx.moment_step if ctx.correct_bias else 1.0
         N = R * _inverse_root(columns).mul_(start).unsqueeze(-2)
         N.mul_(_inverse_root(rows).unsqueeze(-1))
-        total = yield Sum(N.square().sum((-2, -1)), over="columns")
+        total = yield Sum(torch.linalg.vector_norm(N, dim=(-2, -1)).square(), over="columns")
         return N.div_(limit_(s, "norm", total.sqrt(), self.limiter, 1e-8)[..., None, None])
 
     def _fixed_point(self, square: Tensor) -> Asking[tuple[Tensor, Tensor]]:
-        """Return q and s of R∘R (..., r, n), which is overwritten."""
-        total = yield Sum(square.sum((-2, -1)), over="columns")
-        size = total.clamp_min(TINY)  # of squares of squares, which would leave the range of fp32
-        square.div_(size[..., None, None])
+        """Return q and s of R∘R (..., r, n)."""
         q = torch.ones_like(square[..., 0])
-        for _ in range(self.iterations):
-            s = (square.mT @ q.unsqueeze(-1)).squeeze(-1) / q.square().sum(-1, keepdim=True).clamp_min(TINY)
+        sums = (square.mT @ q.unsqueeze(-1)).squeeze(-1)
+        total = yield Sum(sums.sum(-1, keepdim=True), over="columns")
+        size = total.clamp_min(TINY)  # s is kept in units of it: its squares would leave the range of fp32
+        for i in range(self.iterations):
+            if i:
+                sums = (square.mT @ q.unsqueeze(-1)).squeeze(-1)
+            s = sums / size / q.square().sum(-1, keepdim=True).clamp_min(TINY)
             here = torch.cat([(square @ s.unsqueeze(-1)).squeeze(-1), s.square().sum(-1, keepdim=True)], -1)
             totals = yield Sum(here, over="columns")
-            q = totals[..., :-1] / totals[..., -1:].clamp_min(TINY)
-        return q, s * size.unsqueeze(-1)
+            q = totals[..., :-1] / size / totals[..., -1:].clamp_min(TINY)
+        return q, s * size
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:

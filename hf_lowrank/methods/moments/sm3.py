@@ -54,7 +54,7 @@ class SM3(Moments, key="sm3"):
             row.copy_(largest)
             col.copy_(V.amax(-2))
             V += TINY
-        return s["exp_avg"].lerp_(V.rsqrt_().mul_(R), 1 - ctx.beta1).clone()
+        return s["exp_avg"].lerp_(V.rsqrt_().mul_(R), 1 - ctx.beta1)
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:

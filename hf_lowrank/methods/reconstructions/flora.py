@@ -69,7 +69,7 @@ class Flora(Reconstruction, key="flora"):
     def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Asking[Update]:
         """||U||^2 follows from products of size r x n."""
         fresh = 1 - ctx.beta1
-        Z = N.sub_(R, alpha=fresh)
+        Z = torch.sub(N, R, alpha=fresh)
         squares = norms.projected(Z, Z.square().sum(-2)) + 2 * fresh * (Z * R).sum(-2) + fresh**2 * norms.gradient()
         total = yield Sum(squares.clamp_min_(0).sum(-1), over="columns")
         rms = (total / (ctx.m * ctx.columns.n)).sqrt()
