@@ -49,6 +49,12 @@ def test_the_size_of_the_gradient_does_not_matter(name, factor):
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_scales_outputs_have_unit_rms(shape):
+    step, _ = first_step("scale_sgd", shape)
+    torch.testing.assert_close(step.square().mean(0).sqrt(), torch.ones(shape[0]).double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
 def test_sinkgd_converges_to_rows_and_columns_of_unit_rms(shape):
     step, _ = first_step("sinkgd", shape, iterations=300)
     for axis in (0, 1):

@@ -71,7 +71,8 @@ def wave_size(units: Sequence[MatrixStep]) -> int:
     """Return how many bases one process chooses before the host looks at the outcome: one on the CPU."""
     if not units or not step.at_once(units[0].device):
         return 1
-    return max(1, SYNC_ELEMENTS // max(unit.layout.m * unit.plan.r for unit in units))
+    largest = max(unit.layout.m * unit.plan.r if unit.view.bases else 1 for unit in units)
+    return max(1, SYNC_ELEMENTS // largest)
 
 
 def team(mesh: Any, *, share: bool) -> tuple[int, int]:
