@@ -84,14 +84,9 @@ class MatrixStep(Unit):
         G: Tensor | None
         G, fresh = yield from asking(rules.reconstruction.absorb(self.view, self.gradient, ctx), self.layout.along)
         R = basis.project(G)  # (..., r, n)
-        reading = R
-        if self.config.parts.reads_norms:  # which stand for R, and are looked at anyway
-            if self.norms is None:
-                self.norms = kernels.column_norms(R)
-            reading = self.norms
         if not self.keeps_gradient:
             G = None  # the layerwise mode frees it while this waits
-        if not (yield Reading([reading]))[0]:
+        if not (yield Reading([self._read(R)]))[0]:
             self._skip_()
             return
         with self.view.writing() as s:
@@ -108,6 +103,14 @@ class MatrixStep(Unit):
                 if not self.refreshed:
                     rules.subspace.accumulate_(s, G)
         self._advance_()
+
+    def _read(self, R: Tensor) -> Tensor:
+        """Return R, or the norms of its columns where a rule looks at those anyway and R is the gradient."""
+        if not self.config.parts.reads_norms:
+            return R
+        if self.norms is None:
+            self.norms = kernels.column_norms(R)
+        return self.norms
 
     def _write_(self, basis: Basis, G: Tensor | None, update: Update, c_t: float, ctx: Context) -> None:
         """W <- (1 - lr wd) W - lr c_t (alpha P Z + G diag(d) + rest)."""

@@ -34,7 +34,16 @@ import hf_lowrank
 ADAPTER = "default"
 """peft's name of the one adapter there is."""
 
-_ADAPTER_WEIGHT = re.compile(r"\.lora_[AB]\.|\.(down|up)_factor\.")
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+"""peft's options for them: arXiv 2106.09685, 2312.03732, 2402.09353, 2404.02948, 2406.01775."""
+
+_ADAPTER_WEIGHT = re.compile(r"\.lora_([AB]|magnitude_vector)\.|\.(down|up)_factor\.")
 
 
 @dataclass
@@ -44,8 +53,9 @@ class BaselineArguments:
     baseline: Literal["adamw", "adamw_8bit", "lora", "relora", "low_rank"] | None = field(
         default=None, metadata={"help": "Train this instead of the low-rank optimizer that --optim names."}
     )
+    adapter_kind: str = field(default="lora", metadata={"help": f"lora, relora: {', '.join(KINDS)}."})
     adapter_rank: int = field(default=128, metadata={"help": "lora, relora, low_rank: rank of the factors."})
-    adapter_alpha: float = field(default=32.0, metadata={"help": "lora, relora: W = W0 + (alpha / rank) B A."})
+    adapter_alpha: float = field(default=32.0, metadata={"help": "lora, relora: W0 + (alpha / rank) B A."})
     adapter_dropout: float = field(default=0.05, metadata={"help": "lora, relora: dropout before A."})
     adapter_targets: str | None = field(
         default=None,
@@ -85,6 +95,10 @@ def prepare_(
     training_args.optim_args = training_args.optim_target_modules = None
     if args.baseline in ("adamw", "adamw_8bit"):
         return []
+    if args.adapter_kind not in KINDS:
+        raise ValueError(f"--adapter_kind must be one of {', '.join(KINDS)}, not {args.adapter_kind!r}")
+    if (args.baseline, args.adapter_kind) == ("relora", "dora"):
+        raise ValueError("relora merges factors, and DoRA's norms would change with them: set another --adapter_kind")
     if args.adapter_rank < 1:
         raise ValueError(f"--adapter_rank must be at least 1, not {args.adapter_rank}")
     targets = _targets(model, args)
@@ -96,11 +110,13 @@ def prepare_(
 
 
 def to_plain_(model: nn.Module) -> None:
-    """Merge what `prepare_` put into a model, so that it is an ordinary one again: W0 + (alpha / r) B A, or B A."""
+    """Merge what `prepare_` put into a model, in fp32, so that it is an ordinary one again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             plain = module.get_base_layer()
-            _add_(plain.weight, module.get_delta_weight(ADAPTER))
+            dtype = plain.weight.dtype
+            module.float().merge(adapter_names=[ADAPTER])
+            plain.to(dtype)
         elif isinstance(module, FactorizedLinear):
             plain = module.product()
         else:
@@ -120,6 +136,7 @@ def add_lora_(model: nn.Module, targets: list[str], args: BaselineArguments, *, 
         lora_alpha=args.adapter_alpha,
         lora_dropout=args.adapter_dropout,
         target_modules=targets,
+        **KINDS[args.adapter_kind],
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, p in model.named_parameters():
@@ -257,8 +274,7 @@ class FactorizedLinear(nn.Module):
 def factorize_(model: nn.Module, targets: list[str], *, rank: int) -> None:
     """Replace linear layers by products of two factors, all of them trainable."""
     for name in targets:
-        module = model.get_submodule(name)
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module := model.get_submodule(name), nn.Linear):
             raise ValueError(f"--baseline low_rank replaces nn.Linear alone; {name} is a {type(module).__name__}")
         model.set_submodule(name, FactorizedLinear(module, rank=rank))
 

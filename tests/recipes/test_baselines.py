@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from copy import deepcopy
 
 import bitsandbytes
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 import hf_lowrank
 from recipes.shared.baselines import (
+    KINDS,
     BaselineArguments,
     FactorizedLinear,
     adapter_parameters,
@@ -202,6 +204,36 @@ def test_a_merged_model_is_an_ordinary_one(tmp_path, baseline):
     torch.testing.assert_close(after, before, atol=1e-5 * before.abs().max().item(), rtol=0)  # one rounding per weight
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_starts_as_the_model_and_merges_to_what_it_computes(kind):
+    model = tiny().eval()
+    args = BaselineArguments(baseline="lora", adapter_kind=kind, adapter_rank=2, adapter_dropout=0.0)
+    scale = 3e-5  # of the logits, through two layers in fp32
+    with torch.no_grad():
+        plain = model(TOKENS[:4]).logits
+        prepare_(model, args, TrainingArguments("unused", use_cpu=True), also_train="(?!)")
+        start = model(TOKENS[:4]).logits
+        torch.testing.assert_close(start, plain, atol=scale * plain.abs().max().item(), rtol=0)
+        generator = torch.Generator().manual_seed(0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        after = model(TOKENS[:4]).logits
+        assert (after - start).abs().max() > 0.05 * start.abs().max()
+        low = deepcopy(model).to(torch.bfloat16)
+        exact = deepcopy(low).float()
+        for one in (model, low, exact):
+            to_plain_(one)
+        merged = model(TOKENS[:4]).logits
+    torch.testing.assert_close(merged, after, atol=scale * after.abs().max().item(), rtol=0)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}  # merged in fp32, and rounded once
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(low.parameters(), exact.parameters(), strict=True))
+    width, inner, rank = 16, 24, 2
+    factors = 2 * rank * (4 * 2 * width + 3 * (width + inner))  # r (m + n) of seven matrices in two layers
+    norms = 2 * (4 * width + 2 * inner + width) if kind == "dora" else 0  # one for every output
+    assert sum(p.numel() for p in trained) == factors + norms
+
+
 def test_factors_start_as_the_best_approximation():
     linear = nn.Linear(12, 8)
     U, S, Vh = torch.linalg.svd(linear.weight.detach())
@@ -218,6 +250,8 @@ def test_factors_start_as_the_best_approximation():
     ("options", "words"),
     [
         ({"baseline": "relora", "relora_warmup": 9, "relora_every": 9}, "--relora_warmup must be"),
+        ({"baseline": "lora", "adapter_kind": "dola"}, "--adapter_kind must be one of lora, rslora, dora"),
+        ({"baseline": "relora", "adapter_kind": "dora"}, "DoRA's norms would change"),
         ({"baseline": "lora", "adapter_rank": 0}, "--adapter_rank must be at least 1, not 0"),
         ({"baseline": "lora", "adapter_targets": "qproj"}, "matches no trainable matrix"),
     ],
