@@ -254,6 +254,11 @@ def _nothing_found(
     """Say why no matrix gets a subspace by default."""
     if inside:
         largest = max(_short(p) for _, p in inside.values())
+        if largest == 1:
+            return (
+                f"every matrix of {type(model).__name__} is one row or one column, which has no subspace: train it "
+                "with another optimizer, such as adamw_torch"
+            )
         return (
             f"rank={rank} is not below the short side of any matrix (the largest is {largest}); choose a smaller rank"
         )

@@ -21,6 +21,7 @@ from hf_lowrank.engine.checks import (
     check_parameters,
     check_together,
     config_of,
+    doubts,
 )
 from hf_lowrank.engine.edits import Resolved
 from hf_lowrank.engine.known import named_groups
@@ -79,14 +80,8 @@ class LowRankOptimizer(Optimizer):
         self._begin()
         defaults = {"method": method, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults)
-        if not any("rank" in group for group in self.param_groups) and any(
-            p.dim() > 1 for group in self.param_groups for p in group["params"]
-        ):
-            warnings.warn(
-                "no group has a 'rank', so nothing is projected and all moments are full: take the groups from "
-                "hf_lowrank.param_groups(model, rank=...)",
-                stacklevel=2,
-            )
+        for text in doubts(self.param_groups, self.configs):
+            warnings.warn(text, stacklevel=2)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LowRankOptimizer:
         """Refuse two lots of parameters in a sentence.

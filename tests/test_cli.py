@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from streams import COVERING
 
 from hf_lowrank import METHODS
 
@@ -95,6 +96,21 @@ def test_options_stand_below_the_part_that_has_them(run):
     assert "threshold" not in below("Subspace grassmann", out) and "eta" in below("Subspace grassmann", out)
     state = next(line for line in out.splitlines() if line.startswith("apollo_random_adamw"))
     assert "2nr + 1" in state and "no accumulation" in state
+
+
+def test_of_a_method_without_a_subspace_targets_speaks_of_none(run):
+    _, out, _ = run("targets", "60m", "--optim", "full_adamw")
+    assert "56 matrices stepped whole, 19 parameters dense" in out and "(0% less)" in out
+    projections = [line.split() for line in out.splitlines() if "_proj" in line]
+    assert {words[5] for words in projections} == {"whole"}
+    rows = json.loads(run("targets", "60m", "--optim", "full_adamw", "--json")[1])
+    assert all(row["whole"] is ("_proj" in row["name"]) for row in rows)
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_targets_takes_every_method_as_it_is(run, name):
+    code, _, error = run("targets", "60m", "--optim", name, "--json")
+    assert code == 0, error
 
 
 def test_targets_says_what_would_be_projected_and_what_it_saves(run, tmp_path):

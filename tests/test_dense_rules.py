@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from comparing import STEPS, TOLERANCE
+from distributed import models
 from references.base import Adam, LowRank
 from references.dense import ColumnNorm, MomentumColumnNorm, Sgd
 from references.momentum import Momentum
 from streams import TALL, WIDE, displacement, finish, gradients, optimizer, run, weight
 
-from hf_lowrank import LowRankOptimizer
+from hf_lowrank import LowRankOptimizer, param_groups
 from hf_lowrank.methods.dense import RULES
 
 
@@ -215,3 +218,15 @@ def test_a_rule_that_does_not_exist_is_refused_with_those_that_do():
         dense(weight(TALL), "adm")
     with pytest.raises(ValueError, match="no option 'dense'"):  # a group of matrices has a subspace
         LowRankOptimizer([{"params": [weight(TALL)], "rank": 3, "dense": "adam"}], METHOD)
+
+
+def test_groups_that_do_not_tell_heads_from_others_are_not_taken_in_silence_by_a_method_that_does():
+    net = models.model()
+    with pytest.warns(UserWarning, match=r"rules of its own for embeddings and heads.*method='scale_sgd'"):
+        LowRankOptimizer(param_groups(net, rank=3), "scale_sgd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LowRankOptimizer(param_groups(net, method="scale_sgd"), "scale_sgd")
+        LowRankOptimizer(param_groups(net, rank=3), "full_adamw")
+        only_mixed = torch.nn.Sequential(models.Block(10, 15, 0), torch.nn.Conv1d(3, 3, 3))
+        LowRankOptimizer(param_groups(only_mixed, method="scale_sgd"), "scale_sgd")

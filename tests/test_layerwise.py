@@ -208,3 +208,22 @@ def test_a_hook_holds_no_reference_to_the_optimizer():
 def test_clipping_is_refused_where_it_would_not_be_exact():
     with pytest.raises(ValueError, match="set max_grad_norm=0"):
         models.optimizer(models.model(), "fira_adamw_layerwise", max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "fira_adamw", "full_adamw", "full_muon"])
+def test_a_run_that_leaves_the_mode_accumulates_as_any_other(name):
+    ends = []
+    for ending in ("_layerwise", ""):
+        net = models.model(experts=2)
+        opt = models.optimizer(net, name + ending, **({} if METHODS[name].subspace == "whole" else {"stagger": False}))
+        models.train(net, opt, 2)
+        for group in opt.param_groups:
+            group["layerwise"] = False
+        for step in range(2, 5):
+            opt.train()
+            opt.zero_grad()
+            for micro in (0, 1):
+                models.loss_of(net, 2 * step + micro).backward()
+            opt.step()
+        ends.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -170,6 +170,19 @@ def test_an_option_of_another_method_is_refused():
         optimizer(weight(WIDE), "galore_dominant_adamw", rank=None, scale=1.0)
 
 
+@pytest.mark.parametrize("name", COVERING)
+def test_the_place_of_eps_is_an_option_where_it_changes_something(name):
+    if "eps_place" in resolve.complete(name, {}):
+        ends = []
+        for place in ("torch", "released"):
+            p, v = weight(WIDE), weight((9,))
+            matrices, vectors = (optimizer(x, name, rank=r, eps=1e-2, eps_place=place) for x, r in ((p, 3), (v, None)))
+            ends.append(
+                (finish(matrices, p, gradients(WIDE, 3)), finish(vectors, v, [G[0] for G in gradients((5, 9), 3)]))
+            )
+        assert not all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_an_unknown_method_is_refused_with_the_nearest_one():
     with pytest.raises(ValueError, match="did you mean 'galore_i3s_adamw'"):
         optimizer(weight(WIDE), "galore_i3_adamw")

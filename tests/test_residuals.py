@@ -105,6 +105,19 @@ def test_what_frugal_does_outside_keeps_no_state(free):
     assert displacement(p - middle, q - weight(WIDE), torch.zeros(WIDE)) < TOLERANCE
 
 
+@pytest.mark.parametrize("free", ["sign", "column_norm"])
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_rounding_noise_outside_is_not_stepped_along(shape, free):
+    """Gradients of fewer directions than the rank, as few tokens give: then it is GaLore whose moments are cleared."""
+    gen = torch.Generator().manual_seed(0)
+    U, W = orthonormal(16, 3, gen), torch.randn(4, 3, 40, generator=gen, dtype=torch.float64)
+    stream = [G if shape == (16, 40) else G.T for G in (U @ W).float()]
+    p, q = weight(shape), weight(shape)
+    a = finish(optimizer(p, "frugal_adamw", rank=4, free=free), p, stream)
+    b = finish(optimizer(q, "galore_dominant_adamw", rank=4, scale=0.5, on_refresh="reset"), q, stream)
+    assert displacement(a, b, weight(shape)) < TOLERANCE
+
+
 # ---- GrassWalk ------------------------------------------------------------------------------------------------------
 
 

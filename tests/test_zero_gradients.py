@@ -149,3 +149,28 @@ def test_a_projection_that_is_rounding_noise_does_not_scale_the_residual(subspac
             p, "lowrank", rank=2, subspace=subspace, reconstruction="fira", fira_form=form, seed=seed, **options
         )
         assert (finish(opt, p, [G]) - weight(WIDE)).abs().max() < 1
+
+
+# ---- next to nothing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COVERING)
+@pytest.mark.parametrize("correct_bias", [True, False])
+def test_moments_of_an_expert_that_sees_no_token_any_more_fade_away_and_harm_nothing(name, correct_bias):
+    """0.5^160 has left the range of fp32, and 0.5^75 that of its squares."""
+    stream = gradients(STACK, 4)
+    idle = stream[3].clone()
+    idle[0] = 0
+    p, opt = train(name, STACK, 2, [*stream, *[idle] * 160, *stream], betas=(0.5, 0.5), correct_bias=correct_bias)
+    assert p.isfinite().all()
+    assert all(value.isfinite().all() for value in opt.state[p].values())
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-30, 1e-25, 1e-22, 1e-19])
+@pytest.mark.parametrize("name", COVERING)
+@pytest.mark.parametrize("shape, rank", [(WIDE, 3), (TALL, 3), (STACK, 2), ((9, 1), 1), ((9,), None)])
+def test_gradients_at_the_end_of_the_range_of_fp32_leave_everything_finite(name, shape, rank, size):
+    stream = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) * size for i in range(6)]
+    p, opt = train(name, shape, rank, stream)
+    assert p.isfinite().all()
+    assert all(value.isfinite().all() for value in opt.state[p].values())

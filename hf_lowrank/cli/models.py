@@ -40,7 +40,7 @@ def targets(
     options: dict[str, Any] = split_assignments(optim_args)
     resolve.split(optim)
     check_within_reach(model)  # before torch is imported
-    resolve.Config.of(optim, {"rank": 128, **options}, model=True)  # refuse what is wrong before looking at the model
+    resolve.Config.of(optim, options, model=True)  # refuse what is wrong before looking at the model
     from hf_lowrank.hf.models import load_model
     from hf_lowrank.planning.targets import plan
 
@@ -50,18 +50,25 @@ def targets(
         return
     shown = table("parameters", "number", "shape", "rank", "state MiB", "AdamW MiB", "saved", right=(1, 3, 4, 5, 6))
     for row in sorted(rows, key=lambda row: row.rank is None):
-        saved = f"{1 - row.state_bytes / row.adamw_bytes:.0%}" if row.rank else "-"
+        saved = _less(row.state_bytes, row.adamw_bytes) if row.rank else "-"
         sizes = (f"{n / MIB:,.2f}" for n in (row.state_bytes, row.adamw_bytes))
         shape = " x ".join(map(str, row.shape))
-        rank = str(row.rank or ("dense" if row.rule == SAME else f"dense, {row.rule}"))
+        dense = "dense" if row.rule == SAME else f"dense, {row.rule}"
+        rank = "whole" if row.whole else str(row.rank or dense)
         shown.add_row(row.name, str(row.count), shape, rank, *sizes, saved)
     show(shown)
     state, adamw = (sum(getattr(row, key) for row in rows) for key in ("state_bytes", "adamw_bytes"))
-    projected, dense = (sum(row.count for row in rows if bool(row.rank) is low_rank) for low_rank in (True, False))
+    matrices, others = (sum(row.count for row in rows if bool(row.rank) is low_rank) for low_rank in (True, False))
+    place = "stepped whole" if any(row.whole for row in rows) else "in a subspace"
     show(
-        f"\n{optim}: {projected} matrices in a subspace, {dense} parameters dense; "
-        f"state {state / MIB:,.1f} MiB, AdamW's {adamw / MIB:,.1f} MiB ({1 - state / adamw:.0%} less)"
+        f"\n{optim}: {matrices} matrices {place}, {others} parameters dense; "
+        f"state {state / MIB:,.1f} MiB, AdamW's {adamw / MIB:,.1f} MiB ({_less(state, adamw)} less)"
     )
+
+
+def _less(ours: int, adamw: int) -> str:
+    """Return what is saved in per cent; no sign before a zero."""
+    return f"{round(100 * (1 - ours / adamw))}%"
 
 
 def memory(

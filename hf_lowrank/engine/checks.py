@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf, nan
 from typing import Any
 
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from hf_lowrank.engine.checkpoint import STRUCTURE
 from hf_lowrank.engine.plan import Plan
+from hf_lowrank.methods import options as opt
+from hf_lowrank.methods.dense import SAME, SplitOptions
 from hf_lowrank.methods.registry import KINDS
 from hf_lowrank.methods.resolve import Config
+from hf_lowrank.methods.table import METHODS
 
 
 TORCH_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "name", "initial_lr", "method", "format"}
@@ -79,6 +82,25 @@ def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config
     along = [config.method for config in configs if config.low_rank and config.parts.needs_gradient]
     if norms and along:
         raise ValueError(f"{along[0]} steps along the gradient itself, which is not clipped: set max_grad_norm=0")
+
+
+def doubts(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> Iterator[str]:
+    """Yield what looks as if `param_groups` had not been told of the method."""
+    matrices = [
+        config for group, config in zip(groups, configs, strict=True) if any(p.dim() > 1 for p in group["params"])
+    ]
+    if matrices and not any(config.low_rank for config in configs):
+        yield (
+            "no group has a 'rank', so nothing is projected and all moments are full: take the groups from "
+            "hf_lowrank.param_groups(model, rank=...)"
+        )
+    usual = [c for c in matrices if not c.low_rank and c.split == SplitOptions() and c.options["dense"] == SAME]
+    for method in dict.fromkeys(config.method for config in usual):
+        if METHODS[method].defaults.keys() & opt.schema(SplitOptions):
+            yield (
+                f"{method} has rules of its own for embeddings and heads, and no group says which it holds: take the "
+                f"groups from hf_lowrank.param_groups(model, method={method!r})"
+            )
 
 
 def config_of(group: Mapping[str, Any]) -> Config:

@@ -90,7 +90,7 @@ class Layerwise:
 
     def attach(self, groups: Sequence[Mapping[str, Any]], configs: Sequence[Config], take: Take) -> None:
         """Give every matrix of a layerwise group a hook, and every dense parameter whose method steps in the hook;
-        remove those that another optimizer of ours left.
+        remove those that another optimizer of ours left, or this one before an edit.
 
         A hook holds no reference that would keep the optimizer alive.
 
@@ -106,7 +106,7 @@ class Layerwise:
             wanted = group["layerwise"] and (config.low_rank or config.parts.needs_gradient)
             for p in group["params"]:
                 owner, handle = _hooks.get(p, (None, None))
-                if owner is not None and owner() is self:
+                if wanted and owner is not None and owner() is self:
                     continue
                 if handle is not None:
                     handle.remove()

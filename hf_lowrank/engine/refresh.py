@@ -103,6 +103,7 @@ class Refresh:
         self.gradient: Tensor | None = None  # what the rule looks at, on the process that chooses
         self.absorbed: Tensor | None = None  # this process's piece of it, for a part that follows a change of basis
         self.new: dict[str, Tensor] = {}  # the basis on its way in
+        self.known: dict[str, Tensor] = {}  # what else the rule looks at, of all matrices
         self.changes: list[Tensor] = []  # from the basis before to the new one, where this process knows them
         # whether the basis changes, then overlap with the one before, energy, stable rank
         self.choice = torch.full((4,), UNKNOWN, dtype=torch.float32, device=unit.device)
@@ -116,8 +117,10 @@ class Refresh:
         self.absorbed = G if rule.needs_momentum else None
         self.gradient = unit.layout.whole(self.subspace.refresh_gradient(s, G, self.ctx), self.owner)
         self.new = {name: self._whole_stack(s[name]).clone() for name in s.bases}
+        own = {name: slot for name, slot in self.subspace.slots().items() if slot.lifetime == "step"}
+        self.known = {n: self._whole_stack(s[n]) for n, slot in own.items() if not (slot.shared or slot.held)}
         if self.subspace.needs_momentum:
-            self.momentum = self._whole_moment(unit.config.parts.moments.momentum(s, self.ctx))
+            self.known["momentum"] = self._whole_moment(unit.config.parts.moments.momentum(s, self.ctx))
         s.forget()
 
     def choose_(self, *, finite: bool) -> None:
@@ -133,8 +136,7 @@ class Refresh:
             return
         live, stacked, split = total > 0, total.dim() > 0, self.unit.layout.along == "batch"
         old = {name: tensor.clone() for name, tensor in self.new.items()} if stacked else {}
-        known = {"momentum": self.momentum} if self.subspace.needs_momentum else {}
-        s = self.unit.view.with_({**known, **self.new})
+        s = self.unit.view.with_({**self.known, **self.new})
         sigma = self.subspace.refresh_(s, G, self.ctx)
         for name, tensor in old.items():  # a slice of zeros (an expert that saw no token) keeps its basis
             keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
@@ -165,7 +167,7 @@ class Refresh:
             s["report"].copy_(self.choice[1:])
             interval = self.subspace.interval_(s, unit.config.options.get("update_proj_gap", 1), overlap)
         unit.basis, unit.refreshed, self.new = None, True, {}
-        self.absorbed = None
+        self.absorbed, self.known = None, {}
         self._schedule_next(interval, first_interval)
 
     def _carry_over_(self, s: State, new: Mapping[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ class Row:
         count: how many there are.
         shape: of one.
         rank: of the subspace, None where the parameter stays dense.
+        whole: whether it is a matrix that is stepped whole, in no subspace.
         rule: of a dense parameter: the option `dense` of its group; None for a matrix.
         state_bytes: of the method, over all of them.
         adamw_bytes: what AdamW would keep for them, in the types that they have.
@@ -32,6 +33,7 @@ class Row:
     count: int
     shape: tuple[int, ...]
     rank: int | None
+    whole: bool
     rule: str | None
     state_bytes: int
     adamw_bytes: int
@@ -51,13 +53,23 @@ def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **
     """
     split = groups.param_groups(model, method=method, target_modules=target_modules, **options)
     optimizer = LowRankOptimizer(split, method)
-    found: dict[tuple[str, tuple[int, ...], int | None, str | None], list[tuple[int, int]]] = defaultdict(list)
+    found: dict[tuple[str, tuple[int, ...], int | None, bool, str | None], list[tuple[int, int]]] = defaultdict(list)
     for name, p, config, plan in optimizer.declared():
         rank = plan.r if config.low_rank else None
+        whole = config.low_rank and config.parts.subspace.whole
         rule = None if config.low_rank else config.options["dense"]
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank, rule
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank, whole, rule
         found[key].append((plan.nbytes, adamw_bytes([p])))
     return [
-        Row(name, len(sizes), shape, rank, rule, sum(ours for ours, _ in sizes), sum(adamw for _, adamw in sizes))
-        for (name, shape, rank, rule), sizes in found.items()
+        Row(
+            name,
+            len(sizes),
+            shape,
+            rank,
+            whole,
+            rule,
+            sum(ours for ours, _ in sizes),
+            sum(adamw for _, adamw in sizes),
+        )
+        for (name, shape, rank, whole, rule), sizes in found.items()
     ]

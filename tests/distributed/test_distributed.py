@@ -70,6 +70,12 @@ def test_sharded_and_whole_weights_go_together(names, tmp_path):
         assert figures["norm"] < 1e-3, name  # of the last step: what is replicated counts once
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_what_alice_tracks_of_every_expert_is_seen_where_its_basis_is_chosen(processes, tmp_path):
+    for name, displacement in launch("tracking", processes, ["alice_adamw", "alice_muon"], tmp_path).items():
+        assert displacement < tolerance(name), name
+
+
 def test_rules_and_rates_of_dense_parameters_are_those_of_one_process(tmp_path):
     """An embedding's outputs have their norms from all processes, where its rows lie."""
     for rule, figures in launch("rules", 2, [rule for rule in RULES if rule != "same"], tmp_path).items():

@@ -118,6 +118,14 @@ def fsdp(name):
     }
 
 
+def tracking(name):
+    """A subspace that looks at statistics of its own, those of split stacks among them."""
+    alone, _ = single(name, tracking=True)
+    net = sharded()
+    models.train(net, models.optimizer(net, name, tracking=True), STEPS, dist.get_rank(), dist.get_world_size())
+    return models.displacement(whole(net), whole(alone), start())
+
+
 def rules(name):
     """A rule of all dense parameters, with rates of their own, beside the unsharded run; and resumed."""
     rank, world = dist.get_rank(), dist.get_world_size()

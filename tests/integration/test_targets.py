@@ -45,6 +45,13 @@ def test_a_short_side_at_or_below_the_rank_stays_dense():
         target_parameters(tiny_llama(), rank=16)
 
 
+@pytest.mark.parametrize("method", ["full_adamw", "alice_adamw"])
+def test_of_a_model_of_rows_and_columns_no_smaller_rank_is_asked_for(method):
+    net = torch.nn.Sequential(torch.nn.Linear(8, 1), torch.nn.Linear(1, 8))
+    with pytest.raises(ValueError, match="every matrix of Sequential is one row or one column"):
+        param_groups(net, method=method)
+
+
 def test_a_fraction_of_the_short_side_takes_all():
     assert len(target_parameters(tiny_llama(), rank=0.25)) == 14
 

@@ -218,7 +218,7 @@ MUTANTS = [
            "if ctx.correct_bias else 1.0", "if False else 1.0", run_of("racs")),
     Mutant("q for s", MOMENTS + "racs.py", "return q, s * size", "return q, s", run_of("racs")),
     Mutant("rows left out", MOMENTS + "stateless.py",
-           "N.mul_((_inverse(squares.sqrt())", "N.mul_((0 + _inverse(0 * squares + ctx.columns.n)",
+           "N.div_((_divisor(squares.sqrt())", "N.div_((_divisor(0 * squares + ctx.columns.n)",
            run_of("sinkgd")),
     Mutant("mean kept", MOMENTS + "stateless.py", "X = R - (total / n).unsqueeze(-1)", "X = 1.0 * R",
            run_of("swan", "tall")),

@@ -44,7 +44,7 @@ class Normalised(Moments):
             norm, count = squares.sqrt().unsqueeze(-1), ctx.columns.n
         else:
             norm, count = torch.linalg.vector_norm(X, dim=-2, keepdim=True), X.shape[-2]
-        return X * (sqrt(count) / torch.where(norm > 0, norm, torch.inf))
+        return X / torch.where(norm > 0, norm, torch.inf) * sqrt(count)
 
     @override
     def step_scale(self, ctx: Context) -> float:

@@ -22,8 +22,8 @@ from hf_lowrank.tensors.layout import local
 from hf_lowrank.tensors.sums import Asking, Sum
 
 
-DECAY_RATE = number(0.8, help="Adafactor, FLora: the second moment's decay is 1 - t^-decay_rate")
-CLIP_THRESHOLD = number(1.0, above=0.0, help="Adafactor, CAME, FLora: largest RMS of an update")
+DECAY_RATE = number(0.8, help="Adafactor, AdaLomo, FLora: the second moment's decay is 1 - t^-decay_rate")
+CLIP_THRESHOLD = number(1.0, above=0.0, help="Adafactor, AdaLomo, CAME, FLora: largest RMS of an update")
 
 TINY = 1e-30
 """Added to squared gradients, so that a row of zeros can be divided by."""
@@ -142,6 +142,7 @@ class AdaLomo(Moments, key="adalomo"):
     needs_weight: ClassVar[bool] = True
     keeps_momentum: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     decay_rate: float = again(DECAY_RATE)
     clip_threshold: float = again(CLIP_THRESHOLD)

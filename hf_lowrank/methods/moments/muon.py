@@ -40,6 +40,9 @@ POLAR_EXPRESS = (
 )
 """The same, best for each iteration in turn; the last is repeated (Polar Express, arXiv 2505.16932)."""
 
+SMALLEST = sqrt(torch.finfo(torch.float32).tiny)
+"""Norm under which squares are lost in fp32: what has faded below it is divided by it, and stays small."""
+
 ORTHOGONALIZE: Any = choice(
     "exact",
     "newton_schulz",
@@ -157,7 +160,7 @@ def iterated(
         margin: by how much the norm is to be below 1, as a factor: rounding must not bring a singular value above.
     """
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    X = X / norm.mul_(margin).clamp_min_(torch.finfo(X.dtype).tiny)
+    X = X / norm.mul_(margin).clamp_min_(SMALLEST)
     plus_product = torch.addmm if X.dim() == 2 else torch.baddbmm
     for i in range(steps):
         a, b, c = coefficients[min(i, len(coefficients) - 1)]

@@ -24,7 +24,7 @@ class SM3(Moments, key="sm3"):
     row_i and col_j are never less than the sum of the squares that any of their entries has had: steps only get
     smaller, as Adagrad's do. A vector is Adagrad.
 
-    State on R: rn + r + n. At a refresh M is carried along, the largest sums stay.
+    State on R: rn + r + n. Where a refresh rotates M the largest sums stay.
 
     References:
         SM3, arXiv 1901.11150, Algorithm SM3-II.

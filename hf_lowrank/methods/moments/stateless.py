@@ -59,9 +59,9 @@ class Sinkhorn(Stateless, key="sinkhorn"):
     def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
         N = R
         for _ in range(self.iterations):
-            N = N * (_inverse(torch.linalg.vector_norm(N, dim=-2)) * sqrt(R.shape[-2])).unsqueeze(-2)
+            N = N / _divisor(torch.linalg.vector_norm(N, dim=-2)).unsqueeze(-2) * sqrt(R.shape[-2])
             squares = yield Sum(N.square().sum(-1), over="columns")
-            N.mul_((_inverse(squares.sqrt()) * sqrt(ctx.columns.n)).unsqueeze(-1))
+            N.div_((_divisor(squares.sqrt()) / sqrt(ctx.columns.n)).unsqueeze(-1))
         return N
 
 
@@ -86,17 +86,17 @@ class Whitened(Stateless, key="whitened"):
         n = ctx.columns.n
         if R.shape[-2] > n:
             X = R - R.mean(-2, keepdim=True)
-            X.mul_(_inverse(torch.linalg.vector_norm(X, dim=-2)).unsqueeze(-2))
+            X.div_(_divisor(torch.linalg.vector_norm(X, dim=-2)).unsqueeze(-2))
         else:
             total = yield Sum(R.sum(-1), over="columns")
             X = R - (total / n).unsqueeze(-1)
             squares = yield Sum(X.square().sum(-1), over="columns")
-            X.mul_(_inverse(squares.sqrt()).unsqueeze(-1))
+            X.div_(_divisor(squares.sqrt()).unsqueeze(-1))
         factor = adjusted("match_rms_adamw", ctx)
         white = yield from orthogonal(X, self.orthogonalize, self.ns_steps, ctx.columns, factor)
         return white
 
 
-def _inverse(x: Tensor) -> Tensor:
-    """Return 1 / x, and 0 for 0."""
-    return torch.where(x > 0, x, torch.inf).reciprocal_()
+def _divisor(norm: Tensor) -> Tensor:
+    """Return a norm to divide by, which leaves zeros what they are."""
+    return torch.where(norm > 0, norm, torch.inf)

@@ -18,13 +18,15 @@ from hf_lowrank.methods.options import choice, number
 from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
 from hf_lowrank.methods.reconstructions.compensation import outside
 from hf_lowrank.state.slots import State
+from hf_lowrank.tensors import kernels
 
 
 @dataclass(frozen=True)
 class Frugal(Reconstruction, key="frugal"):
     """U = alpha P N + a_f sign(E), or with `free=column_norm` a_f E diag(d) with columns of unit RMS.
 
-    sign(E) is formed for some columns at a time. At r = m nothing is left over.
+    sign(E) is formed for some columns at a time. At r = m nothing is left over, and a column whose residual is
+    rounding noise gets none.
 
     State: none.
 
@@ -50,17 +52,17 @@ class Frugal(Reconstruction, key="frugal"):
     def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
         if ctx.r == ctx.m:  # no residual
             return Update(N, ctx.scale)
+        c = outside(norms, R)  # (..., n)
         factor = self.free_scale / c_t  # the engine multiplies all by Adam's bias correction
         if self.free == "sign":
-            whole, _ = norms.basis.spread(R)
-            assert whole is not None
+            whole, sizes = norms.basis.spread(R, (c > 0).to(R.dtype).mul_(factor))
+            assert whole is not None and sizes is not None
 
             def signs(G: Tensor, start: int, length: int) -> Tensor:
                 E = G.clone()
                 norms.basis.add_(E, whole.narrow(-1, start, length), beta=1.0, alpha=-1.0)
-                return E.sign_().mul_(factor)
+                return E.sign_().mul_(kernels.piece(sizes, start, length).unsqueeze(-2))
 
             return Update(N, ctx.scale, rest=signs)
-        c = outside(norms, R)  # (..., n)
         d = torch.where(c > 0, c, torch.inf).rsqrt_().mul_(factor * sqrt(ctx.m))
         return Update(torch.addcmul(N, R, d.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, d)
