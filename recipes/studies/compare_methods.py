@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from math import inf
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +48,18 @@ FIRST_SCORE_SEED = TUNING_SEED + 1
 
 
 class Record:
-    """The finished runs, one JSON line each; a line that a kill has cut short is dropped."""
+    """The finished runs, one JSON line each; a last one that a kill has cut short counts as none."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        whole, _, rest = file.read_text().rpartition("\n") if file.exists() else ("", "", "")
-        if rest:
-            file.write_text(whole + "\n" * bool(whole))
+        whole, _, self.cut = file.read_text().rpartition("\n") if file.exists() else ("", "", "")
         self.runs: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
 
     def append(self, run: Run, result: Mapping[str, Any], **more: Any) -> None:
         """Write a result down."""
+        if self.cut:
+            os.truncate(self.file, self.file.stat().st_size - len(self.cut.encode()))
+            self.cut = ""
         self.runs.append({**run.key, **result, **more})
         with self.file.open("a") as file:
             file.write(json.dumps(self.runs[-1], allow_nan=False) + "\n")
@@ -135,7 +138,7 @@ def alone(study: Study, record: Record, deadline: float = inf) -> None:
 def several(study: Study, record: Record, deadline: float, jobs: int) -> None:
     """Run what is missing, several at a time, each in a process with one thread."""
     running: dict[Future[dict[str, Any]], Run] = {}
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
         while True:
             while (
                 len(running) < jobs and time.monotonic() < deadline and (run := first(study, record, running.values()))
@@ -145,6 +148,18 @@ def several(study: Study, record: Record, deadline: float, jobs: int) -> None:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 note(record, running.pop(future), future.result())
+
+
+def begin_worker() -> None:
+    """Keep a process of the pool to one thread, and let it end with the study: one that is killed tells it nothing."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def in_worker(run: Run) -> dict[str, Any]:

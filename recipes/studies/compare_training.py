@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import sys
 import tempfile
 import time
 from bisect import bisect_right
@@ -110,13 +108,12 @@ def train(run: Run, text: Text) -> dict[str, Any]:
     optimizer, matrices = optimizer_of(run, model)
     losses, milliseconds = fit_(model, optimizer, run, text.training)
     held_out = {"tune_loss": text.tuning} | ({} if run.seed == TUNING_SEED else {"score_loss": text.scoring})
-    found: dict[str, float | None] = {name: held_out_loss(model, blocks) for name, blocks in held_out.items()}
-    if not math.isfinite(sum(losses)):
-        found = dict.fromkeys(found)
+    found = {name: held_out_loss(model, blocks) for name, blocks in held_out.items()}
+    found["train_loss"] = mean(losses[-50:])
+    diverged = not all(map(math.isfinite, found.values()))
     return {
         **run.point.values(run.row),
-        **found,
-        "train_loss": mean(losses[-50:]) if None not in found.values() else None,
+        **(dict.fromkeys(found) if diverged else found),
         "matrix_bytes": sum(x.nbytes for p in matrices for x in optimizer.state[p].values()) / elements,
         "state_bytes": state_bytes(optimizer),
         **counts,
@@ -167,11 +164,8 @@ def fit_(model: nn.Module, optimizer: Optimizer, run: Run, blocks: Blocks) -> tu
     """Train; return the loss of every step and the milliseconds of every update. A loss that is not finite ends it."""
     schedule = get_cosine_schedule_with_warmup(optimizer, run.steps // 10, run.steps)
     losses, milliseconds, order = [], [], batches(len(blocks), run.seed)
-    parent = multiprocessing.parent_process()
     model.train()
     for _ in range(run.steps):
-        if parent is not None and not parent.is_alive():  # the study was killed
-            sys.exit(1)
         rows = blocks.rows[next(order)]
         loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
@@ -233,6 +227,6 @@ def declared_bytes(row: Row, size: str) -> float:
     elements = matrix_elements(model)
     optimizer, matrices = optimizer_of(Run(row, Point(), size, 1, 0), model)
     if row.method == LORA:
-        return 8 * sum(p.numel() for p in matrices) / elements
+        return sum(8 * p.numel() + 4 for p in matrices) / elements  # torch's AdamW: two moments, a count of steps
     kept = {id(p) for p in matrices}
     return sum(plan.nbytes for _, p, _, plan in optimizer.declared() if id(p) in kept) / elements
