@@ -1,0 +1,227 @@
+"""Which optimizer should I use? Train every row of compare_rows.py at equal trials, and record every run.
+
+    python recipes/studies/compare_methods.py                       # the first pass: small model, 1000 steps
+    python recipes/studies/compare_methods.py --size large --steps 1200 --rows full_adamw,full_muon_4bit
+    python recipes/studies/compare_tables.py                        # tables and figure, from what is recorded
+
+Each row is tuned on one seed by the rule of `compare_rows.next_trial`, and scored with its best point on other seeds.
+A finished run is a line of the file and is not run again; a kill loses the runs in flight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from math import inf
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from recipes.shared.common import require_at_least, stop  # noqa: E402
+from recipes.studies.compare_rows import ROWS, Point, Row, next_trial  # noqa: E402
+from recipes.studies.compare_training import (  # noqa: E402
+    SIZES,
+    TUNING_SEED,
+    Run,
+    at_bytes,
+    read,
+    study_key,
+    train,
+)
+
+
+FILE = HERE / "compare_methods.jsonl"
+FIRST_SCORE_SEED = TUNING_SEED + 1
+
+
+class Record:
+    """The finished runs, one JSON line each; a last one that a kill has cut short counts as none."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        whole, _, self.cut = file.read_text().rpartition("\n") if file.exists() else ("", "", "")
+        self.runs: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+
+    def append(self, run: Run, result: Mapping[str, Any], **more: Any) -> None:
+        """Write a result down."""
+        if self.cut:
+            os.truncate(self.file, self.file.stat().st_size - len(self.cut.encode()))
+            self.cut = ""
+        self.runs.append({**run.key, **result, **more})
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.runs[-1], allow_nan=False) + "\n")
+
+    def of(self, row: Row, size: str, steps: int) -> list[dict[str, Any]]:
+        """Return the runs of a row."""
+        wanted = study_key(row, size, steps)
+        return [run for run in self.runs if wanted.items() <= run.items()]
+
+    def trials(self, row: Row, size: str, steps: int) -> dict[Point, float]:
+        """Return the loss on the tuning text of every point of a row's search; of one that diverged, inf."""
+        tuning = (run for run in self.of(row, size, steps) if run["seed"] == TUNING_SEED)
+        return {Point(*run["point"]): inf if run["tune_loss"] is None else run["tune_loss"] for run in tuning}
+
+    def best(self, row: Row, size: str, steps: int) -> Point | None:
+        """Return the point with the lowest loss on the tuning text, or None before a search."""
+        trials = self.trials(row, size, steps)
+        return min(trials, key=trials.__getitem__) if trials else None
+
+    def scores(self, row: Row, size: str, steps: int) -> dict[int, dict[str, Any]]:
+        """Return the runs at a row's best point on the seeds that tuned nothing, by seed."""
+        best, runs = self.best(row, size, steps), self.of(row, size, steps)
+        return {run["seed"]: run for run in runs if run["seed"] != TUNING_SEED and tuple(run["point"]) == best}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked for.
+
+    Attributes:
+        rows: which.
+        size, steps: of the model, of a training.
+        trials, most: trials of every row, and of one whose best stays at an edge.
+        seeds: how many seeds score.
+        start_from: size and steps of a study whose best points this one's searches start from.
+    """
+
+    rows: tuple[Row, ...]
+    size: str
+    steps: int
+    trials: int
+    most: int
+    seeds: int
+    start_from: tuple[str, int] | None = None
+
+    def wanted(self, row: Row, record: Record) -> list[Run]:
+        """Return the runs of a row that may start now: the next trial of its search, or after it all that score."""
+        start = record.best(row, *self.start_from) if self.start_from else None
+        trials = record.trials(row, self.size, self.steps)
+        point = next_trial(trials, row, start=start or Point(), trials=self.trials, most=self.most)
+        if point is not None:
+            return [Run(row, point, self.size, self.steps, TUNING_SEED)]
+        best, scored = record.best(row, self.size, self.steps), record.scores(row, self.size, self.steps)
+        seeds = range(FIRST_SCORE_SEED, FIRST_SCORE_SEED + self.seeds)
+        return [Run(row, best, self.size, self.steps, seed) for seed in seeds if best and seed not in scored]
+
+
+def main() -> None:
+    """Run what is missing."""
+    study, args = parse()
+    deadline = time.monotonic() + 60 * args.minutes
+    record = Record(args.file)
+    if args.jobs == 1:
+        torch.set_num_threads(1)
+        alone(study, record, deadline)
+    else:
+        several(study, record, deadline, args.jobs)
+
+
+def alone(study: Study, record: Record, deadline: float = inf) -> None:
+    """Run what is missing, one after the other, in this process."""
+    while (run := first(study, record, ())) and time.monotonic() < deadline:
+        note(record, run, train(run, read()))
+
+
+def several(study: Study, record: Record, deadline: float, jobs: int) -> None:
+    """Run what is missing, several at a time, each in a process with one thread."""
+    running: dict[Future[dict[str, Any]], Run] = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
+        while True:
+            while (
+                len(running) < jobs and time.monotonic() < deadline and (run := first(study, record, running.values()))
+            ):
+                running[pool.submit(in_worker, run)] = run
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                note(record, running.pop(future), future.result())
+
+
+def begin_worker() -> None:
+    """Keep a process of the pool to one thread, and let it end with the study: one that is killed tells it nothing."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def in_worker(run: Run) -> dict[str, Any]:
+    """Train in a process of the pool, which reads the text once."""
+    return train(run, read())
+
+
+def first(study: Study, record: Record, running: Iterable[Run]) -> Run | None:
+    """Return the run to start next: rows in their order, but those in flight."""
+    wanted = (run for row in study.rows for run in study.wanted(row, record))
+    return next((run for run in wanted if run not in running), None)
+
+
+def note(record: Record, run: Run, result: Mapping[str, Any]) -> None:
+    """Record a finished run and say so."""
+    record.append(run, result, command=shlex.join(sys.argv))
+    loss = result.get("score_loss", result["tune_loss"])
+    print(f"{run.row.name}, {[*run.point]}, seed {run.seed}: {loss}, {result['seconds']:.0f} s", flush=True)
+
+
+def parse() -> tuple[Study, argparse.Namespace]:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_study_options(parser)
+    parser.add_argument("--trials", type=int, default=12, help="trials of every row")
+    parser.add_argument("--most", type=int, default=20, help="trials of a row whose best stays at an edge")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds that score, from 2 on; 1 is the one that tunes")
+    parser.add_argument("--start_from", metavar="SIZE:STEPS", help="start at the best points of another study")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, default=inf, help="start nothing new after this time")
+    args = parser.parse_args()
+    require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
+    start = None
+    if args.start_from:
+        size, _, steps = args.start_from.partition(":")
+        if size not in SIZES or not steps.isdigit():
+            stop(f"--start_from is SIZE:STEPS such as small:1000, not {args.start_from}")
+        start = (size, int(steps))
+    study = Study(rows_of(args), args.size, args.steps, args.trials, args.most, args.seeds, start)
+    return study, args
+
+
+def add_study_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which study it is, which the tables have too."""
+    parser.add_argument("--file", type=Path, default=FILE, help="where results are recorded")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
+    parser.add_argument("--steps", type=int, default=1000, help="of a training; 1024 tokens each")
+    parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; default: all")
+    parser.add_argument("--bytes", type=float, help="ranks such that the state of matrices has this size per element")
+
+
+def rows_of(args: argparse.Namespace) -> tuple[Row, ...]:
+    """Return the rows that are asked for, with --bytes at the rank that fits; those that do not fit are left out."""
+    names = args.rows.split(",")
+    for name in names:
+        if name not in ROWS:
+            stop(f"--rows: there is no row {name}; valid are {', '.join(ROWS)}")
+    rows = [ROWS[name] for name in names]
+    if args.bytes is not None:
+        rows = [fit for row in rows if (fit := at_bytes(row, args.size, args.bytes))]
+    return tuple(rows)
+
+
+if __name__ == "__main__":
+    main()

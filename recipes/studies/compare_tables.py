@@ -1,0 +1,163 @@
+"""The tables and the figure of compare_methods.py, from what is recorded; nothing is run.
+
+python recipes/studies/compare_tables.py                                     # the small model, 1000 steps
+python recipes/studies/compare_tables.py --size large --steps 1200 --bytes 1 --picture equal_bytes.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import matplotlib
+from scipy.stats import t
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.glue.tables import markdown  # noqa: E402
+from recipes.studies.compare_methods import Record, add_study_options, rows_of  # noqa: E402
+from recipes.studies.compare_rows import BASELINE, ROWS, Point, Row, settled  # noqa: E402
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+HEAD = ["row", "bytes per element", "state, MiB", "loss", "minus AdamW, paired", "seeds"]
+HEAD += ["optimizer, ms", "refreshes", "trials", "rate", "other rate", "betas", "decay"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the table: the runs of a row at its best point on the seeds that tuned nothing.
+
+    Attributes:
+        row: which.
+        best: its best point on the tuning text, with the tuning seed.
+        trials: how many points were tried.
+        at_edge: whether a neighbour of the best has not been tried.
+        runs: by seed.
+    """
+
+    row: Row
+    best: Point
+    trials: int
+    at_edge: bool
+    runs: Mapping[int, dict[str, Any]]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Loss on the text that tuned nothing, by seed; of a run that diverged, inf."""
+        return {seed: inf if run["score_loss"] is None else run["score_loss"] for seed, run in self.runs.items()}
+
+    def middle(self, key: str) -> float:
+        """Return the median of a measurement over the seeds."""
+        return median(run[key] for run in self.runs.values())
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and half of its 95 % interval by Student's t: t(0.975, n - 1) s / sqrt(n); one value has inf."""
+    n = len(values)
+    if inf in values:
+        return inf, inf
+    return mean(values), float(t.ppf(0.975, n - 1)) * stdev(values) / sqrt(n) if n > 1 else inf
+
+
+def paired(losses: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float] | None:
+    """Return the interval of the differences, seed by seed; None where no seed is in both."""
+    common = sorted(losses.keys() & baseline.keys())
+    if any(inf in (losses[seed], baseline[seed]) for seed in common):
+        return inf, inf
+    return interval([losses[seed] - baseline[seed] for seed in common]) if common else None
+
+
+def results(record: Record, rows: Sequence[Row], size: str, steps: int) -> list[Result]:
+    """Return the rows that have a score, the lowest loss first."""
+    found = []
+    for row in rows:
+        trials, best = record.trials(row, size, steps), record.best(row, size, steps)
+        if best is not None and (runs := record.scores(row, size, steps)):
+            found.append(Result(row, best, len(trials), not settled(trials, row), runs))
+    return sorted(found, key=lambda result: mean(result.losses.values()))
+
+
+def table(found: Sequence[Result], baseline: Result | None) -> str:
+    """Return the results as Markdown, losses with 95 % intervals."""
+    return markdown(HEAD, [line(result, baseline) for result in found])
+
+
+def line(result: Result, baseline: Result | None) -> list[str]:
+    """Return a row of the table."""
+    values = result.best.values(result.row)
+    difference = paired(result.losses, baseline.losses) if baseline and result is not baseline else None
+    return [
+        result.row.name,
+        f"{result.middle('matrix_bytes'):.2f}",
+        f"{result.middle('state_bytes') / 2**20:.2f}",
+        text(interval([*result.losses.values()])),
+        text(difference, sign="+") if difference else "-",
+        str(len(result.runs)),
+        f"{result.middle('optimizer_ms_mean'):.1f}",
+        f"{result.middle('refreshes'):.0f}",
+        f"{result.trials}{', at an edge' if result.at_edge else ''}",
+        f"{values['matrix_rate']:g}",
+        f"{values['other_rate']:g}",
+        "{:g}, {:g}".format(*values["betas"]),
+        f"{values['decay']:g}",
+    ]
+
+
+def text(found: tuple[float, float], sign: str = "") -> str:
+    """Return an interval as text."""
+    middle, half = found
+    if middle == inf:
+        return "diverged"
+    return f"{middle:{sign}.3f}" + (f" ± {half:.3f}" if half < inf else "")
+
+
+def draw(found: Sequence[Result], baseline: Result, file: Path, title: str) -> None:
+    """Draw the differences to AdamW with their 95 % intervals, a line per row, into a PNG file."""
+    others = [(r, d) for r in found if r is not baseline and (d := paired(r.losses, baseline.losses)) and d[1] < inf]
+    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.3 * len(others)), layout="constrained")
+    names = [f"{r.row.name}  ({r.middle('matrix_bytes'):.2f} B)" for r, _ in others]
+    axes.errorbar(
+        [d[0] for _, d in others], names, xerr=[d[1] for _, d in others], fmt="o", capsize=3, color="#0072B2"
+    )
+    axes.axvline(0, color="#000000", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(
+        xlabel=f"held-out loss minus that of {BASELINE} ({baseline.middle('matrix_bytes'):.2f} B), nats per token"
+    )
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Print the table, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_study_options(parser)
+    parser.add_argument("--picture", type=Path, help="where the figure goes; default: none")
+    args = parser.parse_args()
+    record = Record(args.file)
+    found = results(record, rows_of(args), args.size, args.steps)
+    baseline = next(iter(results(record, [ROWS[BASELINE]], args.size, args.steps)), None)
+    baseline = next((r for r in found if r.row.name == BASELINE), baseline)
+    print(table(found, baseline))
+    if args.picture and baseline:
+        per_seed = f"{args.steps} steps of 1024 tokens, means over seeds with 95 % intervals, paired by seed"
+        size = f"LLaMA with {next(iter(baseline.runs.values()))['body_parameters'] / 1e6:.2f} M parameters in the body"
+        draw(found, baseline, args.picture, f"{size}\n{per_seed}\nin brackets: bytes of state per matrix element")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The study of methods: one rule of search for every row, runs that are recorded once, texts that are kept apart."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from math import inf, sqrt
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from recipes.studies import compare_methods as study
+from recipes.studies import compare_tables as tables
+from recipes.studies import compare_training as training
+from recipes.studies.compare_rows import BASELINE, ROWS, Point, next_trial, settled
+
+
+@pytest.fixture
+def text(monkeypatch, paragraphs, tokenizer):
+    """A few paragraphs in the place of the speeches."""
+    blocks = training.Blocks.pack(paragraphs, tokenizer, 16)
+    parts = [training.Blocks(blocks.rows[i::3][:64]) for i in range(3)]
+    found = training.Text(tokenizer, *parts)
+    for module in (study, training):
+        monkeypatch.setattr(module, "read", lambda: found)
+    monkeypatch.setattr(training, "BLOCK", 16)
+    return found
+
+
+def search(loss, row, *, trials, most):
+    tried = {}
+    while (point := next_trial(tried, row, start=Point(), trials=trials, most=most)) is not None:
+        assert point not in tried
+        tried[point] = loss(point)
+    return tried
+
+
+def bowl(*bottom):
+    return lambda point: sum((x - y) ** 2 for x, y in zip(point, bottom, strict=True))
+
+
+@pytest.mark.parametrize("bottom", [*product((-3, 0, 2), (-1, 2), (-1, 1), (0, 2))])
+def test_the_search_finds_the_bottom_of_a_bowl_beyond_every_edge(bottom):
+    tried = search(bowl(*bottom), ROWS[BASELINE], trials=12, most=100)
+    assert min(tried, key=tried.get) == bottom
+    assert settled(tried, ROWS[BASELINE])
+
+
+@pytest.mark.parametrize("name", ["full_adamw", "full_muon_4bit", "scale_sgd", "lora"])
+def test_every_row_has_the_same_number_of_trials_and_more_only_while_its_best_is_at_an_edge(name):
+    row = ROWS[name]
+    settled_early = search(bowl(0, 0, 0, 0), row, trials=12, most=20)
+    assert len(settled_early) == 12
+    endless = search(lambda point: -point.matrices, row, trials=12, most=20)
+    assert len(endless) == 20 and not settled(endless, row)
+    more = search(bowl(4, 0, 0, 0), row, trials=6, most=50)
+    assert 6 < len(more) < 50 and settled(more, row)
+    assert all(abs(p.betas) <= len(row.betas) // 2 and p.decay >= 0 for p in {*settled_early, *endless, *more})
+
+
+def test_a_search_in_which_all_diverged_goes_on_by_the_same_rule():
+    tried = search(lambda point: inf, ROWS[BASELINE], trials=5, most=5)
+    assert len(tried) == 5
+
+
+def run_of(name, seed=2, steps=2):
+    return training.Run(ROWS[name], Point(), "tiny", steps, seed)
+
+
+def test_all_rows_have_the_same_embeddings_head_and_norms(text):
+    """With the same first gradient, they are bit for bit the same after a step, and so are their bytes of state."""
+    dense = {}
+    for name in ROWS.keys() - {"lora"}:  # its gradient's norm, by which all is clipped, is another
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(training.llama_config(training.SIZES["tiny"], text.tokenizer, training.BLOCK))
+        optimizer, matrices = training.optimizer_of(run_of(name), model)
+        training.fit_(model, optimizer, run_of(name, steps=1), text.training)
+        kept = {id(p) for p in matrices}
+        assert len(kept) == 7
+        others = [p for p in model.parameters() if id(p) not in kept]
+        dense[name] = torch.cat([p.detach().flatten() for p in others])
+        assert {p.dtype for q in others for p in optimizer.state[q].values()} <= {torch.float32, torch.int64}, name
+    assert all(torch.equal(weights, dense[BASELINE]) for weights in dense.values())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_recorded_bytes_are_the_declared_ones_and_the_rank_at_a_budget_is_the_largest_that_fits(text, name):
+    row = ROWS[name]
+    found = training.train(run_of(name), text)
+    declared = training.declared_bytes(row, "tiny")
+    assert found["matrix_bytes"] == declared
+    fitting = training.at_bytes(row, "tiny", declared)
+    assert training.declared_bytes(fitting, "tiny") == declared
+    assert training.at_bytes(row, "tiny", 1e-3) is None
+    if row.ranked:
+        assert fitting.options["rank"] == 4
+        assert training.at_bytes(row, "tiny", declared - 1e-6).options["rank"] == 3
+    else:
+        assert fitting == row
+
+
+class Unreadable(training.Blocks):
+    def __init__(self):
+        pass
+
+    @property
+    def rows(self):
+        raise AssertionError("the text of the score was read")
+
+
+def test_tuning_sees_no_text_of_the_score(text):
+    blind = text._replace(scoring=Unreadable())
+    found = training.train(run_of(BASELINE, seed=training.TUNING_SEED), blind)
+    assert "score_loss" not in found and found["tune_loss"] > 0
+    with pytest.raises(AssertionError, match="was read"):
+        training.train(run_of(BASELINE), blind)
+
+
+def test_the_three_texts_are_of_different_speeches(monkeypatch):
+    marks = [f" mark{i} " * 400 for i in range(6)]
+    monkeypatch.setattr(training, "speeches", lambda: (marks[:2], marks[2:]))
+    found = training.read.__wrapped__()
+    said = [{*found.tokenizer.decode(blocks.rows.flatten()).split()} - {""} for blocks in found[1:]]
+    whole = [{word for word in words if word in {mark.split()[0] for mark in marks}} for words in said]
+    assert whole == [{"mark0", "mark1"}, {"mark2", "mark4"}, {"mark3", "mark5"}]
+
+
+def small(*names, **more):
+    values = {"size": "tiny", "steps": 2, "trials": 3, "most": 4, "seeds": 2}
+    return study.Study(tuple(ROWS[name] for name in names), **{**values, **more})
+
+
+SAME = ("row", "point", "seed", "tune_loss", "score_loss", "train_loss", "matrix_bytes", "refreshes")
+
+
+def test_a_study_goes_on_where_it_stopped_and_gives_the_same(text, tmp_path):
+    file, asked = tmp_path / "runs.jsonl", small("full_adamw", "fira_i3s_adamw")
+    study.alone(asked, study.Record(file))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:3]) + "\n" + lines[3][:50])  # killed while it wrote
+    record = study.Record(file)
+    assert len(record.runs) == 3
+    study.alone(asked, record)
+    before, after = (
+        [{k: json.loads(x).get(k) for k in SAME} for x in y] for y in (lines, file.read_text().splitlines())
+    )
+    assert before == after
+    study.alone(asked, record)
+    assert len(record.runs) == len(lines)
+    assert study.Record(file).runs == record.runs
+
+
+def test_scores_are_at_the_best_point_of_the_tuning_text_and_of_other_seeds(text, tmp_path):
+    record, row = study.Record(tmp_path / "runs.jsonl"), ROWS["full_muon_4bit"]
+    study.alone(small(row.name), record)
+    trials, scores = record.trials(row, "tiny", 2), record.scores(row, "tiny", 2)
+    assert 3 <= len(trials) <= 4 and set(scores) == {2, 3}
+    assert record.best(row, "tiny", 2) == min(trials, key=trials.get)
+    started = small(row.name, steps=1, trials=1, most=1, start_from=("tiny", 2)).wanted(row, record)
+    assert [run.point for run in started] == [record.best(row, "tiny", 2)]
+
+
+def test_a_run_that_diverges_is_recorded_and_is_nobodys_best(text, tmp_path):
+    record, row = study.Record(tmp_path / "runs.jsonl"), ROWS["scale_sgd"]
+    wild = training.Run(row, Point(matrices=90), "tiny", 3, training.TUNING_SEED)
+    tame = training.Run(row, Point(), "tiny", 3, training.TUNING_SEED)
+    for run in (wild, tame):
+        record.append(run, training.train(run, text))
+    assert [run["tune_loss"] is None for run in record.runs] == [True, False]
+    assert record.best(row, "tiny", 3) == Point()
+
+
+def test_intervals_are_those_of_a_hand_computation(tmp_path):
+    t = 2.776445  # of Student's table, 97.5 %, 4 degrees of freedom
+    middle, half = tables.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert middle == 3 and half == pytest.approx(t * sqrt(2.5) / sqrt(5), rel=1e-6)  # the table has 7 digits
+    ours, baseline = [3.50, 3.61, 3.47, 3.55, 3.58], [3.60, 3.70, 3.60, 3.66, 3.65]
+    differences = [-0.10, -0.09, -0.13, -0.11, -0.07]  # mean -0.1, squares about it sum to 0.002
+    record = study.Record(tmp_path / "runs.jsonl")
+    for name, losses in (("full_adamw", baseline), ("racs", ours)):
+        record.append(run_of(name, 1), {"tune_loss": 3.0})
+        for seed, loss in enumerate(losses, start=2):
+            rest = {"matrix_bytes": 1.0, "state_bytes": 2**20, "optimizer_ms_mean": 5.0, "refreshes": 7}
+            record.append(run_of(name, seed), {"tune_loss": 3.0, "score_loss": loss, **rest})
+    best, worst = tables.results(record, [ROWS[BASELINE], ROWS["racs"]], "tiny", 2)
+    assert (best.row.name, worst.row.name) == ("racs", "full_adamw")
+    assert tables.paired(best.losses, worst.losses) == pytest.approx((mean(differences), t * sqrt(5e-4 / 5)), rel=1e-6)
+    cells = tables.line(best, worst)
+    assert cells[:6] == ["racs", "1.00", "1.00", "3.542 ± 0.071", "-0.100 ± 0.028", "5"]
+    assert cells[8] == "1, at an edge"
+    tables.draw([best, worst], worst, tmp_path / "picture.png", "a title")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert tables.paired({2: inf, 3: 1.0}, {2: 1.0, 3: 1.0}) == (inf, inf)
+    assert tables.paired({2: 1.0}, {3: 1.0}) is None
+
+
+def running(process):
+    """Whether a process is there and is not dead, waiting for somebody to ask for its exit code."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists the processes as Linux does")
+@pytest.mark.processes
+def test_the_command_that_is_killed_leaves_nothing_running_and_runs_each_run_once(tmp_path, monkeypatch, capsys):
+    file, script = tmp_path / "runs.jsonl", Path(study.__file__)
+    options = "--size tiny --steps 4 --rows full_adamw,galore_i3s_adamw --trials 2 --most 2 --seeds 2"
+    command = [sys.executable, str(script), *options.split(), "--file", str(file)]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not file.exists() and started.poll() is None:
+        time.sleep(0.1)
+    workers = [int(x) for x in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()]
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    assert workers
+    deadline = time.monotonic() + 60
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(running, workers))
+    finished = file.read_text()
+    monkeypatch.setattr(sys, "argv", [*command[1:], "--jobs", "1"])
+    study.main()
+    assert file.read_text().startswith(finished)
+    runs = [json.loads(line) for line in file.read_text().splitlines()]
+    keys = [(run["row"], *run["point"], run["seed"]) for run in runs]
+    assert len(keys) == len(set(keys)) == 8
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*command[1:8], "--file", str(file)])
+    tables.main()
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 4 and "galore_i3s_adamw" in printed
