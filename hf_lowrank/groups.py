@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_lowrank import modules
 from hf_lowrank.engine.known import remember
 from hf_lowrank.methods import options, resolve
+from hf_lowrank.methods.common import LowRankOptions
 from hf_lowrank.methods.dense import KINDS, MIXED, SplitOptions
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.methods.table import METHODS
@@ -69,7 +70,7 @@ def param_groups(
         config = Config.of(method, given, model=True, facts=model_facts(model))
         own_seed = "seed" in given
         return groups_for(model, config, target_modules=target_modules, weight_decay=weight_decay, own_seed=own_seed)
-    rank = options.parse("rank", given.pop("rank", 128), options.schema(resolve.LowRankOptions), what="rank")
+    rank = options.parse("rank", given.pop("rank", 128), options.schema(LowRankOptions), what="rank")
     schema = options.schema(SplitOptions)
     apart = {key: options.parse(key, given.pop(key), schema, what="groups") for key in schema if key in given}
     split, dense = SplitOptions(**apart), {k: v for k, v in given.items() if k in resolve.dense_options()}

@@ -39,9 +39,9 @@ class LowRankOptimizer(Optimizer):
     """Trains every parameter, with the moments of the matrices kept in a subspace of their gradient.
 
     A group with the key `rank` holds matrices and is low-rank; one without is dense and takes the same rule with no
-    subspace, or another that its key `dense` names. Other options of the method (methods.LowRankOptions and the fields
-    of its parts) are keys of the group. The values of a group may be edited while training; keys that are no option,
-    which a schedule puts there, are left alone.
+    subspace, or another that its key `dense` names. Other options of the method (methods.common.LowRankOptions and the
+    fields of its parts) are keys of the group. The values of a group may be edited while training; keys that are no
+    option, which a schedule puts there, are left alone.
 
     Args:
         params: parameters or groups, as for any torch optimizer; `param_groups` makes them from a model.

@@ -23,6 +23,7 @@ import pytest
 import hf_lowrank
 from hf_lowrank import METHODS, Moments, Reconstruction, Subspace
 from hf_lowrank.methods import papers, resolve, tables
+from hf_lowrank.methods.common import LowRankOptions, SharedOptions
 from hf_lowrank.methods.dense import SplitOptions
 
 
@@ -173,8 +174,8 @@ def test_the_page_of_options_has_every_option_below_the_part_that_has_it():
                 )
                 assert section, (kind, name, item.name)
     common = {
-        tables.SHARED: resolve.SharedOptions,
-        tables.MATRICES: resolve.LowRankOptions,
+        tables.SHARED: SharedOptions,
+        tables.MATRICES: LowRankOptions,
         tables.SPLIT: SplitOptions,
     }
     for title, owner in common.items():

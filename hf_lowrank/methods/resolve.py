@@ -8,68 +8,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hf_lowrank.methods import options as opt
+from hf_lowrank.methods.common import LowRankOptions, SharedOptions
 from hf_lowrank.methods.dense import MIXED, SAME, DenseOptions, SplitOptions
-from hf_lowrank.methods.registry import KINDS, TRANSPORTS, Gauge, classes, prototype
+from hf_lowrank.methods.registry import KINDS, Gauge, classes, prototype
 from hf_lowrank.methods.table import METHODS, Method
 
 
 if TYPE_CHECKING:
     from hf_lowrank.methods.parts import Moments, Reconstruction, Subspace
-
-
-@dataclass(frozen=True)
-class SharedOptions:
-    """Options of every group."""
-
-    seed: int = opt.integer(0, minimum=0, help="seed of the private generators")
-    correct_bias: bool = opt.flag(True, help="Adam's bias correction")
-    eps_place: str = opt.choice(
-        "torch",
-        "released",
-        help="where Adam's eps is added: to the corrected sqrt(V), as torch.optim.AdamW does, or to the uncorrected "
-        "one, as the code that GaLore and Fira released does",
-    )
-    stochastic_rounding: bool = opt.flag(True, help="write bf16/fp16 weights by stochastic rounding, else to nearest")
-    state_format: str = opt.choice("fp32", "8bit", "4bit", help="number format of the moments of matrices")
-    basis_format: str = opt.choice("fp32", "bf16", "8bit", "4bit", help="number format of the bases")
-    dense_state_format: str = opt.choice("fp32", "8bit", help="number format of the moments of dense parameters")
-    layerwise: bool = opt.flag(False, help="free every gradient during backward; see LowRankOptimizer.train")
-    max_grad_norm: float = opt.number(0.0, help="clip by the global norm of the projected gradients; 0: off")
-
-
-@dataclass(frozen=True)
-class LowRankOptions:
-    """Options of every group of matrices."""
-
-    rank: float = opt.rank(128, help="dimension of the subspace; clamped to the matrix's short side")
-    update_proj_gap: int = opt.integer(200, minimum=1, help="steps between refreshes of the subspace")
-    scale: float = opt.number(0.25, above=0.0, below=1e9, help="factor alpha on the low-rank update")
-    proj_type: str = opt.choice(
-        "std",
-        "paper",
-        "reverse_std",
-        "left",
-        "right",
-        "full",
-        help="which side of the weight is projected; full: both",
-    )
-    products: str = opt.choice(
-        "auto",
-        "ieee",
-        "tf32",
-        "bf16x2",
-        "bf16",
-        help="precision of the two products of a step: ieee (fp32), tf32, bf16, or bf16x2, where the basis is two "
-        "numbers of bf16; auto: bf16x2 for bf16 weights on an accelerator, else fp32, or TF32 where torch is told so",
-    )
-    stable_spam: bool = opt.flag(
-        False, help="Stable-SPAM: clip the spikes of every gradient and level its norm before anything looks at it"
-    )
-    on_refresh: str = opt.choice(*TRANSPORTS, help="what happens to the moments at a refresh")
-    stagger: bool | str = opt.switch(
-        help="spread the refreshes of the matrices evenly over the interval; auto: on an accelerator, unless they "
-        "cost nothing, and in the layerwise mode",
-    )
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hf_lowrank.methods import options
+from hf_lowrank.methods.common import LowRankOptions, SharedOptions
 from hf_lowrank.methods.dense import SplitOptions
 from hf_lowrank.methods.registry import KINDS
-from hf_lowrank.methods.resolve import Config, LowRankOptions, SharedOptions, part_choices
+from hf_lowrank.methods.resolve import Config, part_choices
 from hf_lowrank.methods.table import METHODS
 
 
