@@ -17,8 +17,9 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from multiprocessing import get_context, parent_process
@@ -121,12 +122,32 @@ def main() -> None:
     """Run what is missing."""
     study, args = parse()
     deadline = time.monotonic() + 60 * args.minutes
-    record = Record(args.file)
-    if args.jobs == 1:
-        torch.set_num_threads(1)
-        alone(study, record, deadline)
-    else:
-        several(study, record, deadline, args.jobs)
+    with only_one(args.file):
+        record = Record(args.file)
+        if args.jobs == 1:
+            torch.set_num_threads(1)
+            alone(study, record, deadline)
+        else:
+            several(study, record, deadline, args.jobs)
+
+
+@contextmanager
+def only_one(file: Path) -> Iterator[None]:
+    """Hold a file of results, so that no second study runs what this one is running; not on Windows.
+
+    Ends with one sentence if another study holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with file.open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"another study writes to {file}; wait for it, or choose another --file", code=1)
+        yield
 
 
 def alone(study: Study, record: Record, deadline: float = inf) -> None:

@@ -162,8 +162,19 @@ def test_scores_are_at_the_best_point_of_the_tuning_text_and_of_other_seeds(text
     trials, scores = record.trials(row, "tiny", 2), record.scores(row, "tiny", 2)
     assert 3 <= len(trials) <= 4 and set(scores) == {2, 3}
     assert record.best(row, "tiny", 2) == min(trials, key=trials.get)
+    record.append(training.Run(row, Point(others=9), "tiny", 2, 4), {"tune_loss": 0.0, "score_loss": 0.0})
+    assert set(record.scores(row, "tiny", 2)) == {2, 3}
     started = small(row.name, steps=1, trials=1, most=1, start_from=("tiny", 2)).wanted(row, record)
     assert [run.point for run in started] == [record.best(row, "tiny", 2)]
+
+
+def test_a_second_study_is_refused(tmp_path, capsys):
+    file = tmp_path / "runs.jsonl"
+    with study.only_one(file), pytest.raises(SystemExit), study.only_one(file):
+        pass
+    assert "another study writes to" in capsys.readouterr().err
+    with study.only_one(file):
+        pass
 
 
 def test_a_run_that_diverges_is_recorded_and_is_nobodys_best(text, tmp_path):
@@ -213,7 +224,7 @@ def test_the_command_that_is_killed_leaves_nothing_running_and_runs_each_run_onc
     options = "--size tiny --steps 4 --rows full_adamw,galore_i3s_adamw --trials 2 --most 2 --seeds 2"
     command = [sys.executable, str(script), *options.split(), "--file", str(file)]
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not file.exists() and started.poll() is None:
+    while not (file.exists() and file.stat().st_size) and started.poll() is None:
         time.sleep(0.1)
     workers = [int(x) for x in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()]
     os.kill(started.pid, signal.SIGKILL)
