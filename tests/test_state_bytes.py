@@ -14,7 +14,7 @@ from hf_lowrank.methods.formula import state_formula
 
 
 COUNTERS = 5 * 8 + 3 * 4  # step, moment_step, skipped, refreshes, refresh_at; the report of a refresh
-DIRECT = 3 * 8  # step, moment_step, skipped: the element is stepped by itself, and there is nothing to refresh
+DIRECT = 3 * 8 + 3 * 4  # step, moment_step, skipped, and an empty report: there is nothing to refresh
 ADAM = {name: lambda m, n, r: m * r + 2 * n * r for name in METHODS if METHODS[name].moments == "adam"}
 NUMBERS = ADAM | {
     **{name: lambda m, n, r: m * r + n * r for name in METHODS if METHODS[name].moments in ("momentum", "muon")},

@@ -105,6 +105,8 @@ def _columns_of(layout: Layout, config: Config, name: str) -> Columns:
 def _of_dense(weight: Tensor, config: Config) -> Plan:
     rule, shape, columns = config.dense_rule, tuple(local(weight).shape), _columns_of_dense(weight, config)
     slots = {**rule.slots(columns), **COUNTERS}
+    if config.low_rank:  # torch takes the device of a full state dict from a tensor with axes, and SGD has none
+        slots["report"] = REFRESH["report"]
     lengths = {"r": prod(shape[1:]), "n": shape[0] if shape else 1}
     buffers = {}
     for key, slot in slots.items():

@@ -47,7 +47,7 @@ def test_ddp_equals_one_process_and_shares_the_refreshes(processes, names, tmp_p
         assert figures["same bases"] and figures["same weights"], name
         assert figures["refreshes"] == figures["refreshes of one process"], name
         assert name not in PLAIN or figures["refreshes"] == 3 * MATRICES, name
-        assert figures["most on one"] < figures["refreshes"], name
+        assert figures["most on one"] < figures["refreshes"] or not figures["refreshes"], name
         assert figures["generator untouched"], name
 
 
