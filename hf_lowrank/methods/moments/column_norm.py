@@ -27,7 +27,7 @@ class Normalised(Moments):
     """N has unit RMS for every output of the weight; vectors, which have no other axis, take Adam."""
 
     composable: ClassVar[bool] = False
-    transports: ClassVar[tuple[str, ...]] = ("keep", "reset")
+    transports: ClassVar[tuple[str, ...]] = ("keep",)
     images: ClassVar[int] = 2  # the direction, and moments in fewer bits decoded
 
     @abstractmethod
@@ -67,8 +67,6 @@ class ColumnNorm(Normalised, key="column_norm"):
     not matter. (The paper prints a unit norm; unit RMS is the code's.) Weights are taken as (outputs, inputs), which
     transformers' Conv1D is not.
     """
-
-    keeps_momentum: ClassVar[bool] = False
 
     @override
     def slots(self, columns: Columns) -> Slots:

@@ -61,7 +61,38 @@ ADJUST_LR: Any = choice(
 
 
 @dataclass(frozen=True)
-class Muon(Moments, key="muon"):
+class Orthogonalised(Moments):
+    """M <- b1 M + (1 - b1) R, and a rule that takes its polar factor further; dense parameters take Adam."""
+
+    orthogonalize: str = again(ORTHOGONALIZE)
+    ns_steps: int = again(STEPS)
+    nesterov: bool = again(NESTEROV)
+
+    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+
+    @property
+    @override
+    def dense(self) -> Moments:
+        return Adam()
+
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        return {"exp_avg": Slot("r n")}
+
+    def orthogonal(self, s: State, R: Tensor, ctx: Context, factor: float = 1.0) -> Asking[Tensor]:
+        """Take R into M and return `factor` times the polar factor, for this process's columns (a new tensor)."""
+        M = s["exp_avg"].lerp_(R, 1 - ctx.beta1)
+        X = torch.lerp(R, M, ctx.beta1) if self.nesterov else M
+        polar = yield from orthogonal(X, self.orthogonalize, self.ns_steps, ctx.columns, factor)
+        return polar
+
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        s["exp_avg"].copy_(C @ s["exp_avg"])
+
+
+@dataclass(frozen=True)
+class Muon(Orthogonalised, key="muon"):
     """M <- b1 M + (1 - b1) R;  N = 0.2 sqrt(max(m, n)) U V^T for M = U S V^T, no bias correction.
 
     With `nesterov` the polar factor is that of b1 M + (1 - b1) R. The exact one is K^-1/2 X with K = X X^T, in
@@ -82,33 +113,12 @@ class Muon(Moments, key="muon"):
     size of N does not depend on the gradient's. torch.optim.Muon takes matrices only; here all else takes Adam.
     """
 
-    orthogonalize: str = again(ORTHOGONALIZE)
-    ns_steps: int = again(STEPS)
-    nesterov: bool = again(NESTEROV)
     adjust_lr: str = again(ADJUST_LR)
-
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
-
-    @property
-    @override
-    def dense(self) -> Moments:
-        return Adam()
-
-    @override
-    def slots(self, columns: Columns) -> Slots:
-        return {"exp_avg": Slot("r n")}
 
     @override
     def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
-        M = s["exp_avg"].lerp_(R, 1 - ctx.beta1)
-        X = torch.lerp(R, M, ctx.beta1) if self.nesterov else M
-        factor = adjusted(self.adjust_lr, ctx)
-        polar = yield from orthogonal(X, self.orthogonalize, self.ns_steps, ctx.columns, factor)
+        polar = yield from self.orthogonal(s, R, ctx, adjusted(self.adjust_lr, ctx))
         return polar
-
-    @override
-    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        s["exp_avg"].copy_(C @ s["exp_avg"])
 
 
 def adjusted(how: str, ctx: Context) -> float:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
-from hf_lowrank.methods.moments.adam import Adam
-from hf_lowrank.methods.moments.muon import ADAMS_RMS, NESTEROV, ORTHOGONALIZE, STEPS, orthogonal
-from hf_lowrank.methods.options import again
-from hf_lowrank.methods.parts import Moments
+from hf_lowrank.methods.moments.muon import ADAMS_RMS, Orthogonalised
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.sums import Asking, Sum
 
 
 @dataclass(frozen=True)
-class NorMuon(Moments, key="normuon"):
+class NorMuon(Orthogonalised, key="normuon"):
     """O = U V^T of the momentum as in Muon;  v_j <- b2 v_j + (1 - b2) mean_i O_ij^2 for every column;
     O^_ij = O_ij / (sqrt(v_j) + eps);  N = 0.2 sqrt(m n) O^ / ||O^||_F.
 
@@ -35,33 +31,16 @@ class NorMuon(Moments, key="normuon"):
     Differs from the authors' code: that was not read; see Muon for how O is had.
     """
 
-    orthogonalize: str = again(ORTHOGONALIZE)
-    ns_steps: int = again(STEPS)
-    nesterov: bool = again(NESTEROV)
-
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
-
-    @property
-    @override
-    def dense(self) -> Moments:
-        return Adam()
-
     @override
     def slots(self, columns: Columns) -> Slots:
-        return {"exp_avg": Slot("r n"), "neuron_sq": Slot("n", values="exact")}
+        return {**super().slots(columns), "neuron_sq": Slot("n", values="exact")}
 
     @override
     def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
-        M = s["exp_avg"].lerp_(R, 1 - ctx.beta1)
-        X = torch.lerp(R, M, ctx.beta1) if self.nesterov else M
-        O = yield from orthogonal(X, self.orthogonalize, self.ns_steps, ctx.columns)  # noqa: E741
+        O = yield from self.orthogonal(s, R, ctx)  # noqa: E741
         squares = O.square().sum(-2)
         v = s["neuron_sq"].lerp_(squares / R.shape[-2], 1 - ctx.beta2)
         inverse = (v.sqrt() + ctx.eps).reciprocal_()
         total = yield Sum((squares * inverse.square()).sum(-1), over="columns")
         size = ADAMS_RMS * sqrt(R.shape[-2] * ctx.columns.n) * total.clamp_min(torch.finfo(R.dtype).tiny).rsqrt()
         return O.mul_((inverse * size.unsqueeze(-1)).unsqueeze(-2))
-
-    @override
-    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
-        s["exp_avg"].copy_(C @ s["exp_avg"])

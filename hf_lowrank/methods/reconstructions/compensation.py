@@ -19,14 +19,11 @@ from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.limiter import LIMITED, LIMITER, limit_
 from hf_lowrank.methods.options import again, number
 from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.reconstructions.fira import NO_RESIDUAL
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.sums import Asking, Sum
-
-
-NO_RESIDUAL = 1e-5
-"""Share of a column's squared norm under which its residual is rounding noise and counts as none."""
 
 
 @dataclass(frozen=True)

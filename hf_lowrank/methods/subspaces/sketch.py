@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.parts import Subspace
-from hf_lowrank.state.slots import Slots, State
+from hf_lowrank.methods.subspaces.whole import Unstored
+from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import random
 from hf_lowrank.tensors.bases import Basis, Dense
 
@@ -21,19 +21,11 @@ KEPT = 4
 """Sketches that stay in memory beside the state, so that an ordinary step draws none; a model has one per width."""
 
 
-class _Gaussian(Subspace):
+class _Gaussian(Unstored):
     """P (m, r) with entries N(0, 1/r), so that E[P P^T] = I; a new one at every refresh."""
 
     orthonormal: ClassVar[bool] = False
     without: ClassVar[tuple[str, ...]] = ("basis_format",)
-
-    @override
-    def slots(self) -> Slots:
-        return {}
-
-    @override
-    def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        return None
 
     @override
     def basis(self, s: State, ctx: Context) -> Basis:

@@ -14,10 +14,8 @@ from hf_lowrank.state.slots import Slots, State
 from hf_lowrank.tensors.bases import Basis, Identity
 
 
-class Fixed(Subspace):
-    """A basis that is the same for ever and no state."""
-
-    without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger", "basis_format", "products")
+class Unstored(Subspace):
+    """A basis that is no state, and that no gradient chooses."""
 
     @override
     def slots(self) -> Slots:
@@ -26,6 +24,12 @@ class Fixed(Subspace):
     @override
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
         return None
+
+
+class Fixed(Unstored):
+    """A basis that is the same for ever."""
+
+    without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger", "basis_format", "products")
 
     @override
     def interval_(self, s: State, gap: int, overlap: float) -> int:
