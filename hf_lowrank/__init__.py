@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from hf_lowrank.methods.registry import Gauge
     from hf_lowrank.methods.table import METHODS, Method
     from hf_lowrank.optimizer import LowRankOptimizer
-    from hf_lowrank.planning.memory import MemoryEstimate, estimate_memory, fit_budget
+    from hf_lowrank.planning.budget import fit_budget
+    from hf_lowrank.planning.memory import MemoryEstimate, estimate_memory
     from hf_lowrank.state.slots import Slot
     from hf_lowrank.tensors.bases import Basis
     from hf_lowrank.tensors.sums import Sum
@@ -44,7 +45,7 @@ _LAZY = {
     "target_parameters": "groups",
     "MemoryEstimate": "planning.memory",
     "estimate_memory": "planning.memory",
-    "fit_budget": "planning.memory",
+    "fit_budget": "planning.budget",
     "optimizer_cls_and_kwargs": "hf.arguments",
     "register": "hf.register",
     "unregister": "hf.register",

@@ -27,7 +27,7 @@ MOVED = {
     "linalg": "tensors.kernels, hf_lowrank.tensors.random and hf_lowrank.tensors.rounding",
     "local_metrics": "hf.local_metrics",
     "matrices": "tensors.layout",
-    "memory": "planning.memory",
+    "memory": "planning.memory and hf_lowrank.planning.budget",
     "metrics": "observe.metrics",
     "model_card": "hf.model_card",
     "models": "hf.models",

@@ -17,7 +17,7 @@ import hf_lowrank
 from hf_lowrank import LowRankOptimizer, param_groups
 from hf_lowrank.hf import models
 from hf_lowrank.observe import describe
-from hf_lowrank.planning import activations, memory, targets
+from hf_lowrank.planning import activations, budget, memory, targets
 from hf_lowrank.state import view
 
 
@@ -156,7 +156,7 @@ def test_planning_needs_transformers_for_models_by_name_alone():
 import sys, torch
 sys.modules["transformers"] = None  # as where it is not installed
 from hf_lowrank.observe import counting, units
-from hf_lowrank.planning import activations, memory, targets
+from hf_lowrank.planning import activations, budget, memory, targets
 net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 32))
 assert memory.estimate_memory(net, "fira_adamw", rank=4).state > 0 and len(targets.plan(net, "ldadam", rank=4)) == 4
 try:
@@ -208,14 +208,14 @@ def test_activation_rule_is_near_what_autograd_keeps(dtype):
 
 
 def test_a_budget_is_kept_and_used():
-    fitting = memory.fit_budget("7b", memory.parse_bytes("24GB"), "galore_i3s_adamw")
+    fitting = budget.fit_budget("7b", memory.parse_bytes("24GB"), "galore_i3s_adamw")
     assert fitting
     for estimate in fitting:
         assert estimate.total <= 24e9 and estimate.model == "7b"
         given = {"checkpointing": estimate.checkpointing, "layerwise": estimate.layerwise}
         more = memory.estimate_memory("7b", estimate.optim, rank=2 * estimate.rank, **given)
         assert more.total > 24e9 or estimate.rank == 2048
-    assert memory.fit_budget("7b", 10**9) == []
+    assert budget.fit_budget("7b", 10**9) == []
 
 
 def test_text_and_json():

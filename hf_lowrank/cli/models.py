@@ -80,10 +80,14 @@ def memory(
     dtype: Annotated[str, typer.Option(help="Type of weights, gradients, activations: bf16, fp16, fp32.")] = "bf16",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
     optim_args: OptimArgs = "",
+    gpus: Annotated[int, typer.Option(help="Processes, of one GPU each; the batch is each one's.", min=1)] = 1,
+    strategy: Annotated[
+        str, typer.Option(help="How they share: ddp, ddp_sharded, fsdp2, hsdp, tp, or all of them: all.")
+    ] = "",
     budget: Annotated[str, typer.Option(help="Instead: what fits into this much (24GB, 24GiB)?")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Count the bytes of a training run before it starts, or say what fits into a budget.
+    """Count the bytes of a training run before it starts, on each of some GPUs, or say what fits into a budget.
 
     Weights, gradients and optimizer state are exact; activations follow a rule of thumb, and the accelerator's own
     context (about 0.5 GB under CUDA) is not counted.
@@ -93,14 +97,21 @@ def memory(
         raise ValueError(f"the rank is given twice: --rank {rank:g} and rank={options['rank']} in --optim-args")
     resolve.split(optim)
     check_within_reach(model)
-    from hf_lowrank.planning.memory import estimate_memory, fit_budget
+    from hf_lowrank.planning.budget import fit_budget
+    from hf_lowrank.planning.memory import estimate_memory
+    from hf_lowrank.planning.strategies import NAMES
 
-    shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options}
-    if budget:
-        ranks = [int(rank)] if rank else None
-        found = fit_budget(model, parse_bytes(budget), optim, ranks=ranks, **shared)
-    else:
-        found = [estimate_memory(model, optim, rank=rank or None, checkpointing=checkpointing, **shared)]
+    shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options, "gpus": gpus}
+    if strategy == "all" and gpus == 1:
+        raise ValueError("--strategy all needs --gpus")
+    found = []
+    for one in NAMES if strategy == "all" else (strategy,):
+        if budget:
+            ranks = [int(rank)] if rank else None
+            found += fit_budget(model, parse_bytes(budget), optim, ranks=ranks, strategy=one, **shared)
+        else:
+            kwargs = {"rank": rank or None, "checkpointing": checkpointing, "strategy": one, **shared}
+            found.append(estimate_memory(model, optim, **kwargs))
     if as_json:
         print(json.dumps([estimate.as_dict() for estimate in found], indent=2))
     elif not found:
@@ -112,14 +123,20 @@ def memory(
 
 def _print_memory(found: list[Any]) -> None:
     """Print estimates side by side: GB, that is 10^9 bytes."""
-    columns = ("weights", "gradients", "low_rank_state", "dense_state", "activations", "total")
-    heads = ("weights", "gradients", "matrices' state", "dense state", "activations", "total GB")
-    shown = table("optimizer", "rank", "mode", *heads, right=(1, *range(3, 9)), no_wrap=("optimizer",))
-    for one in found:
-        modes = [mode for mode in ("layerwise", "checkpointing") if getattr(one, mode)]
-        sizes = (f"{getattr(one, column) / 1e9:,.2f}" for column in columns)
-        shown.add_row(one.optim, f"{one.rank or '-'}", ", ".join(modes) or "-", *sizes)
+    columns = ["weights", "gradients", "low_rank_state", "dense_state", "activations"]
+    heads = ["weights", "gradients", "matrices' state", "dense state", "activations"]
     one = found[0]
+    if one.gpus > 1:
+        columns, heads = [*columns, "gathered"], [*heads, "gathered"]
+    heads = [*heads, "total GB", *(["sent per step"] if one.gpus > 1 else [])]
+    shown = table("optimizer", "rank", "mode", *heads, right=(1, *range(3, 3 + len(heads))), no_wrap=("optimizer",))
+    for one in found:
+        modes = [one.strategy] if one.strategy else []
+        modes += [mode for mode in ("layerwise", "checkpointing") if getattr(one, mode)]
+        sizes = [getattr(one, column) for column in columns] + [one.total] + [one.sent.total] * (one.gpus > 1)
+        shown.add_row(one.optim, f"{one.rank or '-'}", ", ".join(modes) or "-", *(f"{x / 1e9:,.2f}" for x in sizes))
     parameters = f"{one.parameters / 1e6:,.1f} M parameters"
-    show(f"{escape(one.model)}: {parameters}, {one.dtype}, batch {one.batch} x {one.seq} tokens")
+    batch = f"{one.dtype}, batch {one.batch} x {one.seq} tokens"
+    many = f" on each of {one.gpus} GPUs; bytes of the one that holds most" if one.gpus > 1 else ""
+    show(f"{escape(one.model)}: {parameters}, {batch}{many}")
     show(shown)

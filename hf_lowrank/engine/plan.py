@@ -14,7 +14,7 @@ from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state import view
 from hf_lowrank.state.slots import Buffer, Buffers, Slot, Slots, counter
 from hf_lowrank.state.view import Encodings
-from hf_lowrank.tensors.layout import Layout, local
+from hf_lowrank.tensors.layout import Layout, chunks, local
 
 
 COUNTERS: Slots = {"step": counter(), "moment_step": counter(), "skipped": counter()}
@@ -47,15 +47,19 @@ class Plan:
     encodings: Encodings
 
     @classmethod
-    def of(cls, weight: Tensor, config: Config, name: str = "") -> Plan:
+    def of(cls, weight: Tensor, config: Config, name: str = "", split: tuple[int, int] | None = None) -> Plan:
         """Plan for one parameter.
 
         Args:
             weight: the parameter.
             config: its method and options.
             name: its name in the model, "" if unknown.
+            split: (axis, processes) over which it would be split, to plan for the first of them; None: as it is.
         """
-        return _of_matrix(weight, config, name) if config.by_matrix else _of_dense(weight, config)
+        if not config.by_matrix:
+            return _of_dense(weight, config, split)
+        layout = Layout.of(weight, config.options["proj_type"])
+        return _of_matrix(layout if split is None else layout.divided(*split), config, name)
 
     @property
     def kept(self) -> Buffers:
@@ -68,9 +72,8 @@ class Plan:
         return sum(buffer.nbytes for buffer in self.kept.values())
 
 
-def _of_matrix(weight: Tensor, config: Config, name: str) -> Plan:
+def _of_matrix(layout: Layout, config: Config, name: str) -> Plan:
     options, parts = config.options, config.parts
-    layout = Layout.of(weight, options["proj_type"])
     r, columns = parts.subspace.rank(layout.m, layout.n, options["rank"]), _columns_of(layout, config, name)
     across = parts.subspace.projected.split()[-1]
     moments = {
@@ -102,8 +105,11 @@ def _columns_of(layout: Layout, config: Config, name: str) -> Columns:
     return Columns(layout.n, block, layout.offset if layout.along == "columns" else 0)
 
 
-def _of_dense(weight: Tensor, config: Config) -> Plan:
+def _of_dense(weight: Tensor, config: Config, split: tuple[int, int] | None) -> Plan:
     rule, shape, columns = config.dense_rule, tuple(local(weight).shape), _columns_of_dense(weight, config)
+    if split is not None:
+        axis, processes = split
+        shape = (*shape[:axis], chunks(shape[axis], processes)[0], *shape[axis + 1 :])
     slots = {**rule.slots(columns), **COUNTERS}
     if config.low_rank:  # torch takes the device of a full state dict from a tensor with axes, and SGD has none
         slots["report"] = REFRESH["report"]

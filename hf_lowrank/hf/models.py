@@ -27,6 +27,10 @@ LLAMA = {
 }
 """Hidden size, intermediate size, heads and layers of the LLaMA models of GaLore's pretraining (arXiv 2403.03507)."""
 
+LLAMA_3 = {"8b": (4096, 14336, 32, 32), "70b": (8192, 28672, 64, 80), "405b": (16384, 53248, 128, 126)}
+"""The same of LLaMA 3.1 (arXiv 2407.21783, table 3), with 8 heads for keys and values and a vocabulary of 128256."""
+
+SIZES = (*LLAMA, *LLAMA_3)
 VOCABULARY = 32000
 
 
@@ -44,16 +48,16 @@ def load_model(model: str | Path | nn.Module) -> nn.Module:
         raise ValueError("models by name need transformers: pip install 'hf_lowrank[trainer]'") from None
     size = re.sub(r"^llama[-_ ]?", "", str(model).lower())
     config: Any
-    if size in LLAMA:
+    if size in SIZES:
         config = transformers.LlamaConfig(**llama_config(size))
     elif re.fullmatch(r"[\d.]+[mb]", size):  # do not ask the hub for it
-        raise ValueError(f"there is no built-in size {str(model)!r}; valid: {', '.join(LLAMA)}")
+        raise ValueError(f"there is no built-in size {str(model)!r}; valid: {', '.join(SIZES)}")
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(str(model))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"{str(model)!r} is neither a size ({', '.join(LLAMA)}), a config file, a folder with one, nor a "
+                f"{str(model)!r} is neither a size ({', '.join(SIZES)}), a config file, a folder with one, nor a "
                 f"model that the hub could be asked for ({type(error).__name__})"
             ) from error
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "-", None)
@@ -65,14 +69,15 @@ def load_model(model: str | Path | nn.Module) -> nn.Module:
 
 
 def llama_config(size: str) -> dict[str, Any]:
-    """Return the arguments of transformers' LlamaConfig for a size of LLAMA, as in the authors' config files.
+    """Return the arguments of transformers' LlamaConfig for a size of LLAMA or LLAMA_3, as in the authors' files.
 
     Raises:
         ValueError: for another size; the message lists them.
     """
-    if size not in LLAMA:
-        raise ValueError(f"there is no built-in size {size!r}; valid: {', '.join(LLAMA)}")
-    hidden, intermediate, heads, layers = LLAMA[size]
+    if size not in SIZES:
+        raise ValueError(f"there is no built-in size {size!r}; valid: {', '.join(SIZES)}")
+    hidden, intermediate, heads, layers = {**LLAMA, **LLAMA_3}[size]
+    third = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -82,4 +87,5 @@ def llama_config(size: str) -> dict[str, Any]:
         "max_position_embeddings": 2048 if size == "7b" else 1024,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
+        **(third if size in LLAMA_3 else {}),
     }

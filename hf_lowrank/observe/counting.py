@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_lowrank.engine.matrix import transient
 from hf_lowrank.engine.plan import Plan, projected_bytes
 from hf_lowrank.engine.step import SYNC_ELEMENTS
+from hf_lowrank.engine.work import Declared
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.tensors.kernels import BLOCK_ON_DEVICE
 from hf_lowrank.tensors.layout import local
@@ -40,14 +41,14 @@ def adamw_bytes(weights: Iterable[Tensor], size: Size = own_type) -> int:
     return sum(2 * weight_bytes([p], size) + ADAMW_STEP for p in weights)
 
 
-def gradient_bytes(optimizer: LowRankOptimizer, size: Size = own_type) -> int:
+def gradient_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
     """Return the bytes of the gradients that are held at once, at most.
 
     All of them, at the end of the backward pass. In the layerwise mode a matrix leaves its projected gradient, and
     nothing where the method updates in the hook; the largest gradient is there as well while it is projected.
     """
     held = largest = 0
-    for _, p, config, plan in optimizer.declared():
+    for _, p, config, plan in declared:
         whole = weight_bytes([p], size)
         if config.options["layerwise"] and (config.low_rank or config.parts.needs_gradient):
             largest = max(largest, whole)
@@ -58,11 +59,11 @@ def gradient_bytes(optimizer: LowRankOptimizer, size: Size = own_type) -> int:
 
 
 def state_bytes(
-    optimizer: LowRankOptimizer, count: Callable[[Plan], int] = lambda plan: plan.nbytes
+    declared: Iterable[Declared], count: Callable[[Plan], int] = lambda plan: plan.nbytes
 ) -> tuple[int, int]:
     """Return the bytes of the state of the matrices that have a subspace, and of everything else."""
     low_rank = dense = 0
-    for _, _, config, plan in optimizer.declared():
+    for _, _, config, plan in declared:
         if config.low_rank:
             low_rank += count(plan)
         else:
@@ -70,7 +71,7 @@ def state_bytes(
     return low_rank, dense
 
 
-def workspace_bytes(optimizer: LowRankOptimizer, size: Size = own_type) -> int:
+def workspace_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
     """Return what a step allocates for a moment on an accelerator, at most: an ordinary one, or one that refreshes.
 
     An ordinary step holds what is projected and its direction for two buckets (`engine.step.SYNC_ELEMENTS`), the
@@ -79,7 +80,7 @@ def workspace_bytes(optimizer: LowRankOptimizer, size: Size = own_type) -> int:
     a gradient, its Gram matrix, the eigenvectors and what the library works in, and the new bases of a wave.
     """
     held = bases = whole = dense = decomposed = 0
-    for _, p, config, plan in optimizer.declared():
+    for _, p, config, plan in declared:
         block = min(local(p).numel(), BLOCK_ON_DEVICE)
         if plan.layout is None:
             rule, low = config.dense_rule, size(p) < 4
@@ -105,10 +106,10 @@ def component_bytes(optimizer: LowRankOptimizer, model_weights: Iterable[Tensor]
         model_weights: all parameters of the model, frozen ones too.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    low_rank, dense = state_bytes(optimizer)
+    low_rank, dense = state_bytes(optimizer.declared())
     return {
         "weights": weight_bytes(model_weights),
-        "gradients": gradient_bytes(optimizer),
+        "gradients": gradient_bytes(optimizer.declared()),
         "low_rank_state": low_rank,
         "dense_state": dense,
         "adamw_gradients": weight_bytes(trained),

@@ -36,8 +36,8 @@ def check_within_reach(model: str) -> None:
 
 def _out_of_reach(model: str, why: str) -> str:
     return (
-        f"{model!r} is no file, folder or built-in size (60m ... 7b), the cache of hub models has no configuration of "
-        f"it, and {why}. Give a folder with its config.json, or the file"
+        f"{model!r} is no file, folder or built-in size (60m ... 405b), the cache of hub models has no configuration "
+        f"of it, and {why}. Give a folder with its config.json, or the file"
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from torch import nn
 
 from hf_lowrank import groups, modules
 from hf_lowrank.engine.plan import Plan
-from hf_lowrank.methods import resolve
+from hf_lowrank.engine.work import Declared
+from hf_lowrank.methods.resolve import Config
 from hf_lowrank.observe import counting as bytes_of
 from hf_lowrank.observe.units import parse_bytes as parse_bytes
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.planning.activations import activation_bytes
+from hf_lowrank.planning.strategies import Tokens, Traffic, strategy_of
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -34,18 +36,6 @@ AS_MODEL = "model"
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Trainer's names of torch's AdamW, estimated for comparison."""
-
-MODES: tuple[dict[str, Any], ...] = (
-    {},
-    {"checkpointing": True},
-    {"eight_bit": True},
-    {"layerwise": True},
-    {"eight_bit": True, "checkpointing": True},
-    {"layerwise": True, "checkpointing": True},
-    {"eight_bit": True, "layerwise": True},
-    {"eight_bit": True, "layerwise": True, "checkpointing": True},
-)
-"""Ways to save memory that `fit_budget` tries, the fewest first."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,10 @@ class MemoryEstimate:
         dense_state: optimizer state of everything else.
         activations: what is kept for the backward pass; 0 for a model without a config.
         workspace: what a step allocates for a moment on an accelerator, at most (`counting.workspace_bytes`).
+        gpus, strategy: how many processes there are, and how the run is spread over them: all bytes are those of the
+            process that holds most.
+        gathered: DDP's buckets of gradients, or layers that FSDP2 has gathered, by a rule of thumb.
+        sent: bytes that a process sends in a training step (`strategies.Traffic`).
     """
 
     model: str
@@ -78,6 +72,10 @@ class MemoryEstimate:
     dense_state: int
     activations: int
     workspace: int = 0
+    gpus: int = 1
+    strategy: str = ""
+    gathered: int = 0
+    sent: Traffic = Traffic()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,7 +86,8 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Bytes at most: activations are gone when a step needs its workspace."""
-        return self.weights + self.gradients + self.state + max(self.activations, self.workspace)
+        held = self.weights + self.gradients + self.gathered + self.state
+        return held + max(self.activations, self.workspace)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields and sums, ready for JSON."""
@@ -103,6 +102,7 @@ class MemoryEstimate:
         asked = [self.model, self.optim, *([] if self.rank is None else [f"rank {self.rank}"]), self.dtype]
         asked += [f"batch {self.batch} x {self.seq} tokens"]
         asked += ["checkpointing"] * self.checkpointing + ["layerwise"] * self.layerwise
+        asked += [f"each of {self.gpus} GPUs, {self.strategy}"] if self.gpus > 1 else []
         return ", ".join([*asked, *(f"{k}={v}" for k, v in self.options.items())])
 
     def table(self) -> str:
@@ -114,7 +114,9 @@ class MemoryEstimate:
             ("optimizer state, all else", self.dense_state),
             ("activations, until the step", self.activations),
             ("workspace of the step", self.workspace),
+            *([("buckets or gathered layers", self.gathered)] if self.gathered else []),
             ("total", self.total),
+            *((f"sent per step: {what}", count) for what, count in asdict(self.sent).items() if count),
         ]
         lines = ["| part | GB | GiB |", "|---|---:|---:|"]
         lines += [f"| {name} | {count / 1e9:.2f} | {count / 2**30:.2f} |" for name, count in rows]
@@ -133,14 +135,16 @@ def estimate_memory(
     layerwise: bool | None = None,
     options: Mapping[str, Any] | None = None,
     counting: str = "stored",
+    gpus: int = 1,
+    strategy: str = "",
 ) -> MemoryEstimate:
     """Count the bytes of a training run from shapes alone.
 
     Args:
-        model: a size of models.LLAMA ("60m" .. "7b"), a config file or folder, a model's id on the hub, or a model.
+        model: a size of models.LLAMA ("60m" .. "405b"), a config file or folder, a model's id on the hub, or a model.
         optim: a method's name, with or without `_8bit` and `_layerwise`, or "adamw_torch".
         rank: dimension of the subspace; None for the method's default.
-        batch, seq: sequences of one step (of one micro-batch) and their tokens.
+        batch, seq: sequences of one step (of one micro-batch, on one process) and their tokens.
         dtype: "bf16", "fp16" or "fp32": how weights, gradients and activations are kept; "model": as the model has
             them, parameter by parameter.
         checkpointing: whether activations are recomputed in the backward pass, layer by layer.
@@ -148,13 +152,17 @@ def estimate_memory(
         options: further options of the method, and `target_modules`.
         counting: "stored": what is really stored, moments in fp32 unless 8-bit; "bf16": as the papers' tables count,
             two bytes for every number of the state and one for an 8-bit code.
+        gpus: processes, of one device each.
+        strategy: how the run is spread over them, one of strategies.NAMES; "" for DistributedDataParallel.
 
     Raises:
-        ValueError: for an unknown model, method, option or dtype; the message lists what is valid.
+        ValueError: for an unknown model, method, option, dtype or strategy; the message lists what is valid.
     """
     _check(dtype, counting, batch, seq)
-    net = _load(model)
+    net = loaded(model)
     size = bytes_of.own_type if dtype == AS_MODEL else lambda _: DTYPES[dtype].itemsize
+    given = {**(options or {}), **({} if layerwise is None else {"layerwise": layerwise})}
+    spread = strategy_of(strategy, gpus, net, given)
     blank = MemoryEstimate(
         model=str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         optim=optim,
@@ -166,23 +174,51 @@ def estimate_memory(
         layerwise=bool(layerwise),
         options=dict(options or {}),
         parameters=sum(p.numel() for p in net.parameters()),
-        weights=bytes_of.weight_bytes(net.parameters(), size),
+        weights=spread.held(net, size),
         gradients=0,
         low_rank_state=0,
         dense_state=0,
         activations=activation_bytes(
-            net, batch=batch, seq=seq, itemsize=_usual(net, size), checkpointing=checkpointing
+            net,
+            batch=batch,
+            seq=seq,
+            itemsize=_usual(net, size),
+            checkpointing=checkpointing,
+            pieces=spread.activation_pieces,
         ),
+        gpus=gpus,
+        strategy=spread.name,
     )
+    tokens = Tokens(batch, seq, _usual(net, size))
     if optim in ADAMW:
-        trained = [p for _, p in modules.trainable(net)]
-        gradients, state = bytes_of.weight_bytes(trained, size), bytes_of.adamw_bytes(trained, size)
-        return replace(blank, gradients=gradients, dense_state=state)
-    given = {**(options or {}), **({} if layerwise is None else {"layerwise": layerwise})}
-    return _with_method(blank, build_optimizer(net, optim, rank, given), size, paper=counting == "bf16")
+        whole = [Declared(name, p, DENSE, Plan.of(p, DENSE)) for name, p in modules.trainable(net)]
+        pieces, kept = spread.pieces(whole), [spread.piece(name, p) for name, p, *_ in spread.kept(whole)]
+        gradients = bytes_of.weight_bytes([one.weight for one in pieces], size)
+        found = replace(blank, gradients=gradients, dense_state=bytes_of.adamw_bytes(kept, size))
+    else:
+        optimizer = build_optimizer(net, optim, rank, given)
+        whole, matrices = list(optimizer.declared()), [g for g in optimizer.param_groups if "rank" in g]
+        pieces = spread.pieces(whole)
+        low_rank, dense = bytes_of.state_bytes(
+            spread.pieces(spread.kept(whole)), *([paper_bytes] if counting == "bf16" else [])
+        )
+        found = replace(
+            blank,
+            rank=matrices[0]["rank"] if matrices else rank,
+            layerwise=any(group["layerwise"] for group in matrices),
+            gradients=bytes_of.gradient_bytes(pieces, size),
+            workspace=bytes_of.workspace_bytes(pieces, size),
+            low_rank_state=low_rank,
+            dense_state=dense,
+        )
+    return replace(found, gathered=spread.gathered(net, whole, size), sent=spread.traffic(net, whole, size, tokens))
 
 
-def _load(model: str | Path | nn.Module) -> nn.Module:
+DENSE = Config.of("full_adamw", {}, low_rank=False)
+"""What AdamW does to any parameter, in the place of torch's."""
+
+
+def loaded(model: str | Path | nn.Module) -> nn.Module:
     """Return a model, by name where transformers is installed."""
     if isinstance(model, nn.Module):
         return model
@@ -216,70 +252,7 @@ def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mappi
     return LowRankOptimizer(split, optim)
 
 
-def _with_method(
-    blank: MemoryEstimate, optimizer: LowRankOptimizer, size: bytes_of.Size, *, paper: bool
-) -> MemoryEstimate:
-    """Fill in what depends on the method."""
-    matrices = [group for group in optimizer.param_groups if "rank" in group]
-    low_rank, dense = bytes_of.state_bytes(optimizer, *([paper_bytes] if paper else []))
-    return replace(
-        blank,
-        rank=matrices[0]["rank"] if matrices else blank.rank,
-        layerwise=any(group["layerwise"] for group in matrices),
-        gradients=bytes_of.gradient_bytes(optimizer, size),
-        workspace=bytes_of.workspace_bytes(optimizer, size),
-        low_rank_state=low_rank,
-        dense_state=dense,
-    )
-
-
 def paper_bytes(plan: Plan) -> int:
     """Count stored state as the papers do: two bytes a number, one for an 8-bit code, scales and counters free."""
     counted = (buffer for buffer in plan.kept.values() if buffer.slot.values != "exact")
     return sum(buffer.numel * min(2, buffer.slot.dtype.itemsize) for buffer in counted)
-
-
-def fit_budget(
-    model: str | Path | nn.Module,
-    budget_bytes: int,
-    optim: str = "galore_i3s_adamw",
-    *,
-    ranks: Sequence[int] | None = None,
-    batch: int = 1,
-    seq: int = 256,
-    dtype: str = "bf16",
-    options: Mapping[str, Any] | None = None,
-) -> list[MemoryEstimate]:
-    """Return what fits into a budget: for every way to save memory the largest rank, the fewest savings first.
-
-    A way is left out where one with fewer savings allows the same rank.
-
-    Args:
-        model: see `estimate_memory`.
-        budget_bytes: bytes there are; leave room for the accelerator's context.
-        optim: a method's name without an ending; 8-bit, layerwise and checkpointing are tried.
-        ranks: ranks to try; None for the powers of two up to half of the model's width.
-        batch, seq, dtype, options: see `estimate_memory`.
-
-    Returns:
-        Estimates of at most `budget_bytes`; none where nothing fits.
-    """
-    net = _load(model)
-    row = resolve.split(optim)[0]
-    if ranks is None:
-        width = max(min(p.shape[-2:]) for p in net.parameters() if p.dim() >= 2)
-        ranks = [2**i for i in range(2, max(3, width.bit_length() - 1))]
-    found: dict[frozenset[str], MemoryEstimate] = {}
-    for mode in MODES:
-        name = f"{row}_8bit" if mode.get("eight_bit") else row
-        shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options}
-        shared |= {key: mode.get(key, False) for key in ("checkpointing", "layerwise")}
-        for rank in sorted(ranks, reverse=True):
-            estimate = estimate_memory(net, name, rank=rank, **shared)
-            if any(fewer < mode.keys() and best.rank == estimate.rank for fewer, best in found.items()):
-                break
-            if estimate.total <= budget_bytes:
-                shown = str(model) if isinstance(model, (str, Path)) else estimate.model
-                found[frozenset(mode)] = replace(estimate, model=shown)
-                break
-    return list(found.values())

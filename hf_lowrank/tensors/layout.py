@@ -12,7 +12,7 @@ columns,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -93,6 +93,13 @@ class Layout:
         check_sharding(weight)
         along: Any = "batch" if batch else "columns" if transposed else "rows"
         return cls(tuple(batch), m, n, transposed, along, weight.device_mesh)
+
+    def divided(self, axis: int, processes: int) -> Layout:
+        """Return how the first of some processes would hold it, split along an axis of the weight."""
+        along: Any = "batch"
+        if axis >= len(self.batch):
+            along = "columns" if (axis == len(self.batch)) is self.transposed else "rows"
+        return replace(self, along=along, mesh=_First(processes))
 
     @property
     def group(self) -> Any:
@@ -177,6 +184,19 @@ class Layout:
             return None
         full = torch.cat([x[:length] for x, length in zip(pieces, lengths, strict=True)])
         return full.mT if self.transposed else full
+
+
+@dataclass(frozen=True)
+class _First:
+    """In the place of a mesh: the first of some processes that there are not."""
+
+    processes: int
+
+    def size(self) -> int:
+        return self.processes
+
+    def get_local_rank(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True)

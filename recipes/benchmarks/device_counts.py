@@ -110,7 +110,7 @@ def counted(
                 optimizer.step()
             steps.append(step)
         needed = sum(needed_bytes(optimizer, p) for p in (*low_rank, *rest))
-    return Counts(steps[0], steps[1], steps[-1], needed, workspace_bytes(optimizer))
+    return Counts(steps[0], steps[1], steps[-1], needed, workspace_bytes(optimizer.declared()))
 
 
 def needed_bytes(optimizer: LowRankOptimizer, p: nn.Parameter) -> int:

@@ -224,8 +224,8 @@ def measure_memory(bench: Bench) -> dict[str, Any]:
 
         peak = bench.peak(steps)
         declared = LowRankOptimizer(param_groups(model, method=name, rank=rank), name)
-        state = sum(counting.state_bytes(declared))
-        estimate = state + counting.gradient_bytes(declared) + counting.workspace_bytes(declared)
+        state = sum(counting.state_bytes(declared.declared()))
+        estimate = state + counting.gradient_bytes(declared.declared()) + counting.workspace_bytes(declared.declared())
         found[name] = {"weights": held, "peak above weights": peak, "estimate above weights": estimate, "state": state}
         del model
     return found

@@ -1,0 +1,81 @@
+"""What fits into a card: every way to save memory, at the largest rank that it allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_lowrank.methods import resolve
+from hf_lowrank.planning.memory import MemoryEstimate, estimate_memory, loaded
+
+
+MODES: tuple[dict[str, Any], ...] = (
+    {},
+    {"checkpointing": True},
+    {"eight_bit": True},
+    {"layerwise": True},
+    {"eight_bit": True, "checkpointing": True},
+    {"layerwise": True, "checkpointing": True},
+    {"eight_bit": True, "layerwise": True},
+    {"eight_bit": True, "layerwise": True, "checkpointing": True},
+)
+"""Ways to save memory that `fit_budget` tries, the fewest first."""
+
+
+def fit_budget(
+    model: str | Path | nn.Module,
+    budget_bytes: int,
+    optim: str = "galore_i3s_adamw",
+    *,
+    ranks: Sequence[int] | None = None,
+    batch: int = 1,
+    seq: int = 256,
+    dtype: str = "bf16",
+    options: Mapping[str, Any] | None = None,
+    gpus: int = 1,
+    strategy: str = "",
+) -> list[MemoryEstimate]:
+    """Return what fits into a budget: for every way to save memory the largest rank, the fewest savings first.
+
+    A way is left out where one with fewer savings allows the same rank.
+
+    Args:
+        model: see `estimate_memory`.
+        budget_bytes: bytes there are; leave room for the accelerator's context.
+        optim: a method's name without an ending; 8-bit, layerwise and checkpointing are tried.
+        ranks: ranks to try; None for the powers of two up to half of the model's width.
+        batch, seq, dtype, options, gpus, strategy: see `estimate_memory`.
+
+    Returns:
+        Estimates of at most `budget_bytes`; none where nothing fits.
+    """
+    net = loaded(model)
+    row = resolve.split(optim)[0]
+    if ranks is None:
+        width = max(min(p.shape[-2:]) for p in net.parameters() if p.dim() >= 2)
+        ranks = [2**i for i in range(2, max(3, width.bit_length() - 1))]
+    found: dict[frozenset[str], MemoryEstimate] = {}
+    for mode in MODES:
+        name = f"{row}_8bit" if mode.get("eight_bit") else row
+        shared: dict[str, Any] = {
+            "batch": batch,
+            "seq": seq,
+            "dtype": dtype,
+            "options": options,
+            "gpus": gpus,
+            "strategy": strategy,
+        }
+        shared |= {key: mode.get(key, False) for key in ("checkpointing", "layerwise")}
+        for rank in sorted(ranks, reverse=True):
+            estimate = estimate_memory(net, name, rank=rank, **shared)
+            if any(fewer < mode.keys() and best.rank == estimate.rank for fewer, best in found.items()):
+                break
+            if estimate.total <= budget_bytes:
+                shown = str(model) if isinstance(model, (str, Path)) else estimate.model
+                found[frozenset(mode)] = replace(estimate, model=shown)
+                break
+    return list(found.values())

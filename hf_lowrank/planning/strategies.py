@@ -1,0 +1,376 @@
+"""How a training run is spread over processes: what each of them holds, and what it sends in a step.
+
+Counted for the process that holds most. It sends 2 (w - 1) / w of a buffer that w processes all-reduce, (w - 1) / w of
+one that they gather or scatter, and the whole of one that is broadcast: collectives that go round a ring.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from hf_lowrank.engine.plan import Plan, projected_bytes
+from hf_lowrank.engine.schedule import owners
+from hf_lowrank.engine.work import Declared
+from hf_lowrank.observe.counting import Size, weight_bytes
+
+
+class Split(NamedTuple):
+    """A tensor's axis and the number of processes over which it is split, into pieces of equal length but the last."""
+
+    axis: int
+    processes: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one process sends in a training step.
+
+    Attributes:
+        weights: to have the weights where they are multiplied.
+        activations: to have the activations where they are.
+        gradients: to add the gradients up.
+        step: of an ordinary step of the optimizer.
+        refresh: of new bases, divided by the steps between two.
+    """
+
+    weights: float = 0
+    activations: float = 0
+    gradients: float = 0
+    step: float = 0
+    refresh: float = 0
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return self.weights + self.activations + self.gradients + self.step + self.refresh
+
+
+class Tokens(NamedTuple):
+    """One process's micro-batch: sequences, tokens of each, and bytes of a number of an activation."""
+
+    batch: int
+    seq: int
+    itemsize: int
+
+
+def layers_of(net: nn.Module) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Return the parameters of each of the layers, as FSDP2 wraps them, and of all that is in none."""
+    lists = [m for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    layers: list[list[Tensor]] = [list(layer.parameters()) for layer in max(lists, key=len, default=nn.ModuleList())]
+    known = {id(p) for some in layers for p in some}
+    return layers, [p for p in net.parameters() if id(p) not in known]
+
+
+class Strategy(ABC):
+    """What all strategies tell.
+
+    Attributes:
+        gpus: how many processes there are, of one device each.
+    """
+
+    gpus: int
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """One of NAMES, or "" for one process."""
+
+    def split(self, name: str, p: Tensor) -> Split | None:
+        """Return how a parameter and its gradient are split, or None."""
+        return None
+
+    def kept(self, declared: Sequence[Declared]) -> Iterable[Declared]:
+        """Return those whose state the process keeps that keeps most."""
+        return declared
+
+    def gathered(self, net: nn.Module, declared: Sequence[Declared], size: Size) -> int:
+        """Return what the strategy itself holds: buckets of gradients, or gathered layers."""
+        return 0
+
+    def traffic(self, net: nn.Module, declared: Sequence[Declared], size: Size, tokens: Tokens) -> Traffic:
+        """Return what one process sends in a step, of a model's parameters and those that are trained."""
+        return Traffic()
+
+    # ---- of any -----------------------------------------------------------------------------------------------------
+
+    def piece(self, name: str, p: Tensor) -> Tensor:
+        """Return the largest piece of a parameter that a process holds, on the meta device."""
+        shape, split = [*p.shape], self.split(name, p)
+        if split is not None:
+            shape[split.axis] = ceil(shape[split.axis] / split.processes)
+        return torch.empty(shape, dtype=p.dtype, device="meta")
+
+    def pieces(self, declared: Iterable[Declared]) -> list[Declared]:
+        """Return what is known of the largest pieces."""
+        found = []
+        for name, p, config, plan in declared:
+            split = self.split(name, p)
+            if split is not None:
+                plan = Plan.of(p, config, name, split=split)
+            found.append(Declared(name, self.piece(name, p), config, plan))
+        return found
+
+    def held(self, net: nn.Module, size: Size) -> int:
+        """Return the bytes of one process's pieces of all parameters."""
+        return weight_bytes([self.piece(name, p) for name, p in net.named_parameters()], size)
+
+    @property
+    def activation_pieces(self) -> int:
+        """Into how many pieces the activations inside of attention and feed-forward are split."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Alone(Strategy):
+    """One process, which holds all and sends nothing."""
+
+    gpus: int = 1
+
+    @property
+    @override
+    def name(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Replicated(Strategy):
+    """DistributedDataParallel: every process holds all; gradients are all-reduced, refreshes are shared out.
+
+    Attributes:
+        projected: whether projected gradients are reduced in the place of those of the matrices.
+    """
+
+    gpus: int
+    projected: bool = False
+
+    @property
+    @override
+    def name(self) -> str:
+        return "ddp"
+
+    @override
+    def gathered(self, net: nn.Module, declared: Sequence[Declared], size: Size) -> int:
+        """DDP copies gradients into buckets, of the same size."""
+        return self._reduced(declared, size)
+
+    @override
+    def traffic(self, net: nn.Module, declared: Sequence[Declared], size: Size, tokens: Tokens) -> Traffic:
+        matrices = [one for one in declared if one.config.low_rank]
+        step, refresh = 0.0, sum(basis_bytes(one.plan) / gap_of(one) for one in matrices)
+        if self.projected:
+            step = reduced(sum(projected_bytes(one.plan, one.config) for one in matrices), self.gpus)
+            refresh += sum(reduced(weight_bytes([one.weight], size), self.gpus) / gap_of(one) for one in matrices)
+        return Traffic(gradients=reduced(self._reduced(declared, size), self.gpus), step=step, refresh=refresh)
+
+    def _reduced(self, declared: Sequence[Declared], size: Size) -> int:
+        """Return the bytes of the gradients that DDP adds up."""
+        return weight_bytes([one.weight for one in declared if not (self.projected and one.config.low_rank)], size)
+
+
+@dataclass(frozen=True)
+class Owned(Replicated):
+    """DistributedDataParallel where every parameter has an owner that keeps its state (`shard_state`)."""
+
+    @property
+    @override
+    def name(self) -> str:
+        return "ddp_sharded"
+
+    @override
+    def kept(self, declared: Sequence[Declared]) -> Iterable[Declared]:
+        owner = owners([one.plan.nbytes for one in declared], self.gpus)
+        shares = [[one for one, rank in zip(declared, owner, strict=True) if rank == i] for i in {*owner}]
+        return max(shares, key=lambda share: sum(one.plan.nbytes for one in share))
+
+    @override
+    def traffic(self, net: nn.Module, declared: Sequence[Declared], size: Size, tokens: Tokens) -> Traffic:
+        """Owners send the weights in the place of bases."""
+        weights = passed(weight_bytes([one.weight for one in declared], size), self.gpus)
+        return replace(super().traffic(net, declared, size, tokens), step=weights, refresh=0)
+
+
+@dataclass(frozen=True)
+class Sharded(Strategy):
+    """FSDP2: the first axis of every parameter is split over `shards` processes, and copied to others (HSDP).
+
+    Attributes:
+        shards: processes over which one copy of the model is split.
+    """
+
+    gpus: int
+    shards: int
+
+    @property
+    @override
+    def name(self) -> str:
+        return "fsdp2" if self.shards == self.gpus else "hsdp"
+
+    @override
+    def split(self, name: str, p: Tensor) -> Split | None:
+        return Split(0, self.shards)
+
+    @override
+    def gathered(self, net: nn.Module, declared: Sequence[Declared], size: Size) -> int:
+        """The root's parameters stay gathered; of the layers one is in use, the next one on its way, and one's
+        gradient whole."""
+        inside, rest = layers_of(net)
+        layers, root = [weight_bytes(some, size) for some in inside], weight_bytes(rest, size)
+        return root + 3 * max(layers, default=0)
+
+    @override
+    def traffic(self, net: nn.Module, declared: Sequence[Declared], size: Size, tokens: Tokens) -> Traffic:
+        inside, rest = layers_of(net)
+        layers, root = [weight_bytes(some, size) for some in inside], weight_bytes(rest, size)
+        trained = weight_bytes([one.weight for one in declared], size)
+        copies = reduced(trained / self.shards, self.gpus // self.shards)
+        return Traffic(
+            weights=passed(root + 2 * sum(layers), self.shards),  # layers once more for the backward pass
+            gradients=passed(trained, self.shards) + copies,
+            step=sum(exchanged(one, self.split(one.name, one.weight)) for one in declared),
+            refresh=sum(refreshed(one, self.split(one.name, one.weight), size) for one in declared),
+        )
+
+
+@dataclass(frozen=True)
+class Tensors(Strategy):
+    """Tensor parallel: matrices are split by the model's own plan (transformers' `base_model_tp_plan`).
+
+    Attributes:
+        plan: "colwise", "rowwise" or another word, by a parameter's module, `*` for numbers.
+    """
+
+    gpus: int
+    plan: Mapping[str, str]
+    AXES: ClassVar[Mapping[str, int]] = {
+        "colwise": 0,
+        "colwise_rep": 0,
+        "colwise_gather_output": 0,
+        "embedding_rowwise": 0,
+        "rowwise": 1,
+    }
+
+    @property
+    @override
+    def name(self) -> str:
+        return "tp"
+
+    @override
+    def split(self, name: str, p: Tensor) -> Split | None:
+        module = re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0])
+        axis = self.AXES.get(self.plan.get(module, ""))
+        if axis is None or axis >= p.dim():
+            return None
+        return Split(axis, self.gpus)
+
+    @override
+    def traffic(self, net: nn.Module, declared: Sequence[Declared], size: Size, tokens: Tokens) -> Traffic:
+        """Two all-reduces of a layer's width forward, two backward."""
+        config = getattr(net, "config", None)
+        width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
+        once = tokens.batch * tokens.seq * width * tokens.itemsize
+        return Traffic(
+            activations=4 * layers * reduced(once, self.gpus),
+            step=sum(exchanged(one, self.split(one.name, one.weight)) for one in declared),
+            refresh=sum(refreshed(one, self.split(one.name, one.weight), size) for one in declared),
+        )
+
+    @property
+    @override
+    def activation_pieces(self) -> int:
+        return self.gpus
+
+
+NAMES = ("ddp", "ddp_sharded", "fsdp2", "hsdp", "tp")
+NODE = 8
+"""Processes of one machine, over which `hsdp` splits a copy of the model: these, or the next lower divisor."""
+
+
+def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]) -> Strategy:
+    """Return a strategy by its name.
+
+    Args:
+        name: one of NAMES, or "" for the usual one.
+        gpus: processes, of one device each.
+        net: the model.
+        options: of the optimizer: `shard_state` and `reduce_projected` are looked at.
+
+    Raises:
+        ValueError: for a name that is none of these, too few processes, or a model that has no plan for it.
+    """
+    if gpus < 1:
+        raise ValueError(f"gpus must be at least 1, got {gpus}")
+    if name and name not in NAMES:
+        raise ValueError(f"strategy must be one of {', '.join(NAMES)}, got {name!r}")
+    if gpus == 1:
+        if name:
+            raise ValueError(f"strategy={name} needs more than one process: set gpus")
+        return Alone()
+    if name == "fsdp2":
+        return Sharded(gpus, gpus)
+    if name == "hsdp":
+        shards = max(n for n in range(1, min(NODE, gpus - 1) + 1) if gpus % n == 0)
+        if shards == 1:
+            raise ValueError(f"hsdp splits over some processes and copies to others: {gpus} cannot be divided so")
+        return Sharded(gpus, shards)
+    if name == "tp":
+        plan = getattr(net, "_tp_plan", None) or {}
+        if not plan:
+            raise ValueError(f"{type(net).__name__} has no plan for tensor parallel training: take fsdp2 or ddp")
+        return Tensors(gpus, dict(plan))
+    owned = name == "ddp_sharded" or options.get("shard_state", False)
+    return (Owned if owned else Replicated)(gpus, bool(options.get("reduce_projected", False)))
+
+
+def reduced(bytes_: float, processes: int) -> float:
+    """Return what one process sends to all-reduce a buffer."""
+    return 2 * passed(bytes_, processes)
+
+
+def passed(bytes_: float, processes: int) -> float:
+    """Return what one process sends to gather or scatter a buffer that is this large as a whole."""
+    return bytes_ * (processes - 1) / processes
+
+
+def basis_bytes(plan: Plan) -> int:
+    """Return the bytes of the whole bases of one parameter, as they travel: in fp32."""
+    return sum(4 * buffer.numel for buffer in plan.buffers.values() if buffer.slot.lifetime == "basis")
+
+
+def gap_of(one: Declared) -> int:
+    """Return the steps between two refreshes."""
+    return int(one.config.options.get("update_proj_gap", 1))
+
+
+def splits_rows(one: Declared, split: Split | None) -> bool:
+    """Tell whether what is split of a matrix are its rows, seen wide: then R is a sum over processes."""
+    layout = one.plan.layout
+    if layout is None or split is None or (layout.batch and split.axis == 0):
+        return False
+    return (split.axis - len(layout.batch) == 0) is not layout.transposed
+
+
+def exchanged(one: Declared, split: Split | None) -> float:
+    """Return what one process sends in an ordinary step of one parameter: R is scattered, and Z gathered."""
+    if split is None or not splits_rows(one, split):
+        return 0
+    layout = one.plan.layout
+    assert layout is not None
+    norms = 4 * layout.n if one.config.parts.reconstruction.by_columns and one.config.parts.needs_gradient else 0
+    return 2 * passed(projected_bytes(one.plan, one.config) + norms, split.processes)
+
+
+def refreshed(one: Declared, split: Split | None, size: Size) -> float:
+    """Return what one process sends for the refreshes of one parameter, by the step: its gradient, and the bases."""
+    if split is None or not one.config.low_rank:
+        return 0
+    piece = weight_bytes([one.weight], size) / split.processes
+    return (piece + basis_bytes(one.plan)) / gap_of(one)

@@ -1,0 +1,34 @@
+"""What the planner says that each process holds and sends, against what it holds and sends on gloo."""
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import torchrun
+
+from distributed.worker_planner import GAP, llama
+from hf_lowrank import estimate_memory
+
+
+pytestmark = pytest.mark.processes
+WORKER = Path(__file__).parent / "worker_planner.py"
+NAMES = ["galore_dominant_adamw", "fira_adamw"]
+
+
+@pytest.mark.parametrize("processes, strategies", [(2, ["ddp", "fsdp2"])], ids=str)
+def test_bytes_of_each_process(processes, strategies, tmp_path):
+    output = tmp_path / "bytes.json"
+    result = torchrun(processes, WORKER, output, ",".join(strategies), *NAMES)
+    assert output.exists(), result.stderr[-4000:]
+    for name, found in json.loads(output.read_text()).items():
+        for strategy, one in found.items():
+            said = estimate_memory(
+                llama(), name, rank=8, dtype="fp32", batch=2, seq=32, gpus=processes, strategy=strategy,
+                options={"update_proj_gap": GAP},
+            )  # fmt: skip
+            assert (one["state"], one["weights"]) == (said.state, said.weights), (name, strategy)
+            # flags of finiteness, reports of refreshes and sums of limiters are some numbers a matrix: not counted
+            few = 24 * 4 * len(list(llama().parameters()))
+            passes = said.sent.weights + said.sent.activations + said.sent.gradients
+            for what, sent in {"passes": passes, "step": said.sent.step, "refresh": said.sent.refresh}.items():
+                assert sent <= one[what] + 1 <= sent + few, (name, strategy, what)
