@@ -1,0 +1,151 @@
+"""What the papers say of one method beside another, tried at this size: pairs of rows at equal trials.
+
+    python recipes/studies/claims.py                # trains what is missing, then prints the table
+    python recipes/studies/claims.py --print        # the table alone
+
+Models, text, search and scores are those of compare_methods.py, recorded in claims.jsonl; bases are refreshed every 25
+steps. A claim is "reproduced" where the 95 % interval of the difference, paired by seed, is on its side of zero, "the
+opposite" where it is on the other, and "not decidable here" where it holds zero. Betas are the papers' (0.9, 0.999)
+but where they are what is tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from hf_lowrank import METHODS  # noqa: E402
+from hf_lowrank.methods.resolve import split  # noqa: E402
+from recipes.glue.tables import markdown  # noqa: E402
+from recipes.shared.common import require_at_least  # noqa: E402
+from recipes.studies.compare_methods import Record, Study, only_one, several  # noqa: E402
+from recipes.studies.compare_rows import LONG_MEMORY, Row  # noqa: E402
+from recipes.studies.compare_tables import paired, text  # noqa: E402
+
+
+FILE = HERE / "claims.jsonl"
+USUAL = ((0.9, 0.999),)
+GAP = 25
+"""Steps between refreshes: so that a training of 300 has twelve bases."""
+
+
+def _row(method: str, betas: Sequence[tuple[float, float]] = USUAL, **options: Any) -> Row:
+    """Return a row by its method and options, which are its name."""
+    name = ", ".join([method, *(f"{key}={value}" for key, value in options.items())])
+    own = "update_proj_gap" in METHODS[split(method)[0]].defaults  # LDAdam follows the gradient at every step
+    gap = {} if own else {"update_proj_gap": GAP}
+    return Row(name if tuple(betas) == USUAL else f"{name}, b2 tuned", method, {**gap, **options}, tuple(betas))
+
+
+DOMINANT, I3S, FIRA = _row("galore_dominant_adamw"), _row("galore_i3s_adamw"), _row("fira_adamw")
+COMPENSATED = {"moments": "adam", "reconstruction": "compensation", "scale": 0.3}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one row ends with a lower loss than another.
+
+    Attributes:
+        paper: who says so, by arXiv number.
+        says: in words.
+        first, second: the row that is to be better, and the other.
+    """
+
+    paper: str
+    says: str
+    first: Row
+    second: Row
+
+
+CLAIMS = (
+    Claim("2502.05790", "I3S beats the dominant subspace, with Adam", I3S, DOMINANT),
+    Claim("2502.05790", "... with Fira", _row("fira_i3s_adamw"), FIRA),
+    Claim("2502.05790", "... with Adafactor", _row("galore_i3s_adafactor"), _row("galore_dominant_adafactor")),
+    Claim("2502.05790", "... with Adam-mini", _row("galore_i3s_adam_mini"), _row("galore_dominant_adam_mini")),
+    Claim("2502.05790", "... with 8-bit Adam", _row("galore_i3s_adamw_8bit"), _row("galore_dominant_adamw_8bit")),
+    Claim("2502.05790", "dominant first and I3S later beats I3S", _row("galore_hybrid_adamw"), I3S),
+    Claim("2502.05790", "I3S beats a random subspace", I3S, _row("galore_random_adamw")),
+    Claim("2502.05790", "I3S beats uniform sampling of singular vectors", I3S, _row("galore_uniform_adamw")),
+    Claim("2410.01623", "Fira beats GaLore", FIRA, DOMINANT),
+    Claim("2502.01586", "SubTrack is as good as GaLore or better", _row("subtrack_adamw"), DOMINANT),
+    Claim("2502.01586", "moments carried into the new basis help",
+          _row("galore_dominant_adamw", on_refresh="rotate_variance"), DOMINANT),
+    Claim("2410.16029", "Natural GaLore beats GaLore", _row("natural_galore_adamw"), DOMINANT),
+    Claim("2410.16103", "LDAdam beats GaLore", _row("ldadam"), DOMINANT),
+    Claim("2410.11289", "GoLore beats GaLore", _row("golore_adamw"), DOMINANT),
+    Claim("2502.07752", "compensation helps: Alice beats its own subspace without it", _row("alice_adamw"),
+          _row("lowrank", subspace="alice", moments="adam", reconstruction="project", scale=0.3)),
+    Claim("2502.07752", "the basis matters: Alice's with compensation beats a random one with it", _row("alice_adamw"),
+          _row("lowrank", subspace="random", **COMPENSATED)),
+    Claim("-", "Fira gains from its residual, not from b2: it beats GaLore whose b2 is tuned", FIRA,
+          _row("galore_dominant_adamw", LONG_MEMORY)),
+    Claim("-", "Alice gains from its residual, not from b2: it beats GaLore whose b2 is tuned", _row("alice_adamw"),
+          _row("galore_dominant_adamw", LONG_MEMORY)),
+    Claim("-", "APOLLO gains from its rule, not from b2: it beats GaLore whose b2 is tuned",
+          _row("apollo_random_adamw"), _row("galore_dominant_adamw", LONG_MEMORY)),
+)  # fmt: skip
+"""In the order of their recording: the first rows are in most pairs."""
+
+
+def rows() -> tuple[Row, ...]:
+    """Return every row of every claim, once."""
+    return tuple({row.name: row for claim in CLAIMS for row in (claim.first, claim.second)}.values())
+
+
+def verdict(difference: tuple[float, float] | None) -> str:
+    """Return what an interval of first minus second says of a claim."""
+    if difference is None or difference[1] == inf:
+        return "not tried"
+    middle, half = difference
+    if middle + half < 0:
+        return "reproduced"
+    return "the opposite" if middle - half > 0 else "not decidable here"
+
+
+def table(record: Record, size: str, steps: int) -> str:
+    """Return every claim with its difference and verdict, as Markdown."""
+    lines = []
+    for claim in CLAIMS:
+        first, second = (
+            {seed: inf if run["score_loss"] is None else run["score_loss"] for seed, run in scores.items()}
+            for scores in (record.scores(row, size, steps) for row in (claim.first, claim.second))
+        )
+        difference = paired(first, second)
+        shown = "-" if difference is None else text(difference, sign="+")
+        seeds = len(first.keys() & second.keys())
+        lines.append([claim.says, claim.paper, shown, str(seeds), verdict(difference)])
+    return markdown(["claim", "arXiv", "first minus second", "seeds", "here"], lines)
+
+
+def main() -> None:
+    """Train what is missing, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, default=FILE, help="where results are recorded")
+    parser.add_argument("--size", default="small", choices=("tiny", "small", "large"), help="of the model")
+    parser.add_argument("--steps", type=int, default=300, help="of a training; 1024 tokens each")
+    parser.add_argument("--trials", type=int, default=6, help="trials of every row")
+    parser.add_argument("--most", type=int, default=12, help="trials of a row whose best stays at an edge")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds that score, from 2 on")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, default=inf, help="start nothing new after this time")
+    parser.add_argument("--print", action="store_true", help="print the table of what is recorded, and run nothing")
+    args = parser.parse_args()
+    require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
+    if not args.print:
+        study = Study(rows(), args.size, args.steps, args.trials, args.most, args.seeds)
+        with only_one(args.file):
+            several(study, Record(args.file), time.monotonic() + 60 * args.minutes, args.jobs)
+    print(table(Record(args.file), args.size, args.steps))
+
+
+if __name__ == "__main__":
+    main()
