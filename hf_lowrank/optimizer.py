@@ -145,7 +145,7 @@ class LowRankOptimizer(Optimizer):
         super().add_param_group({**group, **config.options, "method": config.method, "format": FORMAT_VERSION})
         try:
             check_numbers(self.param_groups[-1])
-            check_parameters(self.param_groups[-1], config.low_rank)
+            check_parameters(self.param_groups[-1], config)
         except ValueError:
             self.param_groups.pop()
             raise

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_lowrank.engine.checkpoint import STRUCTURE
 from hf_lowrank.engine.plan import Plan
+from hf_lowrank.engine.sharding import check_weight
 from hf_lowrank.methods import options as opt
 from hf_lowrank.methods.dense import SAME, SplitOptions
 from hf_lowrank.methods.registry import KINDS
@@ -42,7 +43,7 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be {what} in [0, {below:g}), got {group[name]!r}")
 
 
-def check_parameters(group: Mapping[str, Any], low_rank: bool) -> None:
+def check_parameters(group: Mapping[str, Any], config: Config) -> None:
     """Refuse parameters that cannot be trained."""
     names, count = group.get("param_names"), len(group["params"])
     if names is not None and len(names) != count:
@@ -51,11 +52,12 @@ def check_parameters(group: Mapping[str, Any], low_rank: bool) -> None:
         name = group["param_names"][i] if "param_names" in group else f"{i} of a group"
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"parameter {name} is {p.dtype}; train it in float32, bfloat16 or float16, or freeze it")
-        if low_rank and (p.dim() not in (2, 3) or 0 in p.shape):
+        if config.low_rank and (p.dim() not in (2, 3) or 0 in p.shape):
             raise ValueError(
                 f"parameter {name} has shape {tuple(p.shape)}; only matrices and stacks of matrices are projected. "
                 "Put it in a group without 'rank'. (FSDP1 and DeepSpeed's ZeRO flatten parameters: use FSDP2 or DDP.)"
             )
+        check_weight(name, p, config)
 
 
 def check_materialized(groups: Sequence[Mapping[str, Any]]) -> None:

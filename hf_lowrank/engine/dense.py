@@ -19,6 +19,7 @@ from hf_lowrank.state.slots import Stored
 from hf_lowrank.state.view import View
 from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.layout import local
+from hf_lowrank.tensors.splits import team_of
 
 
 class DenseStep(Unit):
@@ -47,6 +48,7 @@ class DenseStep(Unit):
         self.weights, self.stored, self.config, self.plans = weights, stored, config, plans
         self.group, self.indices, self.rule = group, indices, config.dense_rule
         self.mesh = weights[0].device_mesh if isinstance(weights[0], DTensor) else None
+        self.pieces = team_of(weights[0])
         self.device, self.shapes = weights[0].device, [weight.shape for weight in weights]
         held = [{key: local(tensor) for key, tensor in one.items()} for one in stored]
         self.views = [View(one, plan.buffers, plan.encodings) for one, plan in zip(held, plans, strict=True)]
@@ -91,7 +93,7 @@ class DenseStep(Unit):
         W, G, ctx = self._here(self.weights[i]), self._grad(i).float(), self._context(i)
         with self.views[i].writing() as s:
             rule = self.rule.update(s, G.flatten(1).mT if G.dim() > 1 else G.reshape(-1), ctx)
-            N = yield from asking(rule, "columns" if self.mesh is not None else "")
+            N = yield from asking(rule, {"columns": self.pieces})
             step = (N.mT if G.dim() > 1 else N).reshape(W.shape)
             image = W.float()
             image.mul_(1 - ctx.lr * ctx.weight_decay).sub_(step, alpha=ctx.lr * self.rule.step_scale(ctx))
@@ -126,7 +128,6 @@ class DenseStep(Unit):
 
     def _context(self, i: int) -> Context:
         weight = self.weights[i]
-        place = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else 0
         ctx = context_of(
             self.stored[i],
             self.config,
@@ -137,7 +138,7 @@ class DenseStep(Unit):
             written=False,
             m=0,
             r=0,
-            offset=place,
+            place=self.pieces.rank if self.pieces else 0,
             device=weight.device,
             weight=weight,
         )

@@ -49,7 +49,7 @@ class Resolved:
             if now == before and isinstance(lr, float) and 0 <= lr < inf:
                 continue
             check_numbers(group)
-            check_parameters(group, config.low_rank)
+            check_parameters(group, config)
             self._known[i] = group, edited(group, config, plans)
             self._changed |= self._known[i][1] is not config or before is None or now["params"] != before["params"]
             self._seen[i] = now

@@ -39,11 +39,11 @@ class MatrixStep(Unit):
         assert plan.layout is not None
         self.weight, self.config, self.plan, self.group, self.index = weight, config, plan, group, index
         self.layout, self.stored, self.device, self.mesh = plan.layout, stored, weight.device, plan.layout.mesh
-        held = {key: local(tensor) for key, tensor in stored.items()} if self.layout.along else stored
+        held = {key: local(tensor) for key, tensor in stored.items()} if self.mesh is not None else stored
         self.view = View(held, plan.buffers, plan.encodings)
         exact = config.options.get("basis_format", "fp32") == "fp32"
         self.isometric = config.parts.subspace.orthonormal and exact
-        self.summed = "columns" if self.layout.along in ("rows", "columns") else ""  # axis of R that is split, or ""
+        self.pieces = plan.layout.team
         self.keeps_gradient = config.parts.needs_gradient
         self.shape = weight.shape
         self.norms: Tensor | None = None  # of the columns of this gradient, if they are known
@@ -82,7 +82,9 @@ class MatrixStep(Unit):
         """The algorithm: absorb, project, one finite flag, moments, combine, write."""
         rules, ctx, basis = self.config.parts, self.context(), self.basis_in_use()
         G: Tensor | None
-        G, fresh = yield from asking(rules.reconstruction.absorb(self.view, self.gradient, ctx), self.layout.along)
+        G, fresh = yield from asking(
+            rules.reconstruction.absorb(self.view, self.gradient, ctx), self.layout.over_gradient
+        )
         R = basis.project(G)  # (..., r, n)
         if not self.keeps_gradient:
             G = None  # the layerwise mode frees it while this waits
@@ -90,11 +92,11 @@ class MatrixStep(Unit):
             self._skip_()
             return
         with self.view.writing() as s:
-            yield from asking(rules.subspace.observe(s, R, ctx), self.summed)
-            N = yield from asking(rules.moments.update(s, R, ctx), self.summed)
+            yield from asking(rules.subspace.observe(s, R, ctx), self.layout.over_projected)
+            N = yield from asking(rules.moments.update(s, R, ctx), self.layout.over_projected)
             c_t = rules.moments.step_scale(ctx)
             norms = ColumnNorms(G, basis, self.isometric, self.column_norms())
-            U = yield from asking(rules.reconstruction.combine(s, norms, R, N, c_t, ctx), self.summed)
+            U = yield from asking(rules.reconstruction.combine(s, norms, R, N, c_t, ctx), self.layout.over_projected)
             self._write_(basis, G, U, c_t, ctx)
             for name, value in fresh.items():
                 s[name].copy_(value)
@@ -106,7 +108,7 @@ class MatrixStep(Unit):
 
     def _read(self, R: Tensor) -> Tensor:
         """Return R, or the norms of its columns where a rule looks at those anyway and R is the gradient."""
-        if not self.config.parts.reads_norms:
+        if not self.config.parts.reads_norms or self.layout.rows.team:
             return R
         if self.norms is None:
             self.norms = kernels.column_norms(R)
@@ -152,7 +154,7 @@ class MatrixStep(Unit):
 
     def seen_wide(self, tensor: Tensor) -> Tensor:
         """Return this process's piece of a weight or gradient, short side first."""
-        piece = local(tensor) if self.layout.along else tensor
+        piece = local(tensor) if self.mesh is not None else tensor
         return piece.mT if self.layout.transposed else piece
 
     @property
@@ -173,7 +175,7 @@ class MatrixStep(Unit):
 
     def placed(self, basis: Basis) -> Basis:
         """Return a basis for all rows as one for the rows of this process's piece."""
-        return RowsOf(basis, self.layout) if self.layout.along == "rows" else basis
+        return RowsOf(basis, self.layout) if self.layout.rows.team else basis
 
     def context(self, *, refreshing: bool = False, number: int | None = None) -> Context:
         """Gather what the parts may know: of the basis in use, of the one being chosen, or of basis `number`."""
@@ -190,7 +192,7 @@ class MatrixStep(Unit):
             written=refreshing and self.config.parts.subspace.late and number > 0,
             m=self.layout.m,
             r=self.plan.r,
-            offset=self.layout.offset if self.layout.along else 0,
+            place=self.pieces.rank if self.pieces else 0,
             device=self.device,
             weight=self.weight,
         )

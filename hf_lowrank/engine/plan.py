@@ -14,7 +14,8 @@ from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state import view
 from hf_lowrank.state.slots import Buffer, Buffers, Slot, Slots, counter
 from hf_lowrank.state.view import Encodings
-from hf_lowrank.tensors.layout import Layout, chunks, local
+from hf_lowrank.tensors.layout import Layout, local
+from hf_lowrank.tensors.splits import Split, chunks, splits
 
 
 COUNTERS: Slots = {"step": counter(), "moment_step": counter(), "skipped": counter()}
@@ -87,7 +88,7 @@ def _of_matrix(layout: Layout, config: Config, name: str) -> Plan:
         **COUNTERS,
         **REFRESH,
     }
-    lengths = {"m": layout.m, "n": layout.columns, "r": r}
+    lengths = {"m": layout.m, "n": layout.projected.length, "r": r}
     piece = dict(zip("mn", layout.piece, strict=True))
     buffers = {key: slot.sized(piece if slot.held else lengths, layout.stack) for key, slot in slots.items()}
     if parts.subspace.whole and layout.transposed:  # moments lie as the weight does, with which they are read
@@ -102,7 +103,7 @@ def _columns_of(layout: Layout, config: Config, name: str) -> Columns:
     head = config.options.get("head_dim", 0)
     per_head = head and layout.n % head == 0 and _ATTENTION.search(name)
     block = (head if per_head else 1) if layout.transposed else 0
-    return Columns(layout.n, block, layout.offset if layout.along == "columns" else 0)
+    return Columns(layout.n, block, layout.projected.start)
 
 
 def _of_dense(weight: Tensor, config: Config, split: tuple[int, int] | None) -> Plan:
@@ -135,9 +136,8 @@ def _columns_of_dense(weight: Tensor, config: Config) -> Columns:
     return Columns(weight.shape[0] if weight.dim() else 1, 1, vector=weight.dim() < 2, tokens=tokens)
 
 
-def split_axis(weight: DTensor, plan: Plan, key: str) -> tuple[int, int] | None:
-    """Return (axis, whole length) along which a stored tensor is split over processes, or None if each holds all of
-    it.
+def split_axes(weight: DTensor, plan: Plan, key: str) -> dict[int, Split]:
+    """Return how the axes of a stored tensor are split over processes.
 
     Args:
         weight: the parameter.
@@ -146,17 +146,17 @@ def split_axis(weight: DTensor, plan: Plan, key: str) -> tuple[int, int] | None:
     """
     buffer, layout = plan.kept[key], plan.layout
     if buffer.slot.shared:
-        return None
+        return {}
     if layout is None:
-        axis = buffer.axis("n")
-        return None if axis is None else (axis, weight.shape[0])
-    if layout.along == "batch":
-        return 0, layout.batch[0]
-    if buffer.slot.lifetime == "basis":
-        return None
-    name = "m" if buffer.slot.held and layout.along == "rows" else "n"
-    axis = buffer.axis(name)
-    return None if axis is None else (axis, layout.m if name == "m" else layout.n)
+        own, axis = splits(weight), buffer.axis("n")
+        if axis == 0:  # it lies as the weight does
+            return {i: split for i, split in own.items() if i < len(buffer.shape)}
+        return {axis: own[0]} if axis is not None and 0 in own else {}
+    found = {0: layout.matrices} if layout.batch else {}
+    if buffer.slot.lifetime != "basis":
+        named = {"m": layout.rows, "n": layout.columns} if buffer.slot.held else {"n": layout.projected}
+        found |= {axis: split for name, split in named.items() if (axis := buffer.axis(name)) is not None}
+    return found
 
 
 def projected_bytes(plan: Plan, config: Config) -> int:
@@ -164,6 +164,6 @@ def projected_bytes(plan: Plan, config: Config) -> int:
     layout = plan.layout
     if layout is None:
         return 0
-    lengths = {"m": layout.m, "r": plan.r, "n": layout.columns}
+    lengths = {"m": layout.m, "r": plan.r, "n": layout.projected.length}
     axes = config.parts.subspace.projected.split()
     return 4 * prod(layout.stack) * prod(int(axis) if axis.isdigit() else lengths[axis] for axis in axes)

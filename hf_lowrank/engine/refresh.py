@@ -17,7 +17,7 @@ from hf_lowrank.engine.step import SYNC_ELEMENTS, Unit, Work, advance, asking
 from hf_lowrank.methods.parts import Carried
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels, products
-from hf_lowrank.tensors.layout import sharded
+from hf_lowrank.tensors.splits import Team
 
 
 UNKNOWN = -1.0
@@ -52,7 +52,7 @@ def refresh_(
         group = None if world == 1 else _group_of(mesh)
         for wave in waves(units, owners([costs[unit] for unit in units], world), wave_size(units)):
             refreshes = [Refresh(unit, chooser) for unit, chooser in wave]
-            advance([refresh.collect_() for refresh in refreshes], [None] * len(refreshes), [unit for unit, _ in wave])
+            advance([refresh.collect_() for refresh in refreshes], [None] * len(refreshes))
             for refresh in refreshes:
                 if refresh.owner == rank:
                     refresh.choose_(finite=all(flags.get(refresh.unit, (True,))))
@@ -79,13 +79,14 @@ def team(mesh: Any, *, share: bool) -> tuple[int, int]:
     """Return (rank, world size) of the processes that share the refreshes of a weight on this mesh."""
     if mesh is None and not share:
         return 0, 1
-    group = _group_of(mesh)
-    return dist.get_rank(group), dist.get_world_size(group)
+    if mesh is None:
+        return dist.get_rank(), dist.get_world_size()
+    return (all_of := Team.of(mesh)).rank, all_of.size
 
 
 def _group_of(mesh: Any) -> Any:
     """Return the processes of a mesh, or all of them."""
-    return dist.group.WORLD if mesh is None else mesh.get_group()
+    return dist.group.WORLD if mesh is None else Team.of(mesh).group
 
 
 class Refresh:
@@ -113,7 +114,7 @@ class Refresh:
         """Bring what the rule looks at to the process that chooses, and a copy of the whole basis to all."""
         unit, s = self.unit, self.unit.view
         rule = unit.config.parts.reconstruction
-        G, _ = yield from asking(rule.absorb(s, unit.gradient, self.ctx), unit.layout.along)
+        G, _ = yield from asking(rule.absorb(s, unit.gradient, self.ctx), unit.layout.over_gradient)
         self.absorbed = G if rule.needs_momentum else None
         self.gradient = unit.layout.whole(self.subspace.refresh_gradient(s, G, self.ctx), self.owner)
         self.new = {name: self._whole_stack(s[name]).clone() for name in s.bases}
@@ -134,7 +135,7 @@ class Refresh:
         total = kernels.squared_norm(G)  # (...)
         if not finite or (not step.at_once(G.device) and not bool(torch.isfinite(total.sum()))):
             return
-        live, stacked, split = total > 0, total.dim() > 0, self.unit.layout.along == "batch"
+        live, stacked, split = total > 0, total.dim() > 0, self.unit.layout.matrices.team is not None
         old = {name: tensor.clone() for name, tensor in self.new.items()} if stacked else {}
         s = self.unit.view.with_({**self.known, **self.new})
         sigma = self.subspace.refresh_(s, G, self.ctx)
@@ -157,8 +158,8 @@ class Refresh:
     def adopt_(self, overlap: float, first_interval: int | None) -> None:
         """Take over the basis that the owner chose, and carry the moments into it."""
         unit, layout, new = self.unit, self.unit.layout, self.new
-        if layout.along == "batch":
-            new = {name: x.narrow(0, layout.offset, layout.stack[0]) for name, x in new.items()}
+        if (matrices := layout.matrices).team is not None:
+            new = {name: x.narrow(0, matrices.start, matrices.length) for name, x in new.items()}
         with unit.view.writing(bases=True) as s:
             if self.ctx.number:
                 self._carry_over_(s, new)
@@ -192,17 +193,11 @@ class Refresh:
 
     def _whole_stack(self, tensor: Tensor) -> Tensor:
         """Return a basis for all matrices of a stack that is split over processes."""
-        layout = self.unit.layout
-        if layout.along != "batch":
-            return tensor
-        return sharded(tensor.contiguous(), layout.mesh, 0, layout.batch[0]).full_tensor()
+        return self.unit.layout.matrices.gathered(tensor, 0)
 
     def _whole_moment(self, tensor: Tensor) -> Tensor:
         """Return a moment as a whole."""
-        layout = self.unit.layout
-        if self.unit.summed:
-            return sharded(tensor.contiguous(), layout.mesh, tensor.dim() - 1, layout.n).full_tensor()
-        return self._whole_stack(tensor)
+        return self._whole_stack(self.unit.layout.projected.gathered(tensor, tensor.dim() - 1))
 
     def _schedule_next(self, interval: int, first_interval: int | None) -> None:
         s = self.unit.stored

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_lowrank.engine.plan import Plan, split_axis
+from hf_lowrank.engine.plan import Plan, split_axes
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state import view
 from hf_lowrank.state.slots import Stored
-from hf_lowrank.tensors.layout import check_sharding, chunks, local, sharded
+from hf_lowrank.tensors.layout import Layout, local
+from hf_lowrank.tensors.splits import sharded, splits
 
 
 def allocate(weight: Tensor, plan: Plan) -> Stored:
@@ -19,20 +20,15 @@ def allocate(weight: Tensor, plan: Plan) -> Stored:
     stored = view.allocate(plan.buffers, plan.encodings, local(weight))
     if not isinstance(weight, DTensor):
         return stored
-    places = {key: split_axis(weight, plan, key) for key in stored}
-    return {
-        key: tensor if (place := places[key]) is None else sharded(tensor, weight.device_mesh, *place)
-        for key, tensor in stored.items()
-    }
+    return {key: sharded(tensor, split_axes(weight, plan, key)) for key, tensor in stored.items()}
 
 
 def adopt(saved: Tensor, fresh: Tensor) -> Tensor:
     """Return a saved state tensor as this process wants it: its type kept, on the right device, split like `fresh`."""
     if isinstance(fresh, DTensor) and not isinstance(saved, DTensor):  # a checkpoint of an unsharded run
-        axis = fresh.placements[0].dim  # type: ignore[attr-defined]
-        lengths = chunks(fresh.shape[axis], fresh.device_mesh.size())
-        rank = fresh.device_mesh.get_local_rank()
-        fresh.to_local().copy_(saved.narrow(axis, sum(lengths[:rank]), lengths[rank]))
+        for axis, split in splits(fresh).items():
+            saved = saved.narrow(axis, split.start, split.length)
+        fresh.to_local().copy_(saved)
         return fresh
     # the device that trains has no room for two of them: what lies there already is taken over
     tensor = saved.detach().to(fresh.device, copy=saved.device.type == "cpu")
@@ -44,18 +40,45 @@ def whole_if_needed(saved: Any, weight: Tensor) -> Any:
     return saved.full_tensor() if isinstance(saved, DTensor) and not isinstance(weight, DTensor) else saved
 
 
-def check_weight(weight: Tensor, config: Config) -> None:
+def check_weight(name: str, weight: Tensor, config: Config) -> None:
     """Refuse a sharded weight that cannot be trained so.
+
+    Args:
+        name: what the weight is called.
+        weight: the parameter.
+        config: its method and options.
 
     Raises:
         ValueError: naming the way out.
     """
     if not isinstance(weight, DTensor):
         return
-    check_sharding(weight)
+    try:
+        axes = splits(weight)
+    except ValueError as error:
+        raise ValueError(f"parameter {name}: {error}") from None
+    if weight.device.type not in (weight.device_mesh.device_type, "meta"):
+        raise ValueError(
+            f"parameter {name} waits on the {weight.device.type} for a mesh of {weight.device_mesh.device_type} "
+            "(CPUOffloadPolicy), where its state could not be sharded: leave out the offload policy"
+        )
     if {config.options["state_format"], config.options["dense_state_format"]} != {"fp32"}:
         raise ValueError(
             "moments of sharded weights (FSDP2) are kept in fp32: leave out _8bit, state_format and dense_state_format"
         )
-    if config.options.get("proj_type") == "full":
+    if not config.by_matrix:
+        rule = config.dense_rule
+        if not rule.elementwise and axes.keys() - {0}:
+            raise ValueError(
+                f"{type(rule).__name__} looks at whole rows, which dense parameter {name} has on several processes "
+                f"({tuple(weight.placements)}): split its first axis, or set dense=adam"
+            )
+        return
+    layout, subspace = Layout.of(weight, config.options["proj_type"]), config.parts.subspace
+    if (layout.rows.team or layout.columns.team) and "n" not in subspace.projected.split():
         raise ValueError("proj_type=full does not run on sharded weights (FSDP2): use DDP, or another proj_type")
+    if layout.rows.team and not subspace.splits_rows:
+        raise ValueError(
+            f"{config.method} adds up neighbours along the axis on which {name} is split over processes "
+            f"({tuple(weight.placements)}): split the other axis, or use another method"
+        )

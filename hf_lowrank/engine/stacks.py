@@ -113,7 +113,7 @@ def stackable(unit: MatrixStep) -> bool:
     parts, layout = unit.config.parts, unit.layout
     return (
         step.at_once(unit.device)
-        and not layout.along
+        and layout.mesh is None
         and not layout.stack
         and unit.view.plain
         and not unit.config.options["layerwise"]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_lowrank.engine import collectives
 from hf_lowrank.tensors import kernels
+from hf_lowrank.tensors.splits import Team
 from hf_lowrank.tensors.sums import Max, Rule, Sum
 
 
@@ -42,7 +43,14 @@ class Reading(NamedTuple):
     tensors: list[Tensor]
 
 
-Work = Generator[Sum | Max | Reading, Any, T]
+class Asked(NamedTuple):
+    """What a rule asks of the processes that hold other pieces of an axis."""
+
+    request: Sum | Max
+    team: Team
+
+
+Work = Generator[Asked | Reading, Any, T]
 
 
 class Unit(ABC):
@@ -51,12 +59,14 @@ class Unit(ABC):
     Attributes:
         started: a step that waits for the answer to its reading.
         device: where the work is done.
-        mesh: the mesh over which the weights are split, or None.
+        mesh: the mesh on which the weights lie, or None.
+        pieces: the processes that hold the pieces of one copy of the weights, or None where each holds all of it.
     """
 
     started: tuple[Work[None], Reading] | None = None
     device: torch.device
     mesh: Any = None
+    pieces: Team | None = None
 
     @property
     @abstractmethod
@@ -99,8 +109,13 @@ def has_gradient(p: Tensor, shape: torch.Size) -> bool:
     return True
 
 
-def asking(rule: Rule[T], split: str) -> Work[T]:
-    """Finish a rule: a sum along the axis that is split over processes is asked for, any other is whole here."""
+def asking(rule: Rule[T], teams: Mapping[str, Team | None]) -> Work[T]:
+    """Finish a rule: a sum over an axis that is split over processes is asked for, any other is whole here.
+
+    Args:
+        rule: the rule.
+        teams: who holds other pieces of each axis.
+    """
     if not isinstance(rule, GeneratorType):
         return rule  # type: ignore[return-value]
     answer: Any = None
@@ -110,7 +125,8 @@ def asking(rule: Rule[T], split: str) -> Work[T]:
         except StopIteration as stop:
             result: T = stop.value
             return result
-        answer = (yield asked) if asked.over == split else asked.partial
+        team = teams.get(asked.over)
+        answer = (yield Asked(asked, team)) if team else asked.partial
 
 
 def finite(tensors: Sequence[Tensor]) -> list[bool]:
@@ -134,7 +150,7 @@ def start(units: Sequence[Unit]) -> list[Tensor]:
     """Start the steps that have not been: of units on one mesh. Return what all have read, which may be changed."""
     fresh = [unit for unit in units if unit.started is None]
     work = [unit.step_() for unit in fresh]
-    for unit, step, reading in zip(fresh, work, advance(work, [None] * len(work), units), strict=True):
+    for unit, step, reading in zip(fresh, work, advance(work, [None] * len(work)), strict=True):
         assert reading is not None
         unit.started = step, reading
     return [x for unit in units if unit.started for x in unit.started[1].tensors]
@@ -159,7 +175,7 @@ def run(units: Sequence[Unit], known: Mapping[Unit, list[bool]]) -> None:
         work.append(step)
         answers.append(known[unit] if unit in known else [next(flags) for _ in reading.tensors])
         del reading
-    advance(work, answers, units)
+    advance(work, answers)
 
 
 def agreed(flags: list[bool], units: Sequence[Unit]) -> list[bool]:
@@ -184,12 +200,13 @@ def foreseen(work: Sequence[Unit]) -> dict[Unit, list[bool]]:
     return known
 
 
-def advance(work: Sequence[Work[Any]], answers: Sequence[Any], units: Sequence[Any]) -> list[Reading | None]:
-    """Send every step its answer, and go on until it asks for a reading or ends; sums of a round travel together."""
+def advance(work: Sequence[Work[Any]], answers: Sequence[Any]) -> list[Reading | None]:
+    """Send every step its answer, and go on until it asks for a reading or ends; sums of a round over the same
+    processes travel together."""
     readings: list[Reading | None] = [None] * len(work)
     pending = dict(enumerate(answers))
     while pending:
-        round_: dict[int, Sum | Max] = {}
+        round_: dict[int, Asked] = {}
         for i, answer in pending.items():
             try:
                 asked = work[i].send(answer)
@@ -199,9 +216,10 @@ def advance(work: Sequence[Work[Any]], answers: Sequence[Any], units: Sequence[A
                 readings[i] = asked
             else:
                 round_[i] = asked
-        pending = {}
-        if round_:
-            pending = dict(zip(round_, collectives.answers([*round_.values()], group_of(units)), strict=True))
+        pending = dict.fromkeys(round_)
+        for team in dict.fromkeys(asked.team for asked in round_.values()):
+            some = {i: asked.request for i, asked in round_.items() if asked.team == team}
+            pending |= zip(some, collectives.answers([*some.values()], team.group), strict=True)
     return readings
 
 
@@ -218,16 +236,17 @@ def clip_(work: Sequence[Unit], max_norm: float) -> float:
     """
     total, readings = 0.0, list[Tensor]()
     for mesh in dict.fromkeys(unit.mesh for unit in work):
-        units = [unit for unit in work if unit.mesh == mesh]
-        some = start(units)
+        start([unit for unit in work if unit.mesh == mesh])
+    for pieces in dict.fromkeys(unit.pieces for unit in work):  # what is copied counts once
+        some = [x for unit in work if unit.pieces == pieces and unit.started for x in unit.started[1].tensors]
         if not some:
             continue
         good = finite(some)  # one that is not skips its parameter, and counts for nothing here
         squares = [kernels.sum_of_squares(x).double() for x, taken in zip(some, good, strict=True) if taken]
         device = some[0].device
         share = sum((square.to(device) for square in squares), torch.zeros((), device=device))
-        if (group := group_of(units)) is not None:
-            (share,) = collectives.sum_together([share.double()], group)
+        if pieces is not None:
+            (share,) = collectives.sum_together([share.double()], pieces.group)
         total += float(share)
         readings += some
     norm: float = total**0.5
@@ -237,9 +256,9 @@ def clip_(work: Sequence[Unit], max_norm: float) -> float:
 
 
 def group_of(units: Sequence[Any]) -> Any:
-    """Return the processes over which units on one mesh are split, or None."""
+    """Return all processes of the mesh on which units lie, or None."""
     mesh = units[0].mesh if units else None
-    return None if mesh is None else mesh.get_group()
+    return None if mesh is None else Team.of(mesh).group
 
 
 def _buckets(work: Sequence[Unit]) -> Iterator[list[Unit]]:

@@ -15,9 +15,10 @@ from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.refresh import team
 from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
-from hf_lowrank.engine.sharding import allocate, check_weight
+from hf_lowrank.engine.sharding import allocate
 from hf_lowrank.engine.stacks import Stack, stacked
 from hf_lowrank.methods.resolve import Config
+from hf_lowrank.tensors.splits import team_of
 
 
 class Declared(NamedTuple):
@@ -60,7 +61,6 @@ class Work:
             for _, p, _, plan in members:
                 self.plans[p] = plan
                 if not state[p]:
-                    check_weight(p, config)
                     state[p] = allocate(p, plan)
             if config.by_matrix:
                 steps = [
@@ -74,7 +74,9 @@ class Work:
             apart = bool(config.options["layerwise"] and config.parts.needs_gradient)  # stepped in the hooks
             together: dict[Any, list[tuple[int, Declared]]] = defaultdict(list)
             for i, one in enumerate(members, first):
-                together[i if apart else getattr(one.weight, "device_mesh", None)].append((i, one))
+                together[i if apart else (getattr(one.weight, "device_mesh", None), team_of(one.weight))].append(
+                    (i, one)
+                )
             for here in together.values():
                 weights, plans = [one.weight for _, one in here], [one.plan for _, one in here]
                 unit = DenseStep(weights, [state[p] for p in weights], config, plans, group, [i for i, _ in here])

@@ -50,7 +50,7 @@ class Context(NamedTuple):
         rank: the option.
         columns: what the columns of R are.
         key: (seed, index of the parameter in group order).
-        offset: where this process's piece of the weight starts.
+        place: which piece of the weight this process holds, counted from 0.
         device: where the weight is.
         weight: the parameter, which no rule writes; a DTensor where it is split over processes.
     """
@@ -74,7 +74,7 @@ class Context(NamedTuple):
     rank: float
     columns: Columns
     key: tuple[int, int]
-    offset: int
+    place: int
     device: torch.device
     weight: torch.Tensor
 
@@ -84,5 +84,5 @@ class Context(NamedTuple):
 
     def rounding(self, device: torch.device) -> Rounding:
         """Return how this step writes a weight of low precision, keyed by (seed, parameter, step)."""
-        key = (Stream.ROUNDING, *self.key, self.step, self.offset) if self.stochastic_rounding else None
+        key = (Stream.ROUNDING, *self.key, self.step, self.place) if self.stochastic_rounding else None
         return Rounding(key, device)

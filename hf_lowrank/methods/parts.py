@@ -79,6 +79,7 @@ class Subspace(Part, ABC):
         needs_momentum: whether a refresh looks at the first moment, which it finds as s["momentum"] (..., r, n).
         whole: whether R is the gradient itself.
         projected: axes of R, for one matrix.
+        splits_rows: whether the rows of a matrix, seen wide, may lie on several processes.
     """
 
     on_refresh: ClassVar[str] = "keep"
@@ -87,6 +88,7 @@ class Subspace(Part, ABC):
     needs_momentum: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     projected: ClassVar[str] = "r n"
+    splits_rows: ClassVar[bool] = True
 
     @property
     def needs_gradient(self) -> bool:

@@ -116,7 +116,13 @@ class Dense(Basis):
 
 @dataclass(frozen=True)
 class Identity(Basis):
-    """P = I: nothing is projected, and R is G (itself, where that is fp32)."""
+    """P = I: nothing is projected, and R is G (itself, where that is fp32).
+
+    Attributes:
+        m: rows.
+    """
+
+    m: int
 
     @override
     def project(self, G: Tensor) -> Tensor:
@@ -134,12 +140,33 @@ class Identity(Basis):
 
     @override
     def rows(self, start: int, length: int) -> Basis:
-        """
+        return SomeRows(self.m, start, length)
 
-        Raises:
-            ValueError: always: R would lie as the gradient does, and not as moments do.
-        """
-        raise ValueError("a whole gradient cannot be split by its rows: set proj_type=right")
+
+@dataclass(frozen=True)
+class SomeRows(Basis):
+    """Rows of the identity: R is the gradient where it has rows that are held, and zero elsewhere.
+
+    Attributes:
+        m: rows of R.
+        start, length: which are held.
+    """
+
+    m: int
+    start: int
+    length: int
+
+    @override
+    def project(self, G: Tensor) -> Tensor:
+        return torch.nn.functional.pad(G.float(), (0, 0, self.start, self.m - self.start - self.length))
+
+    @override
+    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        W.mul_(beta).add_(Z.narrow(-2, self.start, self.length), alpha=alpha)
+
+    @override
+    def rows(self, start: int, length: int) -> SomeRows:
+        return SomeRows(self.m, self.start + start, length)
 
 
 @dataclass(frozen=True)
@@ -242,7 +269,7 @@ class Blocks(Basis):
     def fold(self, X: Tensor) -> Tensor:
         """Return the sum over every block times the factor, (..., r, n), in fp32."""
         whole = self.m // self.size * self.size
-        blocks = X.narrow(-2, 0, whole).reshape(*X.shape[:-2], -1, self.size, X.shape[-1])
+        blocks = X.narrow(-2, 0, whole).reshape(*X.shape[:-2], self.m // self.size, self.size, X.shape[-1])
         folded = blocks.sum(-2, dtype=torch.float32)
         if whole < self.m:  # a short last block
             rest = X.narrow(-2, whole, self.m - whole).sum(-2, keepdim=True, dtype=torch.float32)

@@ -1,28 +1,29 @@
 """How a weight becomes a matrix seen wide: orientation, batch dimensions, and the piece that a process holds.
 
-Legend: a weight (..., rows, columns) is seen as (..., m, n), transposed where that puts the short side first. Under
-FSDP2 its first dimension is split over processes. Seen wide that splits
+Legend: a weight (..., rows, columns) is seen as (..., m, n), transposed where that puts the short side first. Any of
+its axes may be split over processes (tensors.splits): FSDP2 and column-wise tensor parallel split the first, row-wise
+the second, both together one or two, expert parallel the stack. Of the axes seen wide
 
-* `columns` (a transposed matrix): every process holds some columns of G, R and the moments; nothing travels in a step;
-* `rows`: every process holds some rows of G and of the basis, so R is a sum over processes. It is scattered over
-columns,
-  the moments live there, and the step's coefficients are gathered again;
-* `batch` (a stack of experts): every process holds some matrices whole.
+* `columns`: every process holds some columns of G, R and the moments; nothing travels in a step;
+* `rows`: every process holds some rows of G and of the basis, so R is a sum over those that hold other rows. It is
+  scattered over its columns, the moments live there, and the step's coefficients are gathered again;
+* `matrices` (a stack of experts): every process holds some matrices whole.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from hf_lowrank.tensors.bases import Basis
+from hf_lowrank.tensors.splits import First, Split, Team, gather_to, splits
 
 
 # torch 2.13 renames these two
@@ -65,138 +66,138 @@ class Layout:
     """How one weight lies: its wide shape as a whole, and the piece of it that this process holds.
 
     Attributes:
-        batch, m, n: the whole, seen wide: (*batch, m, n).
-        transposed: whether that is the transpose of the weight.
-        along: the axis that is split over processes, or "" for none.
-        mesh: the device mesh over which it is split, or None.
+        batch: lengths of the batch dimensions of the whole.
+        transposed: whether the wide view is the transpose of the weight.
+        matrices: how the stack is split over processes.
+        rows: how the m rows of the wide view are.
+        columns: how its n columns are.
     """
 
     batch: tuple[int, ...]
-    m: int
-    n: int
     transposed: bool
-    along: Literal["", "columns", "rows", "batch"] = ""
-    mesh: Any = None
+    matrices: Split
+    rows: Split
+    columns: Split
 
     @classmethod
     def of(cls, weight: Tensor, proj_type: str) -> Layout:
         """Describe a weight.
 
         Raises:
-            ValueError: for a sharding other than FSDP2's over the first dimension.
+            ValueError: for a sharding that is not supported.
         """
-        *batch, rows, columns = weight.shape
-        transposed = is_transposed(rows, columns, proj_type)
-        m, n = (columns, rows) if transposed else (rows, columns)
-        if not isinstance(weight, DTensor):
-            return cls(tuple(batch), m, n, transposed)
-        check_sharding(weight)
-        along: Any = "batch" if batch else "columns" if transposed else "rows"
-        return cls(tuple(batch), m, n, transposed, along, weight.device_mesh)
+        mesh, cut = (weight.device_mesh, splits(weight)) if isinstance(weight, DTensor) else (None, {})
+        axes = [cut.get(axis, Split(size, mesh)) for axis, size in enumerate(weight.shape)]
+        batch, (rows, columns) = tuple(weight.shape[:-2]), axes[-2:]
+        transposed = is_transposed(rows.size, columns.size, proj_type)
+        if transposed:
+            rows, columns = columns, rows
+        return cls(batch, transposed, axes[0] if batch else Split(1, mesh), rows, columns)
 
     def divided(self, axis: int, processes: int) -> Layout:
         """Return how the first of some processes would hold it, split along an axis of the weight."""
-        along: Any = "batch"
-        if axis >= len(self.batch):
-            along = "columns" if (axis == len(self.batch)) is self.transposed else "rows"
-        return replace(self, along=along, mesh=_First(processes))
+        order = ("columns", "rows") if self.transposed else ("rows", "columns")
+        cut = "matrices" if axis < len(self.batch) else order[axis - len(self.batch)]
+        axes = {
+            name: First(getattr(self, name).size, processes=processes if name == cut else 1)
+            for name in ("matrices", "rows", "columns")
+        }
+        return Layout(self.batch, self.transposed, **axes)
 
     @property
-    def group(self) -> Any:
-        """The processes over which it is split."""
-        return self.mesh.get_group()
+    def m(self) -> int:
+        """Rows of the whole."""
+        return self.rows.size
+
+    @property
+    def n(self) -> int:
+        """Columns of the whole."""
+        return self.columns.size
+
+    @property
+    def mesh(self) -> Any:
+        """The device mesh on which the weight lies, or None."""
+        return self.rows.mesh
 
     @cached_property
-    def lengths(self) -> list[int]:
-        """Length of every process's piece of the split axis: the last may be short or empty."""
-        size = {"columns": self.n, "rows": self.m, "batch": self.batch[0] if self.batch else 0}[self.along]
-        return chunks(size, self.mesh.size())
+    def projected(self) -> Split:
+        """How the columns of R and of the moments are split: as the weight's, and each piece again where rows are."""
+        return self.columns.cut(self.rows)
 
     @cached_property
-    def rank(self) -> int:
-        """This process's place among them."""
-        return self.mesh.get_local_rank() if self.along else 0
-
-    @property
-    def offset(self) -> int:
-        """Where this process's piece of the split axis starts."""
-        return sum(self.lengths[: self.rank]) if self.along else 0
-
-    @property
-    def columns(self) -> int:
-        """Columns of R, and of the moments, that this process holds."""
-        if self.along == "columns":
-            return self.lengths[self.rank]
-        return chunks(self.n, self.mesh.size())[self.rank] if self.along == "rows" else self.n
+    def team(self) -> Team | None:
+        """The processes that hold the pieces of one copy, or None where each holds all of it."""
+        dims = sorted((*self.matrices.order, *self.projected.order))
+        return Team(self.mesh, tuple(dims)) if dims else None
 
     @property
     def stack(self) -> tuple[int, ...]:
         """Batch dimensions of the piece that this process holds."""
-        return (self.lengths[self.rank],) if self.along == "batch" else self.batch
+        return (self.matrices.length, *self.batch[1:]) if self.batch else ()
+
+    @property
+    def piece(self) -> tuple[int, int]:
+        """(rows, columns) of this process's piece, seen wide."""
+        return self.rows.length, self.columns.length
+
+    @cached_property
+    def over_gradient(self) -> dict[str, Team | None]:
+        """Who holds other pieces of the gradient, by the axis that a rule sums over."""
+        return {"columns": self.columns.team, "rows": self.rows.team}
+
+    @cached_property
+    def over_projected(self) -> dict[str, Team | None]:
+        """Who holds other pieces of R, by the axis that a rule sums over."""
+        return {"columns": self.projected.team}
 
     def wide(self, tensor: Tensor) -> Tensor:
         """Return the wide view of this process's piece of a weight or gradient."""
         piece = local(tensor)
         return piece.mT if self.transposed else piece
 
-    @property
-    def piece(self) -> tuple[int, int]:
-        """(rows, columns) of this process's piece, seen wide."""
-        held = self.lengths[self.rank] if self.along else 0
-        return (held if self.along == "rows" else self.m, held if self.along == "columns" else self.n)
-
-    @property
-    def summed(self) -> bool:
-        """Whether a sum over the columns of R is a sum over processes."""
-        return self.along in ("rows", "columns")
+    @cached_property
+    def _scattered(self) -> list[tuple[int, int]]:
+        """(start, length) of what each process that holds rows gets of the columns that are held."""
+        assert self.rows.team is not None
+        pieces = (self.projected.piece(rank) for rank in self.rows.team.ranks)
+        return [(start - self.columns.start, length) for start, length in pieces]
 
     def scatter(self, R: Tensor) -> Tensor:
         """Sum R over processes that hold rows, and keep this process's columns of the sum."""
-        if self.along != "rows":
+        if self.rows.team is None:
             return R
-        world, width = self.mesh.size(), chunks(self.n, self.mesh.size())[0]
-        padded = torch.nn.functional.pad(R, (0, world * width - self.n))  # (k, world * width)
-        pieces = padded.view(*R.shape[:-1], world, width).movedim(-2, 0).contiguous()  # (world, k, width)
+        pieces = R.new_zeros(self.rows.team.size, *R.shape[:-1], max(length for _, length in self._scattered))
+        for piece, (start, length) in zip(pieces, self._scattered, strict=True):
+            piece.narrow(-1, 0, length).copy_(R.narrow(-1, start, length))
         mine = torch.empty_like(pieces[0])
-        _reduce_scatter(mine.view(-1), pieces.view(-1), group=self.group)
-        return mine.narrow(-1, 0, self.columns).contiguous()
+        _reduce_scatter(mine.view(-1), pieces.view(-1), group=self.rows.team.group)
+        return mine.narrow(-1, 0, self.projected.length).contiguous()
 
     def gather(self, Z: Tensor) -> Tensor:
-        """Undo `scatter` for coefficients: every process gets all columns."""
-        if self.along != "rows":
+        """Undo `scatter` for coefficients: every process gets all columns that it holds of the weight."""
+        if self.rows.team is None:
             return Z
-        world, width = self.mesh.size(), chunks(self.n, self.mesh.size())[0]
-        mine = torch.nn.functional.pad(Z, (0, width - Z.shape[-1])).contiguous()  # (k, width)
-        pieces = torch.empty(world, *mine.shape, dtype=mine.dtype, device=mine.device)
-        _all_gather(pieces.view(-1), mine.view(-1), group=self.group)
-        return pieces.movedim(0, -2).flatten(-2).narrow(-1, 0, self.n)
+        width = max(length for _, length in self._scattered)
+        mine = torch.nn.functional.pad(Z, (0, width - Z.shape[-1])).contiguous()
+        pieces = mine.new_empty(self.rows.team.size, *mine.shape)
+        _all_gather(pieces.view(-1), mine.view(-1), group=self.rows.team.group)
+        whole = Z.new_empty(*Z.shape[:-1], self.columns.length)
+        for piece, (start, length) in zip(pieces, self._scattered, strict=True):
+            whole.narrow(-1, start, length).copy_(piece.narrow(-1, 0, length))
+        return whole
 
     def whole(self, piece: Tensor, owner: int) -> Tensor | None:
-        """Gather pieces that lie like the gradient's, all seen wide, on one process; None on the others."""
-        if not self.along:
+        """Gather pieces that lie like the gradient's, seen wide, on one process of the mesh; None on the others."""
+        if self.team is None:
             return piece
-        piece, lengths = piece.mT if self.transposed else piece, self.lengths
-        padding = [0, 0] * (piece.dim() - 1) + [0, lengths[0] - piece.shape[0]]
-        padded = torch.nn.functional.pad(piece, padding).contiguous()
-        pieces = [torch.empty_like(padded) for _ in lengths] if self.rank == owner else None
-        dist.gather(padded, pieces, group=self.group, group_dst=owner)
-        if pieces is None:
+        rank = Team.of(self.mesh).ranks[owner]
+        if rank not in self.team.ranks:  # it has a copy of its own
             return None
-        full = torch.cat([x[:length] for x, length in zip(pieces, lengths, strict=True)])
-        return full.mT if self.transposed else full
-
-
-@dataclass(frozen=True)
-class _First:
-    """In the place of a mesh: the first of some processes that there are not."""
-
-    processes: int
-
-    def size(self) -> int:
-        return self.processes
-
-    def get_local_rank(self) -> int:
-        return 0
+        rows, columns = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+        axes = {piece.dim() - 2: rows, piece.dim() - 1: columns, **({0: self.matrices} if self.batch else {})}
+        # as the weight lies, so that what is computed of it does not depend on the mesh
+        full = gather_to(piece.mT if self.transposed else piece, axes, self.team, self.team.ranks.index(rank))
+        return full.mT if self.transposed and full is not None else full
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class RowsOf(Basis):
     @cached_property
     def here(self) -> Basis:
         """The basis for the rows of this process's piece."""
-        return self.whole.rows(self.layout.offset, self.layout.piece[0])
+        return self.whole.rows(self.layout.rows.start, self.layout.rows.length)
 
     @override
     def project(self, G: Tensor) -> Tensor:
@@ -254,34 +255,3 @@ class RowsOf(Basis):
     @override
     def columns(self, x: Tensor) -> Tensor:
         return self.layout.scatter(x)
-
-
-def sharded(tensor: Tensor, mesh: Any, axis: int, size: int) -> DTensor:
-    """Return a process's piece of state as a DTensor split over the mesh along `axis`, `size` long as a whole."""
-    shape = list(tensor.shape)
-    shape[axis] = size
-    stride = [1] * len(shape)
-    for i in reversed(range(len(shape) - 1)):
-        stride[i] = stride[i + 1] * max(shape[i + 1], 1)
-    return DTensor.from_local(
-        tensor, mesh, [Shard(axis)], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
-    )
-
-
-def check_sharding(weight: DTensor) -> None:
-    """Refuse a sharding that is not FSDP2's over the first dimension.
-
-    Raises:
-        ValueError: naming what is supported.
-    """
-    if weight.device_mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
-        raise ValueError(
-            f"a weight with placements {tuple(weight.placements)} is not supported; use fully_shard (FSDP2) over one "
-            "mesh dimension, with its default sharding of the first weight dimension"
-        )
-
-
-def chunks(size: int, pieces: int) -> list[int]:
-    """Return the lengths into which torch.chunk, and so FSDP2, splits an axis."""
-    width = -(-size // pieces)
-    return [max(0, min(width, size - i * width)) for i in range(pieces)]

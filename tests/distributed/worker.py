@@ -31,6 +31,7 @@ from hf_lowrank.methods import resolve  # noqa: E402
 
 
 STEPS = 8  # refreshes before steps 1, 4 and 7
+SIZES = {"experts": 2}
 WHOLE_SPECTRUM = [name for name, row in METHODS.items() if row.subspace in ("hybrid", "uniform")]
 
 
@@ -39,15 +40,15 @@ def exact(name):
     return {"refresh": "svd"} if name in WHOLE_SPECTRUM else {}
 
 
-def single(name, **options):
-    net = models.model(experts=2)
+def single(name, *, sizes=SIZES, **options):
+    net = models.model(**sizes)
     opt = models.optimizer(net, name, **exact(name), **options)
     models.train(net, opt, STEPS)
     return net, opt
 
 
-def start():
-    return [p.detach() for p in models.model(experts=2).parameters()]
+def start(**sizes):
+    return [p.detach() for p in models.model(**(sizes or SIZES)).parameters()]
 
 
 def sharded():
@@ -200,12 +201,12 @@ def same_state(a, b):
     return True
 
 
-def main():
+def main(checks):
     check, output, *names = sys.argv[1:]
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = {name: globals()[check](name) for name in names}
+    results = {name: checks[check](name) for name in names}
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(results))
     dist.barrier()
@@ -215,4 +216,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

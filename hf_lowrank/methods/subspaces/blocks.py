@@ -35,6 +35,7 @@ class _Sums(Fixed):
 
     composable: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
+    splits_rows: ClassVar[bool] = False
 
     @override
     def check_rank(self, rank: float) -> None:

@@ -67,4 +67,4 @@ class Whole(Fixed, key="whole"):
 
     @override
     def basis(self, s: State, ctx: Context) -> Basis:
-        return Identity()
+        return Identity(ctx.m)
