@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from hf_lowrank.engine.matrix import context_of
 from hf_lowrank.engine.plan import Plan
-from hf_lowrank.engine.step import Reading, Unit, Work, asking, has_gradient
+from hf_lowrank.engine.step import Reading, Unit, Work, asking, gradient_of, has_gradient
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state.slots import Stored
@@ -122,9 +122,7 @@ class DenseStep(Unit):
         return tensor if self.mesh is None else local(tensor)
 
     def _grad(self, i: int) -> Tensor:
-        grad = self.weights[i].grad
-        assert grad is not None
-        return self._here(grad)  # it may be kept in another type than its weight
+        return self._here(gradient_of(self.weights[i]))  # it may be kept in another type than its weight
 
     def _context(self, i: int) -> Context:
         weight = self.weights[i]

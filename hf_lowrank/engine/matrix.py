@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.engine.plan import Plan
-from hf_lowrank.engine.step import Reading, Unit, Work, asking, has_gradient
+from hf_lowrank.engine.step import Reading, Unit, Work, asking, gradient_of, has_gradient
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.parts import ColumnNorms, Update
 from hf_lowrank.methods.resolve import Config
@@ -160,8 +160,7 @@ class MatrixStep(Unit):
     @property
     def gradient(self) -> Tensor:
         """This process's piece of the gradient, seen wide."""
-        assert self.weight.grad is not None
-        return self.seen_wide(self.weight.grad)
+        return self.seen_wide(gradient_of(self.weight))
 
     def basis_in_use(self) -> Basis:
         """Return the basis in use, for this process's piece."""

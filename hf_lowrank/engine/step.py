@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_lowrank.engine import collectives
 from hf_lowrank.tensors import kernels
@@ -107,6 +108,15 @@ def has_gradient(p: Tensor, shape: torch.Size) -> bool:
     if p.grad.layout != torch.strided:
         raise ValueError("sparse gradients are not supported; build the embedding with sparse=False")
     return True
+
+
+def gradient_of(p: Tensor) -> Tensor:
+    """Return a gradient, placed on the mesh as its weight is: torch may leave a sum that was not taken, or a copy."""
+    grad = p.grad
+    assert grad is not None
+    if isinstance(grad, DTensor) and isinstance(p, DTensor) and grad.placements != p.placements:
+        grad = p.grad = grad.redistribute(placements=p.placements)
+    return grad
 
 
 def asking(rule: Rule[T], teams: Mapping[str, Team | None]) -> Work[T]:
