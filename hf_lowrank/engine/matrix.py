@@ -167,10 +167,16 @@ class MatrixStep(Unit):
         if self.basis is not None:
             return self.basis
         products = self.config.options.get("products", "auto")
-        basis = self.placed(self.config.parts.subspace.basis(self.view, self.context()).multiplied(products))
-        if self.view.plain:
+        s = self.view.with_(self.whole_bases()) if self.plan.pieces else self.view
+        basis = self.placed(self.config.parts.subspace.basis(s, self.context()).multiplied(products))
+        if self.view.plain and not self.plan.pieces:
             self.basis = basis
         return basis
+
+    def whole_bases(self) -> dict[str, Tensor]:
+        """Return what is kept of the bases, all of its rows: gathered where other processes keep some of them."""
+        s, at = self.view, self.plan.pieces
+        return {name: self.layout.of_basis.gathered(s[name], at[name]) if name in at else s[name] for name in s.bases}
 
     def placed(self, basis: Basis) -> Basis:
         """Return a basis for all rows as one for the rows of this process's piece."""
@@ -198,11 +204,13 @@ class MatrixStep(Unit):
 
 
 def transient(plan: Plan, config: Config) -> int:
-    """Return the elements that a started step of one matrix keeps: R, and what may take the place of the gradient."""
+    """Return the elements that a started step of one matrix keeps: R, what may take the place of the gradient, and a
+    basis that was gathered."""
     assert plan.layout is not None
+    gathered = math.prod(plan.layout.stack) * plan.layout.m * plan.r if plan.pieces else 0
     m, n = plan.layout.piece
     whole = config.parts.needs_gradient and not config.parts.reconstruction.by_columns
-    return plan.r * plan.layout.n + (math.prod(plan.layout.stack) * m * n if whole else 0)
+    return plan.r * plan.layout.n + (math.prod(plan.layout.stack) * m * n if whole else 0) + gathered
 
 
 def context_of(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from torch import Tensor
@@ -39,6 +40,7 @@ class Plan:
         r: the rank of a matrix; 0 for a dense parameter.
         buffers: the declared state of this process's piece.
         encodings: the number formats of those.
+        pieces: the axis of every basis of which this process keeps some rows alone (`shard_basis`), by its name.
     """
 
     layout: Layout | None
@@ -46,6 +48,7 @@ class Plan:
     r: int
     buffers: Buffers
     encodings: Encodings
+    pieces: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, weight: Tensor, config: Config, name: str = "", split: tuple[int, int] | None = None) -> Plan:
@@ -91,11 +94,18 @@ def _of_matrix(layout: Layout, config: Config, name: str) -> Plan:
     lengths = {"m": layout.m, "n": layout.projected.length, "r": r}
     piece = dict(zip("mn", layout.piece, strict=True))
     buffers = {key: slot.sized(piece if slot.held else lengths, layout.stack) for key, slot in slots.items()}
+    pieces = {}
+    if options["shard_basis"] and layout.of_basis.split:
+        kept = layout.of_basis
+        for key, slot in parts.subspace.slots().items():
+            if slot.lifetime == "basis" and (axis := buffers[key].axis("m")) is not None:
+                part = slot.sized({**lengths, "m": kept.length}, layout.stack)
+                buffers[key], pieces[key] = replace(part, start=kept.start), axis
     if parts.subspace.whole and layout.transposed:  # moments lie as the weight does, with which they are read
         alike = [key for key in moments if moments[key].axes == "r n"]
         buffers |= {key: replace(buffers[key], turned=True) for key in alike}
     formats = {"basis": options.get("basis_format", "fp32"), "moments": options["state_format"]}
-    return Plan(layout, columns, r, buffers, view.encodings(buffers, **formats))
+    return Plan(layout, columns, r, buffers, view.encodings(buffers, **formats), pieces)
 
 
 def _columns_of(layout: Layout, config: Config, name: str) -> Columns:
@@ -153,7 +163,9 @@ def split_axes(weight: DTensor, plan: Plan, key: str) -> dict[int, Split]:
             return {i: split for i, split in own.items() if i < len(buffer.shape)}
         return {axis: own[0]} if axis is not None and 0 in own else {}
     found = {0: layout.matrices} if layout.batch else {}
-    if buffer.slot.lifetime != "basis":
+    if key in plan.pieces:
+        found[plan.pieces[key]] = layout.of_basis
+    elif buffer.slot.lifetime != "basis":
         named = {"m": layout.rows, "n": layout.columns} if buffer.slot.held else {"n": layout.projected}
         found |= {axis: split for name, split in named.items() if (axis := buffer.axis(name)) is not None}
     return found

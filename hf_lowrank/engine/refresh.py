@@ -103,6 +103,7 @@ class Refresh:
         self.before = unit.context(number=self.ctx.number - 1)
         self.gradient: Tensor | None = None  # what the rule looks at, on the process that chooses
         self.absorbed: Tensor | None = None  # this process's piece of it, for a part that follows a change of basis
+        self.old: dict[str, Tensor] = {}  # the basis in use, where this process keeps a piece of it
         self.new: dict[str, Tensor] = {}  # the basis on its way in
         self.known: dict[str, Tensor] = {}  # what else the rule looks at, of all matrices
         self.changes: list[Tensor] = []  # from the basis before to the new one, where this process knows them
@@ -117,7 +118,9 @@ class Refresh:
         G, _ = yield from asking(rule.absorb(s, unit.gradient, self.ctx), unit.layout.over_gradient)
         self.absorbed = G if rule.needs_momentum else None
         self.gradient = unit.layout.whole(self.subspace.refresh_gradient(s, G, self.ctx), self.owner)
-        self.new = {name: self._whole_stack(s[name]).clone() for name in s.bases}
+        whole = unit.whole_bases()
+        self.old = {name: whole[name] for name in unit.plan.pieces}
+        self.new = {name: self._whole_stack(tensor).clone() for name, tensor in whole.items()}
         own = {name: slot for name, slot in self.subspace.slots().items() if slot.lifetime == "step"}
         self.known = {n: self._whole_stack(s[n]) for n, slot in own.items() if not (slot.shared or slot.held)}
         if self.subspace.needs_momentum:
@@ -147,7 +150,7 @@ class Refresh:
         changed.copy_(live.any())
         if self.subspace.orthonormal:
             if self.ctx.number:
-                before = self.subspace.basis(self.unit.view.with_(old), self.before)
+                before = self.subspace.basis(self.unit.view.with_({**self.old, **old}), self.before)
                 changes = basis.changes(before)
                 overlap.copy_(kernels.overlap(changes[0]))
                 self.changes = [] if split else changes
@@ -164,17 +167,23 @@ class Refresh:
             if self.ctx.number:
                 self._carry_over_(s, new)
             for name, tensor in new.items():
-                s[name].copy_(tensor)
+                at = unit.plan.pieces.get(name)
+                s[name].copy_(
+                    tensor if at is None else tensor.narrow(at, layout.of_basis.start, layout.of_basis.length)
+                )
             s["report"].copy_(self.choice[1:])
             interval = self.subspace.interval_(s, unit.config.options.get("update_proj_gap", 1), overlap)
-        unit.basis, unit.refreshed, self.new = None, True, {}
+        unit.basis, unit.refreshed, self.old, self.new = None, True, {}, {}
         self.absorbed, self.known = None, {}
         self._schedule_next(interval, first_interval)
 
     def _carry_over_(self, s: State, new: Mapping[str, Tensor]) -> None:
         """Carry the moments from the basis in use into the new one."""
         unit, rules, how = self.unit, self.unit.config.parts, self.unit.config.options.get("on_refresh", "keep")
-        before, after = self.subspace.basis(s, self.before), self.subspace.basis(unit.view.with_(new), self.ctx)
+        before, after = (
+            self.subspace.basis(unit.view.with_(bases), ctx)
+            for bases, ctx in ((self.old, self.before), (new, self.ctx))
+        )
         follows = rules.reconstruction.needs_momentum
         M = rules.moments.momentum(s, self.ctx).clone() if follows else None
         left, *right = self.changes or after.changes(before)

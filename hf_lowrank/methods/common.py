@@ -23,6 +23,9 @@ class SharedOptions:
     stochastic_rounding: bool = opt.flag(True, help="write bf16/fp16 weights by stochastic rounding, else to nearest")
     state_format: str = opt.choice("fp32", "8bit", "4bit", help="number format of the moments of matrices")
     basis_format: str = opt.choice("fp32", "bf16", "8bit", "4bit", help="number format of the bases")
+    shard_basis: bool = opt.flag(
+        False, help="sharded weights: keep a piece of every basis on each process too, and gather it in the step"
+    )
     dense_state_format: str = opt.choice("fp32", "8bit", help="number format of the moments of dense parameters")
     layerwise: bool = opt.flag(False, help="free every gradient during backward; see LowRankOptimizer.train")
     max_grad_norm: float = opt.number(0.0, help="clip by the global norm of the projected gradients; 0: off")

@@ -64,9 +64,9 @@ def _isometry(r: int) -> Tensor:
 
 
 def stored_basis(plan: Plan, s: Mapping[str, Tensor]) -> Tensor | None:
-    """Return this process's basis in fp32, decoded if need be; None where the method stores no (..., m, r) matrix."""
+    """Return a basis in fp32, decoded if need be; None where the process keeps no (..., m, r) matrix, or a piece."""
     buffer = plan.buffers.get("basis")
-    if buffer is None or buffer.slot.axes != "m r":
+    if buffer is None or buffer.slot.axes != "m r" or "basis" in plan.pieces:
         return None
     return View({name: local(tensor) for name, tensor in s.items()}, plan.buffers, plan.encodings)["basis"]
 

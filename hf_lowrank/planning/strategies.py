@@ -359,13 +359,16 @@ def splits_rows(one: Declared, split: Split | None) -> bool:
 
 
 def exchanged(one: Declared, split: Split | None) -> float:
-    """Return what one process sends in an ordinary step of one parameter: R is scattered, and Z gathered."""
-    if split is None or not splits_rows(one, split):
-        return 0
+    """Return what one process sends in an ordinary step of one parameter: R is scattered, Z gathered, and the basis
+    where pieces of it are kept."""
     layout = one.plan.layout
-    assert layout is not None
+    if split is None or layout is None or split.axis < len(layout.batch):
+        return 0
+    bases = passed(basis_bytes(one.plan), split.processes) if one.config.options["shard_basis"] else 0.0
+    if not splits_rows(one, split):
+        return bases
     norms = 4 * layout.n if one.config.parts.reconstruction.by_columns and one.config.parts.needs_gradient else 0
-    return 2 * passed(projected_bytes(one.plan, one.config) + norms, split.processes)
+    return bases + 2 * passed(projected_bytes(one.plan, one.config) + norms, split.processes)
 
 
 def refreshed(one: Declared, split: Split | None, size: Size) -> float:

@@ -65,11 +65,13 @@ class Buffer:
         shape: its shape.
         turned: whether its last two axes lie in memory in the other order, as those of a weight do that is seen
             transposed.
+        start: the row of the whole at which a piece of a basis starts.
     """
 
     slot: Slot
     shape: tuple[int, ...]
     turned: bool = False
+    start: int = 0
 
     @property
     def numel(self) -> int:
@@ -91,7 +93,7 @@ class Buffer:
         device = torch.device("cpu") if self.slot.host else weight.device
         tensor = self.laid(torch.zeros(self.numel, dtype=self.slot.dtype, device=device))
         if self.slot.axes_first:
-            tensor.diagonal(dim1=-2, dim2=-1).fill_(1)
+            tensor.diagonal(offset=self.start, dim1=-2, dim2=-1).fill_(1)
         return tensor
 
     def laid(self, flat: Tensor) -> Tensor:

@@ -125,6 +125,11 @@ class Layout:
         return self.columns.cut(self.rows)
 
     @cached_property
+    def of_basis(self) -> Split:
+        """How the rows of a basis are split where pieces of it are kept: over all who hold pieces of the matrix."""
+        return self.rows.cut(self.columns)
+
+    @cached_property
     def team(self) -> Team | None:
         """The processes that hold the pieces of one copy, or None where each holds all of it."""
         dims = sorted((*self.matrices.order, *self.projected.order))

@@ -91,6 +91,11 @@ class Split:
     mesh: Any = None
     order: tuple[int, ...] = ()
 
+    @property
+    def split(self) -> bool:
+        """Whether several processes hold pieces of it."""
+        return bool(self.order)
+
     @cached_property
     def team(self) -> Team | None:
         """The processes that together hold the whole axis, or None if each does."""
@@ -142,6 +147,11 @@ class First(Split):
     """
 
     processes: int = 1
+
+    @property
+    @override
+    def split(self) -> bool:
+        return self.processes > 1
 
     @override
     def piece(self, rank: int) -> tuple[int, int]:

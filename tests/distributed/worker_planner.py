@@ -1,4 +1,4 @@
-"""What each process of a run holds and sends: torchrun --nproc_per_node N worker_planner.py OUTPUT STRATEGIES NAME..."""
+"""What each process holds and sends: torchrun --nproc_per_node N worker_planner.py OUTPUT STRATEGIES NAME..."""
 
 import json
 import os

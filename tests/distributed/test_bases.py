@@ -1,0 +1,33 @@
+"""Pieces of bases under FSDP2: what is kept changes, what is computed does not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import torchrun
+from streams import COVERING, PLAIN
+
+from hf_lowrank import METHODS
+
+
+pytestmark = pytest.mark.processes
+WORKER = Path(__file__).parent / "worker_bases.py"
+
+
+@pytest.mark.parametrize(
+    "processes, names",
+    [
+        pytest.param(2, [*PLAIN[:2], "fira_adamw"], id="2"),
+        pytest.param(3, COVERING, id="3", marks=pytest.mark.full),
+        pytest.param(4, list(METHODS), id="4 all", marks=pytest.mark.full),
+    ],
+)
+def test_runs_are_bit_for_bit_those_with_whole_bases_and_resume(processes, names, tmp_path):
+    output = tmp_path / "bases.json"
+    result = torchrun(processes, WORKER, "pieces", output, *names)
+    assert output.exists(), result.stderr[-4000:]
+    for name, found in json.loads(output.read_text()).items():
+        assert found["weights"] and found["state"] and found["sharded"] and found["full"], name
+        assert found["layerwise"] < 1e-6, name  # some methods keep sums of norms in another order
+        assert found["bytes"] == found["declared"], name
+        assert name not in PLAIN or found["bytes"][1] < found["bytes"][0], name
