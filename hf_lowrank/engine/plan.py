@@ -95,7 +95,7 @@ def _of_matrix(layout: Layout, config: Config, name: str) -> Plan:
     piece = dict(zip("mn", layout.piece, strict=True))
     buffers = {key: slot.sized(piece if slot.held else lengths, layout.stack) for key, slot in slots.items()}
     pieces = {}
-    if options["shard_basis"] and layout.of_basis.split:
+    if options.get("shard_basis") and layout.of_basis.split:
         kept = layout.of_basis
         for key, slot in parts.subspace.slots().items():
             if slot.lifetime == "basis" and (axis := buffers[key].axis("m")) is not None:

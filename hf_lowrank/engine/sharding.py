@@ -66,7 +66,7 @@ def check_weight(name: str, weight: Tensor, config: Config) -> None:
         raise ValueError(
             "moments of sharded weights (FSDP2) are kept in fp32: leave out _8bit, state_format and dense_state_format"
         )
-    if config.options["shard_basis"] and config.options["basis_format"] in ("8bit", "4bit"):
+    if config.options.get("shard_basis") and config.options.get("basis_format") in ("8bit", "4bit"):
         raise ValueError(
             f"shard_basis keeps pieces of bases as they are: leave out basis_format={config.options['basis_format']}, "
             "or shard_basis"

@@ -364,7 +364,7 @@ def exchanged(one: Declared, split: Split | None) -> float:
     layout = one.plan.layout
     if split is None or layout is None or split.axis < len(layout.batch):
         return 0
-    bases = passed(basis_bytes(one.plan), split.processes) if one.config.options["shard_basis"] else 0.0
+    bases = passed(basis_bytes(one.plan), split.processes) if one.config.options.get("shard_basis") else 0.0
     if not splits_rows(one, split):
         return bases
     norms = 4 * layout.n if one.config.parts.reconstruction.by_columns and one.config.parts.needs_gradient else 0
@@ -375,5 +375,6 @@ def refreshed(one: Declared, split: Split | None, size: Size) -> float:
     """Return what one process sends for the refreshes of one parameter, by the step: its gradient, and the bases."""
     if split is None or not one.config.low_rank:
         return 0
-    piece = weight_bytes([one.weight], size) / split.processes
-    return (piece + basis_bytes(one.plan)) / gap_of(one)
+    piece, bases = weight_bytes([one.weight], size) / split.processes, basis_bytes(one.plan)
+    old = passed(bases, split.processes) if one.config.options.get("shard_basis") else 0.0
+    return (piece + bases + old) / gap_of(one)

@@ -15,16 +15,17 @@ WORKER = Path(__file__).parent / "worker_planner.py"
 NAMES = ["galore_dominant_adamw", "fira_adamw"]
 
 
-@pytest.mark.parametrize("processes, strategies", [(2, ["ddp", "fsdp2"])], ids=str)
+@pytest.mark.parametrize("processes, strategies", [(2, ["ddp", "fsdp2", "fsdp2 shard_basis"])], ids=str)
 def test_bytes_of_each_process(processes, strategies, tmp_path):
     output = tmp_path / "bytes.json"
     result = torchrun(processes, WORKER, output, ",".join(strategies), *NAMES)
     assert output.exists(), result.stderr[-4000:]
     for name, found in json.loads(output.read_text()).items():
         for strategy, one in found.items():
+            kind, *options = strategy.split()
             said = estimate_memory(
-                llama(), name, rank=8, dtype="fp32", batch=2, seq=32, gpus=processes, strategy=strategy,
-                options={"update_proj_gap": GAP},
+                llama(), name, rank=8, dtype="fp32", batch=2, seq=32, gpus=processes, strategy=kind,
+                options={"update_proj_gap": GAP, **dict.fromkeys(options, True)},
             )  # fmt: skip
             assert (one["state"], one["weights"]) == (said.state, said.weights), (name, strategy)
             # flags of finiteness, reports of refreshes and sums of limiters are some numbers a matrix: not counted

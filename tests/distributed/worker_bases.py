@@ -1,4 +1,4 @@
-"""Pieces of bases (`shard_basis`) beside whole ones: torchrun --nproc_per_node N worker_bases.py CHECK OUTPUT NAME..."""
+"""Pieces of bases (`shard_basis`) beside whole ones: torchrun --nproc_per_node N worker_bases.py OUTPUT NAME..."""
 
 import copy
 import sys
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
 from worker import STEPS, exact, main, same_state, sharded, whole  # noqa: E402
 
+from hf_lowrank.methods import resolve  # noqa: E402
 from hf_lowrank.state import view  # noqa: E402
 
 
@@ -31,12 +32,17 @@ def trained(name, steps=STEPS, **options):
     return net, opt
 
 
+def on(name):
+    """The option, where the method has it: where it keeps a basis."""
+    return {"shard_basis": True} if "shard_basis" in resolve.Config.of(name, {}, model=True).options else {}
+
+
 def pieces(name):
     """Weights and moments, bit for bit; the pieces put together; bytes; and a resumed run."""
     rank, world = dist.get_rank(), dist.get_world_size()
     options = {"basis_format": "fp32"} if name == "q_galore_adamw" else {}
     net, opt = trained(name, **options)
-    other, shared = trained(name, shard_basis=True, **options)
+    other, shared = trained(name, **on(name), **options)
     found = {
         "weights": all(torch.equal(a, b) for a, b in zip(whole(net), whole(other), strict=True)),
         "state": all(
@@ -48,17 +54,17 @@ def pieces(name):
         "declared": [o.declared_bytes() for o in (opt, shared)],
     }
     lazy, freed = sharded(), None
-    freed = models.optimizer(lazy, name + "_layerwise", stagger=False, shard_basis=True, **exact(name), **options)
+    freed = models.optimizer(lazy, name + "_layerwise", stagger=False, **on(name), **exact(name), **options)
     models.train(lazy, freed, STEPS, rank, world)
     found["layerwise"] = models.displacement(whole(lazy), whole(net), [p.detach() for p in fresh().parameters()])
     for kind, how in {"sharded": StateDictOptions(), "full": StateDictOptions(full_state_dict=True)}.items():
-        net, opt = trained(name, HALF, shard_basis=True, **options)
+        net, opt = trained(name, HALF, **on(name), **options)
         saved = copy.deepcopy(get_optimizer_state_dict(net, opt, options=how))
         again = sharded()
         with torch.no_grad():
             for p, q in zip(again.parameters(), net.parameters(), strict=True):
                 p.copy_(q)
-        resumed = models.optimizer(again, name, shard_basis=True, **exact(name), **options)
+        resumed = models.optimizer(again, name, **on(name), **exact(name), **options)
         set_optimizer_state_dict(again, resumed, saved, options=how)
         for run, optimizer in ((net, opt), (again, resumed)):
             models.train(run, optimizer, STEPS - HALF, rank, world, start=HALF)

@@ -45,16 +45,15 @@ class Sent(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def measured(name, strategy):
+def measured(name, strategy, *options):
     net = llama()
     if strategy == "fsdp2":
         for layer in net.model.layers:
             fully_shard(layer)
         fully_shard(net)
-    options = {"shard_state": True} if strategy == "ddp_sharded" else {}
     run = DistributedDataParallel(net) if strategy.startswith("ddp") else net
-    groups = param_groups(net, method=name, rank=8, update_proj_gap=GAP)
-    opt = LowRankOptimizer(groups, name, share_refreshes=strategy == "ddp", **options)
+    groups = param_groups(net, method=name, rank=8, update_proj_gap=GAP, **dict.fromkeys(options, True))
+    opt = LowRankOptimizer(groups, name, share_refreshes=strategy == "ddp")
     ids = torch.arange(64).view(2, 32)
     sent = []
     for _ in range(2):
@@ -84,7 +83,7 @@ def main():
     output, strategies, *names = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {name: {s: measured(name, s) for s in strategies.split(",")} for name in names}
+    found = {name: {s: measured(name, *s.split()) for s in strategies.split(",")} for name in names}
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))
     dist.barrier()

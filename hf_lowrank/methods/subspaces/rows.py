@@ -39,7 +39,7 @@ class Rows(Subspace, key="rows"):
     """
 
     on_refresh: ClassVar[str] = "reset"
-    without: ClassVar[tuple[str, ...]] = ("basis_format", "products")
+    without: ClassVar[tuple[str, ...]] = ("basis_format", "shard_basis", "products")
 
     rows: str = choice(
         "norm", "top", "norm_without", "uniform", "uniform_without", help="Grass: which rows of the gradient are taken"
