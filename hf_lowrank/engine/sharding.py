@@ -59,8 +59,8 @@ def check_weight(name: str, weight: Tensor, config: Config) -> None:
         raise ValueError(f"parameter {name}: {error}") from None
     if weight.device.type not in (weight.device_mesh.device_type, "meta"):
         raise ValueError(
-            f"parameter {name} waits on the {weight.device.type} for a mesh of {weight.device_mesh.device_type} "
-            "(CPUOffloadPolicy), where its state could not be sharded: leave out the offload policy"
+            f"parameter {name} lies on the {weight.device.type} while its mesh is on {weight.device_mesh.device_type} "
+            "(CPUOffloadPolicy), where its sharded state would lie: leave out the offload policy"
         )
     if {config.options["state_format"], config.options["dense_state_format"]} != {"fp32"}:
         raise ValueError(
@@ -84,6 +84,6 @@ def check_weight(name: str, weight: Tensor, config: Config) -> None:
         raise ValueError("proj_type=full does not run on sharded weights (FSDP2): use DDP, or another proj_type")
     if layout.rows.team and not subspace.splits_rows:
         raise ValueError(
-            f"{config.method} adds up neighbours along the axis on which {name} is split over processes "
+            f"{config.method} adds up neighbours along the axis on which parameter {name} is split over processes "
             f"({tuple(weight.placements)}): split the other axis, or use another method"
         )

@@ -3,8 +3,6 @@
 torchrun --nproc_per_node N worker_plans.py CHECK OUTPUT CASE...
 """
 
-import copy
-import os
 import sys
 import tempfile
 from pathlib import Path
