@@ -60,9 +60,9 @@ def gradient_bytes(optimizer: LowRankOptimizer, size: Size = own_type) -> int:
 def state_bytes(
     optimizer: LowRankOptimizer, count: Callable[[Plan], int] = lambda plan: plan.nbytes
 ) -> tuple[int, int]:
-    """Return the bytes of the state of the matrices that have a subspace, and of everything else."""
+    """Return the bytes of this process's state of the matrices that have a subspace, and of everything else."""
     low_rank = dense = 0
-    for _, _, config, plan in optimizer.declared():
+    for _, _, config, plan in optimizer.kept():
         if config.low_rank:
             low_rank += count(plan)
         else:
@@ -79,7 +79,7 @@ def workspace_bytes(optimizer: LowRankOptimizer, size: Size = own_type) -> int:
     a gradient, its Gram matrix, the eigenvectors and what the library works in, and the new bases of a wave.
     """
     held = bases = whole = dense = decomposed = 0
-    for _, p, config, plan in optimizer.declared():
+    for _, p, config, plan in optimizer.kept():
         block = min(local(p).numel(), BLOCK_ON_DEVICE)
         if plan.layout is None:
             rule, low = config.dense_rule, size(p) < 4

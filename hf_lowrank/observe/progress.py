@@ -73,7 +73,7 @@ class FirstRefresh:
 
     def _costs(self) -> list[tuple[bool, float]]:
         """Return of every matrix whether it has its first basis, and the work of one."""
-        some = [p for group in self.optimizer.param_groups if "rank" in group for p in group["params"]]
+        some = [one.weight for one in self.optimizer.kept() if one.config.low_rank]
         states = [self.optimizer.state.get(p, {}) for p in some]
         return [(bool(s.get("refreshes", 0) > 0), refresh_cost(p)) for p, s in zip(some, states, strict=True)]
 
