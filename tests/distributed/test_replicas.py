@@ -159,14 +159,17 @@ def test_a_killed_process_ends_the_others_and_the_checkpoint_resumes(mode, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), alone.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("method", ["galore_i3s_adamw", "apollo_random_adamw", "fira_adamw_8bit"])
-def test_every_process_holds_its_share_of_the_state_of_a_llama(method):
+@pytest.mark.parametrize(
+    "method, worlds",
+    [("galore_i3s_adamw", (2, 3, 4, 8)), ("apollo_random_adamw", (2, 3, 4)), ("fira_adamw_8bit", (2, 3, 4))],
+)
+def test_every_process_holds_its_share_of_the_state_of_a_llama(method, worlds):
     """The 1B model of the papers, whose embedding and head are the largest that one process keeps."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**llama_config("1b")))
     optimizer = LowRankOptimizer(param_groups(model, method=method, rank=512), method)
     sizes = [float(plan.nbytes) for *_, plan in optimizer.declared()]
-    for world in (2, 3, 4):
+    for world in worlds:
         held = [0.0] * world
         for size, owner in zip(sizes, owners(sizes, world), strict=True):
             held[owner] += size
@@ -176,5 +179,5 @@ def test_every_process_holds_its_share_of_the_state_of_a_llama(method):
 def test_what_has_an_owner_keeps_it():
     costs = [5.0, 4.0, 3.0, 2.0]
     assert owners(costs, 2) == [0, 1, 1, 0]
-    assert owners(costs, 2, {3: 1, 2: 1}) == [0, 1, 1, 1]
+    assert owners(costs, 2, {3: 1, 2: 1}) == [0, 0, 1, 1]
     assert owners([1.0, 1.0, 9.0], 2, {0: 0, 1: 1}) == [0, 1, 0]  # added last, it moves nothing
