@@ -59,8 +59,9 @@ def param_groups(
             (methods.dense.SplitOptions), for instance embedding_lr=1e-3, head_rule="momentum_column_norm".
 
     Returns:
-        Groups with (name, parameter) pairs, those of matrices with the key `rank`. Embeddings, heads and vectors whose
-        rate or rule differs have groups of their own; a weight that is embedding and head is an embedding.
+        Groups with the parameters and their names (`param_names`), those of matrices with the key `rank`. Embeddings,
+        heads and vectors whose rate or rule differs have groups of their own; a weight that is embedding and head is
+        an embedding.
 
     Raises:
         ValueError: if nothing matches; the message says what there is.
@@ -129,6 +130,7 @@ def _split_up(
     for kind in apart:
         rate = split.rate(kind)
         chosen = {**(own if kind == MATRIX else dense(kind)), **({} if rate is None else {"lr": rate})}
+        config = chosen.pop("config", None)
         here = [one for one, its in zip(everything, found, strict=True) if (its if its in apart else MIXED) == kind]
         for decays in (True, False):
             decay = {"weight_decay": weight_decay if decays else 0.0}
@@ -136,11 +138,12 @@ def _split_up(
             members = []
             for name, p in here:
                 if (name in decaying) == decays:
-                    remember(p, name, options)  # for one that is trained later
+                    remember(p, name, options, config)  # for one that is trained later, too
                     if p.requires_grad:
                         members.append((name, p))
             if members:
-                groups.append({"params": members, **options})
+                names, params = zip(*members, strict=True)
+                groups.append({"params": [*params], "param_names": [*names], **options})
     return groups
 
 

@@ -8,9 +8,8 @@ from time import perf_counter
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
+from typing_extensions import override
 
 from hf_lowrank.engine import refresh, step
 from hf_lowrank.engine.checkpoint import FORMAT_VERSION, check_checkpoint, load_states, merge_options, warn_changed
@@ -24,10 +23,12 @@ from hf_lowrank.engine.checks import (
     doubts,
 )
 from hf_lowrank.engine.edits import Resolved
-from hf_lowrank.engine.known import named_groups
+from hf_lowrank.engine.known import named_groups, resolved
 from hf_lowrank.engine.layerwise import Layerwise
 from hf_lowrank.engine.matrix import MatrixStep
+from hf_lowrank.engine.ownership import check_shardable
 from hf_lowrank.engine.plan import Plan
+from hf_lowrank.engine.replicas import Replicas
 from hf_lowrank.engine.stacks import gathered
 from hf_lowrank.engine.step import Unit
 from hf_lowrank.engine.work import Declared, Work, declared, first_intervals
@@ -35,7 +36,7 @@ from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.resolve import Config, split
 
 
-class LowRankOptimizer(Optimizer):
+class LowRankOptimizer(Replicas):
     """Trains every parameter, with the moments of the matrices kept in a subspace of their gradient.
 
     A group with the key `rank` holds matrices and is low-rank; one without is dense and takes the same rule with no
@@ -51,6 +52,8 @@ class LowRankOptimizer(Optimizer):
         seed: seed of the private generators; the global ones are never used.
         share_refreshes: under DistributedDataParallel, let every refresh be computed on one process and sent to the
             others. All processes must hold the same parameters in the same order.
+        shard_state: under DistributedDataParallel, let one process keep the state of each parameter, refresh it and
+            step it, and send the weight to the others; see `consolidate_state_dict` for checkpoints.
 
     Raises:
         ValueError: for an unknown method or option, a value that is not valid, or a parameter that cannot be trained.
@@ -72,14 +75,15 @@ class LowRankOptimizer(Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         share_refreshes: bool = False,
+        shard_state: bool = False,
     ) -> None:
         split(method)
-        if share_refreshes and not (dist.is_available() and dist.is_initialized()):
-            raise ValueError("share_refreshes needs torch.distributed to be initialized")
-        self.share_refreshes = share_refreshes
+        self._share(refreshes=share_refreshes, state=shard_state)
         self._begin()
         defaults = {"method": method, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults)
+        if shard_state:
+            check_shardable(self.param_groups)
         for text in doubts(self.param_groups, self.configs):
             warnings.warn(text, stacklevel=2)
 
@@ -107,9 +111,6 @@ class LowRankOptimizer(Optimizer):
         self._work: Work | None = None  # on the state and options as they are
         self._resolved = Resolved()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "share_refreshes": self.share_refreshes}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._begin()
@@ -133,16 +134,10 @@ class LowRankOptimizer(Optimizer):
 
     def _add(self, param_group: dict[str, Any]) -> None:
         """Add one group as it is."""
-        config = param_group.get("config")  # from `param_groups`, which has resolved it
-        given = {k: v for k, v in param_group.items() if k not in TORCH_KEYS and k != "config"}
-        given = {"seed": self.defaults["seed"], **given}
-        if config is not None:
-            config = config.with_(seed=given["seed"])
-        if config is None or given != dict(config.options):
-            name = param_group.get("method", self.defaults["method"])
-            config = Config.of(name, given, low_rank="rank" in given)
-        group, known = {k: v for k, v in param_group.items() if k != "config"}, self.configs
-        super().add_param_group({**group, **config.options, "method": config.method, "format": FORMAT_VERSION})
+        given = {"seed": self.defaults["seed"], **{k: v for k, v in param_group.items() if k not in TORCH_KEYS}}
+        name, known = param_group.get("method", self.defaults["method"]), self.configs
+        config = resolved(param_group, given) or Config.of(name, given, low_rank="rank" in given)
+        super().add_param_group({**param_group, **config.options, "method": config.method, "format": FORMAT_VERSION})
         try:
             check_numbers(self.param_groups[-1])
             check_parameters(self.param_groups[-1], config)
@@ -162,18 +157,14 @@ class LowRankOptimizer(Optimizer):
         """Return what the methods of all groups leave for the log: in the state of every matrix, by these names."""
         return {name: gauge for config in self.configs if config.low_rank for name, gauge in config.gauges.items()}
 
+    @override
     def declared(self) -> Iterator[Declared]:
-        """Return what is known of every parameter, in group order."""
         return declared(self.param_groups, self.configs)
 
     def plan(self, p: Tensor) -> Plan:
         """Return what is known of a parameter that has been stepped."""
         assert self._work is not None
         return self._work.plans[p]
-
-    def declared_bytes(self) -> int:
-        """Return the bytes that this process's state takes, known before the first step."""
-        return sum(plan.nbytes for *_, plan in self.declared())
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -195,16 +186,21 @@ class LowRankOptimizer(Optimizer):
             raise ValueError(
                 "layerwise projects gradients before GradScaler has unscaled them: use bf16, or no layerwise"
             )
-        work = self._prepared()
+        work, self._whole = self._prepared(), None
+        self._agree(work)
         units = [unit for unit in work.units if unit.ready]
         with torch.autocast(units[0].device.type if units else "cpu", enabled=False):
             matrices = [unit for unit in units if isinstance(unit, MatrixStep)]
             flags = step.foreseen(units)
             self._refresh([u for u in matrices if u.started is None and u.due(after=False)], flags)
             if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
-                self.projected_grad_norm = step.clip_(units, max_norm)
+                elsewhere = float if self.owners is None else self.owners.summed
+                self.projected_grad_norm = step.clip_(units, max_norm, elsewhere)
             step.update_(gathered(units, work.stacks, flags), flags)
+            self._agree_again(work)
             self._refresh([u for u in matrices if u.due(after=True)], flags)
+            if self.owners is not None:
+                self.owners.send_(work.plans)
         if self.layerwise.waiting or self.layerwise.stepped:
             self.layerwise.forget()
         return loss
@@ -212,10 +208,11 @@ class LowRankOptimizer(Optimizer):
     def _refresh(self, due: Sequence[MatrixStep], flags: Mapping[Unit, Sequence[bool]]) -> None:
         if due:
             start = perf_counter()
-            intervals = first_intervals(due, share=self.share_refreshes)
+            intervals = first_intervals(due, share=self.share_refreshes or self.shard_state)
             self.refreshes_here += refresh.refresh_(due, intervals, flags, share=self.share_refreshes)
             self.refresh_seconds += perf_counter() - start
 
+    @override
     def _prepared(self, p: Tensor | None = None) -> Work:
         """Look at the groups again, and at the state of all parameters or of one; return the steps of all."""
         work = self._work
@@ -224,7 +221,7 @@ class LowRankOptimizer(Optimizer):
             self._work = None
             check_together(self.param_groups, self.configs)
             check_materialized(self.param_groups)
-            work = self._work = Work(self.param_groups, self.configs, self.state)
+            work = self._work = Work(self.param_groups, self.configs, self.state, self._owned())
         return work
 
     # ---- the layerwise mode -----------------------------------------------------------------------------------------
@@ -286,9 +283,12 @@ class LowRankOptimizer(Optimizer):
             for saved, now, config in zip(state_dict["param_groups"], given, self.configs, strict=True)
         ]
         configs = [config_of(group) for group in groups]
-        loaded = dict(load_states(state_dict["state"], groups, list(declared(self.param_groups, configs))))
+        known = list(declared(self.param_groups, configs))
+        states = load_states(state_dict["state"], groups, known)
+        loaded = dict(states if self.owners is None else self.owners.taken(known, states))
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(loaded)
+        self._whole = None
         self._resolved.take(self.param_groups, configs)
         self.layerwise.forget()
         for now, old, config in zip(self.param_groups, given, configs, strict=True):

@@ -70,6 +70,16 @@ def test_the_refresh_is_shared_out(tmp_path):
 
 
 @pytest.mark.processes
+def test_state_is_shared_out(tmp_path):
+    file = tmp_path / "results.json"
+    done = run("--quick", "--threads", 1, "--sections", "sharded", "--json", file)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, sharded = json.loads(file.read_text())["sections"][0]["rows"]
+    (whole, same), (one, other) = ([float(x) for x in row["MiB of state"].split(", ")] for row in (plain, sharded))
+    assert whole == same and abs(one + other - whole) < 0.2 and max(one, other) < 0.55 * whole + 0.1  # rounded to 0.1
+
+
+@pytest.mark.processes
 def test_mistakes_are_named():
     done = run("--sizes", "61m")
     assert done.returncode == 2

@@ -103,7 +103,7 @@ def test_two_rates_reach_the_matrices_that_would_be_projected(recipe, tmp_path):
     )
     args = TrainingArguments(str(tmp_path), optim="adamw_torch", learning_rate=1e-2, weight_decay=0.1, use_cpu=True)
     cls, kwargs = recipe.two_rates(model, args, 0.25)
-    rates = {name: g["lr"] for g in kwargs["params"] for name, _ in g["params"]}
+    rates = {name: g["lr"] for g in kwargs["params"] for name in g["param_names"]}
     assert set(rates) == {name for name, _ in model.named_parameters()}
     assert {name for name, rate in rates.items() if rate == 0.25e-2} == {n for n in rates if n.endswith("proj.weight")}
     assert cls is torch.optim.AdamW and set(rates.values()) == {1e-2, 0.25e-2}

@@ -136,7 +136,7 @@ def test_targets_are_expressions(targets, message):
 def test_the_default_targets_may_stand_beside_others():
     net = nn.ModuleDict({"a": nn.Linear(8, 8), "classifier": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     groups = param_groups(net, method=NAME, rank=2, target_modules=["all-linear", "classifier"])
-    assert [name for name, _ in groups[0]["params"]] == ["a.weight", "classifier.weight", "b.weight"]
+    assert groups[0]["param_names"] == ["a.weight", "classifier.weight", "b.weight"]
 
 
 def test_a_model_without_matrices_is_sent_elsewhere():

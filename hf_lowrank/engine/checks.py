@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.engine.checkpoint import STRUCTURE
+from hf_lowrank.engine.known import names_of
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.sharding import check_weight
 from hf_lowrank.methods import options as opt
@@ -45,11 +46,11 @@ def check_numbers(group: Mapping[str, Any]) -> None:
 
 def check_parameters(group: Mapping[str, Any], config: Config) -> None:
     """Refuse parameters that cannot be trained."""
-    names, count = group.get("param_names"), len(group["params"])
-    if names is not None and len(names) != count:
+    names, count = names_of(group), len(group["params"])
+    if len(names) != count:
         raise ValueError(f"a group has {count} parameters but {len(names)} names: use add_param_group to add some")
     for i, p in enumerate(group["params"]):
-        name = group["param_names"][i] if "param_names" in group else f"{i} of a group"
+        name = names[i] or f"{i} of a group"
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"parameter {name} is {p.dtype}; train it in float32, bfloat16 or float16, or freeze it")
         if config.low_rank and (p.dim() not in (2, 3) or 0 in p.shape):
@@ -63,11 +64,11 @@ def check_parameters(group: Mapping[str, Any], config: Config) -> None:
 def check_materialized(groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse to step parameters on the meta device, which hold no numbers; their memory can still be planned."""
     for group in groups:
-        for i, p in enumerate(group["params"]):
+        for name, p in zip(names_of(group), group["params"], strict=True):
             if p.is_meta:
-                name = group["param_names"][i] if "param_names" in group else f"of shape {tuple(p.shape)}"
+                called = name or f"of shape {tuple(p.shape)}"
                 raise ValueError(
-                    f"parameter {name} is on the meta device, where there is nothing to train: load the weights, or "
+                    f"parameter {called} is on the meta device, where there is nothing to train: load the weights, or "
                     "call model.to_empty and initialize them, and then build the optimizer"
                 )
 
@@ -136,8 +137,7 @@ def edited(group: Mapping[str, Any], config: Config, plans: Mapping[Tensor, Plan
             raise ValueError(f"{key} cannot be changed while training; it was {config.options[key]}")
     given = {key: group.get(key, value) for key, value in config.options.items()}
     now = Config.of(config.method, given, low_rank=config.low_rank)
-    names = group.get("param_names") or [""] * len(group["params"])
-    for name, p in zip(names, group["params"], strict=True):
+    for name, p in zip(names_of(group), group["params"], strict=True):
         if p in plans and Plan.of(p, now, name).kept != plans[p].kept:
             was = ", ".join(f"{key} ({config.options[key]})" for key in changed)
             raise ValueError(f"{was} says which state there is and cannot be changed while training")

@@ -16,8 +16,30 @@ def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:
     """Send the owner's tensors to every process of the group, in place; those of one type travel together."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         some = [tensor for tensor in tensors if tensor.dtype == dtype]
+        if len(some) == 1 and some[0].is_contiguous():
+            dist.broadcast(some[0], group=group, group_src=owner)
+            continue
         flat = torch.cat([tensor.reshape(-1) for tensor in some])
         dist.broadcast(flat, group=group, group_src=owner)
+        for tensor, piece in zip(some, _pieces(flat, some), strict=True):
+            tensor.copy_(piece)
+
+
+def hand_over_(tensors: Sequence[Tensor], owner: int, to: int, device: torch.device) -> None:
+    """Send the owner's tensors to one other process, in place there; those of one type travel together.
+
+    Args:
+        tensors: of the same shapes and types on both processes; no other one calls this.
+        owner, to: the processes.
+        device: from where tensors can be sent.
+    """
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        some = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1).to(device) for tensor in some])
+        if dist.get_rank() == owner:
+            dist.send(flat, to)
+            continue
+        dist.recv(flat, owner)
         for tensor, piece in zip(some, _pieces(flat, some), strict=True):
             tensor.copy_(piece)
 

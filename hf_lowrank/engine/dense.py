@@ -59,6 +59,10 @@ class DenseStep(Unit):
         return any([has_gradient(p, shape) for p, shape in zip(self.weights, self.shapes, strict=True)])
 
     @override
+    def marks(self) -> list[int]:
+        return [2 * int(s["step"]) + (p.grad is not None) for s, p in zip(self.stored, self.weights, strict=True)]
+
+    @override
     def look(self) -> list[Tensor]:
         return [self._grad(i) for i in self._todo()]
 

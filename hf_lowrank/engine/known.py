@@ -8,20 +8,62 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hf_lowrank.methods.resolve import Config
+
 
 class Known(NamedTuple):
-    """Of one parameter: its name, and the options of the group that it belongs to, with the key `rank` or without."""
+    """Of one parameter: its name, the options of the group that it belongs to (with the key `rank` or without), and
+    what those are resolved to, if they have been."""
 
     name: str
     options: Mapping[str, Any]
+    config: Config | None
 
 
 _known: MutableMapping[Tensor, Known] = WeakIdKeyDictionary()
 
 
-def remember(p: Tensor, name: str, options: Mapping[str, Any]) -> None:
+def remember(p: Tensor, name: str, options: Mapping[str, Any], config: Config | None) -> None:
     """Keep what is known of a parameter, as long as it lives."""
-    _known[p] = Known(name, options)
+    _known[p] = Known(name, options, config)
+
+
+def resolved(group: Mapping[str, Any], given: Mapping[str, Any]) -> Config | None:
+    """Return what `param_groups` has resolved a group to, if it is as it was then but for the seed.
+
+    Args:
+        group: a new group.
+        given: its options, and the seed.
+    """
+    first = next(iter(group["params"]), None)
+    found = _known.get(first[1] if isinstance(first, tuple) else first) if first is not None else None
+    if found is None or found.config is None or group.get("method") != found.config.method:
+        return None
+    config = found.config.with_(seed=given["seed"])
+    return config if given == dict(config.options) else None
+
+
+def names_of(group: Mapping[str, Any]) -> list[str]:
+    """Return the names of a group's parameters, "" for those that have none.
+
+    A wrapper that leaves some of the parameters to other processes (torch's ZeroRedundancyOptimizer) sorts those that
+    are here, and leaves the names of all in the group: each has the name then that `param_groups` gave it.
+    """
+    names, params = group.get("param_names"), group["params"]
+    if not names:
+        return [""] * len(params)
+    given = [_known[p].name if p in _known else "" for p in params]
+    return given if set(given) <= set(names) else list(names)
+
+
+def places_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
+    """Yield for every group the places of its parameters among those of all groups, left to other processes or not."""
+    first = 0
+    for group in groups:
+        names, here = group.get("param_names") or [], names_of(group)
+        place = {name: i for i, name in enumerate(names, first)}
+        yield [*range(first, first + len(here))] if here == names or not names else [place[name] for name in here]
+        first += max(len(names), len(here))
 
 
 def named_groups(group: Mapping[str, Any], present: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -39,7 +81,7 @@ def named_groups(group: Mapping[str, Any], present: Sequence[Mapping[str, Any]])
         return
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     found = [_known.get(p) if isinstance(p, Tensor) else None for p in params]
-    unnamed = present and "param_names" in present[0] and "rank" not in group and params
+    unnamed = present and "param_names" in present[0] and not {"rank", "param_names"} & set(group) and params
     if not unnamed or any(known is None for known in found):
         yield {**group, "params": params}
         return

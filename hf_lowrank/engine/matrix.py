@@ -61,6 +61,10 @@ class MatrixStep(Unit):
         return self.started is not None or has_gradient(self.weight, self.shape)
 
     @override
+    def marks(self) -> list[int]:
+        return [2 * int(self.stored["step"]) + self.ready]
+
+    @override
     def look(self) -> list[Tensor]:
         """A method that needs the norms of columns has them kept: the gradient is not read for its norm alone."""
         if self.keeps_gradient and self.config.parts.reconstruction.by_columns:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -12,12 +14,18 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def owners(costs: list[float], world: int) -> list[int]:
-    """Return who does what: the costliest first, each to the process with the least so far; the same everywhere."""
+def owners(costs: list[float], world: int, known: Mapping[int, int] = MappingProxyType({})) -> list[int]:
+    """Return who does what: the costliest first, each to the process with the least so far; the same everywhere.
+
+    Args:
+        costs: of every piece of work.
+        world: how many processes there are.
+        known: by place, who does what has been given out before.
+    """
     load = [0.0] * world
     owner = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owner[i] = min(range(world), key=lambda rank: (load[rank], rank))
+    for i in sorted(range(len(costs)), key=lambda i: (i not in known, -costs[i], i)):
+        owner[i] = known[i] if i in known else min(range(world), key=lambda rank: (load[rank], rank))
         load[owner[i]] += costs[i]
     return owner
 

@@ -8,7 +8,7 @@ clipping scales what it has read before it is answered.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from math import isfinite
 from types import GeneratorType
 from typing import Any, NamedTuple, TypeVar
@@ -82,6 +82,10 @@ class Unit(ABC):
     @abstractmethod
     def ready(self) -> bool:
         """Whether there is a gradient, or a step that waits."""
+
+    @abstractmethod
+    def marks(self) -> list[int]:
+        """Return what processes must agree on of every weight: twice its steps, and one more if it will be stepped."""
 
     @abstractmethod
     def step_(self) -> Work[None]:
@@ -239,10 +243,15 @@ def update_(work: Sequence[Unit], known: Mapping[Unit, list[bool]]) -> None:
         run(bucket, known)
 
 
-def clip_(work: Sequence[Unit], max_norm: float) -> float:
+def clip_(work: Sequence[Unit], max_norm: float, summed: Callable[[float], float] = float) -> float:
     """Scale all gradients by the global norm of the projected ones and of the dense ones, and return that norm.
 
     For methods whose step depends on the projected gradient alone this is exact clipping of what they see.
+
+    Args:
+        work: what is stepped here.
+        max_norm: the norm that the gradients have afterwards, at most.
+        summed: adds to a sum of squares that of what is stepped elsewhere.
     """
     total, readings = 0.0, list[Tensor]()
     for mesh in dict.fromkeys(unit.mesh for unit in work):
@@ -259,7 +268,7 @@ def clip_(work: Sequence[Unit], max_norm: float) -> float:
             (share,) = collectives.sum_together([share.double()], pieces.group)
         total += float(share)
         readings += some
-    norm: float = total**0.5
+    norm: float = summed(total) ** 0.5
     for x in readings:
         x.mul_(min(1.0, max_norm / (norm + 1e-6)))
     return norm

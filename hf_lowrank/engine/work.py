@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from hf_lowrank.engine import step
 from hf_lowrank.engine.dense import DenseStep
+from hf_lowrank.engine.known import names_of, places_of
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.refresh import team
@@ -19,6 +20,10 @@ from hf_lowrank.engine.sharding import allocate
 from hf_lowrank.engine.stacks import Stack, stacked
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.tensors.splits import team_of
+
+
+if TYPE_CHECKING:
+    from hf_lowrank.engine.ownership import Owners
 
 
 class Declared(NamedTuple):
@@ -33,8 +38,7 @@ class Declared(NamedTuple):
 def declared(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> Iterator[Declared]:
     """Yield what is known of every parameter, in group order."""
     for group, config in zip(groups, configs, strict=True):
-        names = group.get("param_names") or [""] * len(group["params"])
-        for name, p in zip(names, group["params"], strict=True):
+        for name, p in zip(names_of(group), group["params"], strict=True):
             yield Declared(name, p, config, Plan.of(p, config, name))
 
 
@@ -47,43 +51,49 @@ class Work:
         groups: the parameter groups.
         configs: what each was resolved to.
         state: the optimizer's state.
+        owners: whose a parameter is, where state is sharded: only the owner keeps state and steps it.
     """
 
     def __init__(
-        self, groups: Sequence[Mapping[str, Any]], configs: Sequence[Config], state: MutableMapping[Tensor, Any]
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        configs: Sequence[Config],
+        state: MutableMapping[Tensor, Any],
+        owners: Owners | None = None,
     ) -> None:
         self.plans: dict[Tensor, Plan] = {}
         self.by_weight: dict[Tensor, MatrixStep | DenseStep] = {}  # of what is stepped alone
         self.units: list[MatrixStep | DenseStep] = []
         self.stacks: list[Stack] = []
-        for group, config in zip(groups, configs, strict=True):
-            first, members = len(self.plans), list(declared([group], [config]))
-            for _, p, _, plan in members:
-                self.plans[p] = plan
+        self.names: dict[MatrixStep | DenseStep, list[str]] = {}
+        for group, config, places in zip(groups, configs, places_of(groups), strict=True):
+            everything = list(zip(places, declared([group], [config]), strict=True))
+            self.plans |= {one.weight: one.plan for _, one in everything}
+            members = [(i, one) for i, one in everything if owners is None or owners.here(one.weight)]
+            for _, (_, p, _, plan) in members:
                 if not state[p]:
                     state[p] = allocate(p, plan)
             if config.by_matrix:
-                steps = [
-                    MatrixStep(p, state[p], config, plan, group, first + i)
-                    for i, (_, p, _, plan) in enumerate(members)
-                ]
+                steps = [MatrixStep(p, state[p], config, plan, group, i) for i, (_, p, _, plan) in members]
                 self.by_weight |= {unit.weight: unit for unit in steps}
+                self.names |= {unit: [one.name] for unit, (_, one) in zip(steps, members, strict=True)}
                 self.units += steps
                 self.stacks += stacked(steps)
                 continue
             apart = bool(config.options["layerwise"] and config.parts.needs_gradient)  # stepped in the hooks
             together: dict[Any, list[tuple[int, Declared]]] = defaultdict(list)
-            for i, one in enumerate(members, first):
-                together[i if apart else (getattr(one.weight, "device_mesh", None), team_of(one.weight))].append(
-                    (i, one)
-                )
+            for i, one in members:
+                place = getattr(one.weight, "device_mesh", None), team_of(one.weight)
+                together[i if apart else place].append((i, one))
             for here in together.values():
                 weights, plans = [one.weight for _, one in here], [one.plan for _, one in here]
                 unit = DenseStep(weights, [state[p] for p in weights], config, plans, group, [i for i, _ in here])
                 self.units.append(unit)
+                self.names[unit] = [one.name for _, one in here]
                 if apart:
                     self.by_weight[weights[0]] = unit
-        self._held: dict[Tensor, tuple[Any, list[Tensor]]] = {p: (state[p], [*state[p].values()]) for p in self.plans}
+        own = [p for p in self.plans if owners is None or owners.here(p)]
+        self._held: dict[Tensor, tuple[Any, list[Tensor]]] = {p: (state[p], [*state[p].values()]) for p in own}
 
     def holds(self, state: Mapping[Tensor, Any], some: Iterable[Tensor]) -> bool:
         """Tell whether the state of some parameters is what is stepped; it may have been moved or dropped."""

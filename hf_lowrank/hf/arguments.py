@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank.groups import groups_for, model_facts
+from hf_lowrank.methods import options as opt
+from hf_lowrank.methods.common import ReplicaOptions
 from hf_lowrank.methods.options import split_assignments
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -44,16 +46,17 @@ def optimizer_cls_and_kwargs(
             arguments on along this route, so give them here or there.
         lr, betas, eps, weight_decay, seed: defaults without `args`: 1e-3, (0.9, 0.999), 1e-8, 0, 0.
         rank: by default the method's own, 128 for most.
-        target_modules, options: see `param_groups`.
+        target_modules, options: see `param_groups`; and shard_state=True, as LowRankOptimizer takes it.
 
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
+    shared = _of_replicas(options)
     chosen = options if rank is None else {"rank": rank, **options}
     config = Config.of(method, chosen, model=True, facts=model_facts(model))
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
-    return LowRankOptimizer, _keywords(model, config, values, target_modules)
+    return LowRankOptimizer, {**_keywords(model, config, values, target_modules), **shared}
 
 
 def _keywords(model: nn.Module, config: Config, values: dict[str, Any], target_modules: Any) -> dict[str, Any]:
@@ -61,6 +64,13 @@ def _keywords(model: nn.Module, config: Config, values: dict[str, Any], target_m
     decay = values.pop("weight_decay")
     groups = groups_for(model, config, target_modules=target_modules, weight_decay=decay)
     return {"params": groups, "method": config.method, **values}
+
+
+def _of_replicas(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out the options that are the optimizer's own under DistributedDataParallel; return those that are on."""
+    schema = opt.schema(ReplicaOptions)
+    given = {key: options.pop(key) for key in schema if key in options}
+    return {key: value for key in given if (value := opt.parse(key, given[key], schema, what="optimizer"))}
 
 
 def _hyperparameters(args: TrainingArguments | None) -> dict[str, Any]:
@@ -100,9 +110,13 @@ def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[ty
     for option, argument in _TRAINING_ARGUMENTS.items():
         if option in options:
             raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")
+    shared = _of_replicas(options)
+    if shared and _fsdp_version(args) is not None:
+        raise ValueError("optim_args: shard_state is for DDP; FSDP2 shards the state by itself, so leave it out")
     config = _layerwise(args, Config.of(name_of(args), options, model=True, facts=model_facts(model)))
     keywords = _keywords(model, config, values, args.optim_target_modules)
-    return LowRankOptimizer, {**keywords, "share_refreshes": _replicated(args)}
+    replicated = _replicated(args)
+    return LowRankOptimizer, {**keywords, "share_refreshes": replicated, **(shared if replicated else {})}
 
 
 def _fsdp_version(args: TrainingArguments) -> int | None:
@@ -170,7 +184,8 @@ def refuse_unsupported(args: TrainingArguments) -> None:
         raise ValueError(
             f"{name_of(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. Instead of "
             "--deepspeed or accelerate launch --use_deepspeed use FSDP2 (--fsdp; names in _layerwise work there too) "
-            "or DDP (torchrun; names in _8bit work there too)."
+            "or DDP (torchrun; names in _8bit work there too, and --optim_args shard_state=true shards the state as "
+            "ZeRO-1 does)."
         )
     if _fsdp_version(args) == 1:
         raise ValueError(

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import IO
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import Trainer, trainer, trainer_utils
 
 from hf_lowrank.hf.arguments import name_of
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe.records import RUN_FILE
+from hf_lowrank.optimizer import LowRankOptimizer
 
 
 logger = logging.getLogger("hf_lowrank")
@@ -78,10 +80,13 @@ def naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_sums(original: Callable[..., None]) -> Callable[..., None]:
-    """Write the checksums of the files that have none of their own: what says where the shards of a state lie."""
+    """Gather sharded state before it is written, and write the checksums of the files that have none of their own:
+    what says where the shards of a state lie.
+    """
 
     @functools.wraps(original)
     def _save_optimizer_and_scheduler(self: Trainer, output_dir: str) -> None:
+        consolidate(self)
         original(self, output_dir)
         if not self.args.should_save or name_of(self.args) not in resolve.names():
             return
@@ -91,6 +96,17 @@ def with_sums(original: Callable[..., None]) -> Callable[..., None]:
             (folder / SUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n")
 
     return _save_optimizer_and_scheduler
+
+
+def consolidate(self: Trainer) -> None:
+    """Bring the state of an optimizer that shards it to the processes that write: one, or one on every node."""
+    optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+    if not isinstance(optimizer, LowRankOptimizer) or not optimizer.shard_state:
+        return
+    writing = [False] * dist.get_world_size()
+    dist.all_gather_object(writing, self.args.should_save)
+    for process in (i for i, writes in enumerate(writing) if writes):
+        optimizer.consolidate_state_dict(to=process)
 
 
 def checkpoint_fault(path: Path) -> str | None:

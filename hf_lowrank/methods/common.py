@@ -32,6 +32,13 @@ class SharedOptions:
 
 
 @dataclass(frozen=True)
+class ReplicaOptions:
+    """Options of the whole optimizer under DistributedDataParallel: of LowRankOptimizer itself, or of `optim_args`."""
+
+    shard_state: bool = opt.flag(False, help="each process keeps the state of the parameters that it owns")
+
+
+@dataclass(frozen=True)
 class LowRankOptions:
     """Options of every group of matrices."""
 

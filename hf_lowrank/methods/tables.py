@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hf_lowrank.methods import options
-from hf_lowrank.methods.common import LowRankOptions, SharedOptions
+from hf_lowrank.methods.common import LowRankOptions, ReplicaOptions, SharedOptions
 from hf_lowrank.methods.dense import SplitOptions
 from hf_lowrank.methods.registry import KINDS
 from hf_lowrank.methods.resolve import Config, part_choices
@@ -17,6 +17,7 @@ from hf_lowrank.methods.table import METHODS
 
 SHARED, MATRICES, CHOICES = "Every method", "Every method, for its matrices", "Which parts"
 SPLIT = "Every method, for what has no subspace"
+REPLICAS = "Every method, under DistributedDataParallel"
 """Titles of the groups of options that belong to no part."""
 
 SHOWN = 8
@@ -107,7 +108,7 @@ def options_tables(names: Iterable[str] = METHODS) -> str:
 
 def _used_by(group: OptionGroup) -> str:
     """Return a line with the methods that have the options of a group, where not all have them."""
-    if group.title in (SHARED, MATRICES, SPLIT):
+    if group.title in (SHARED, MATRICES, SPLIT, REPLICAS):
         return ""
     shown = [f"`{name}`" for name in group.methods[:SHOWN]]
     rest = [f"{len(group.methods) - SHOWN} more with such a part"] if len(group.methods) > SHOWN else []
@@ -153,13 +154,13 @@ def option_groups(names: Iterable[str] = METHODS) -> list[OptionGroup]:
 def options_of(name: str) -> dict[str, Any]:
     """Return every option that a method takes for a model, with its default."""
     config = Config.of(name, {}, model=True)
-    return {**config.options, **asdict(config.split)}
+    return {**config.options, **asdict(config.split), **asdict(ReplicaOptions())}
 
 
 def _declared(config: Config) -> Iterator[tuple[Owner, str, options.Option]]:
     """Yield (whose it is, name, declaration) of a method's options."""
     owners: dict[Owner, Any] = {(0, MATRICES): LowRankOptions, (len(KINDS) + 1, SHARED): SharedOptions}
-    owners[len(KINDS) + 2, SPLIT] = SplitOptions
+    owners |= {(len(KINDS) + 2, SPLIT): SplitOptions, (len(KINDS) + 3, REPLICAS): ReplicaOptions}
     for place, kind in enumerate(KINDS, start=1):
         part = getattr(config.parts, kind)
         owners[place, _part_name(part)] = part

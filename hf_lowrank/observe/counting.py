@@ -61,7 +61,7 @@ def gradient_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
 def state_bytes(
     declared: Iterable[Declared], count: Callable[[Plan], int] = lambda plan: plan.nbytes
 ) -> tuple[int, int]:
-    """Return the bytes of the state of the matrices that have a subspace, and of everything else."""
+    """Return the bytes of this process's state of the matrices that have a subspace, and of everything else."""
     low_rank = dense = 0
     for _, _, config, plan in declared:
         if config.low_rank:
@@ -106,7 +106,7 @@ def component_bytes(optimizer: LowRankOptimizer, model_weights: Iterable[Tensor]
         model_weights: all parameters of the model, frozen ones too.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    low_rank, dense = state_bytes(optimizer.declared())
+    low_rank, dense = state_bytes(optimizer.kept())
     return {
         "weights": weight_bytes(model_weights),
         "gradients": gradient_bytes(optimizer.declared()),

@@ -81,7 +81,8 @@ def summary(optimizer: LowRankOptimizer) -> str:
         scale = matrices[0].config.options["scale"]
         text += f", lr {lr * scale:g} ({lr:g} x scale {scale:g})"
     text += f"; {len(everything) - len(matrices)} dense parameters, lr {lr:g}{_apart(optimizer, lr)}"
-    return text + f"; state {declared / MIB:.1f} MiB (AdamW: {adamw / MIB:.1f} MiB)"
+    here = " on this process" if optimizer.shard_state else ""
+    return text + f"; state {declared / MIB:.1f} MiB{here} (AdamW: {adamw / MIB:.1f} MiB)"
 
 
 def _apart(optimizer: LowRankOptimizer, lr: float) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_lowrank.engine.known import names_of
 from hf_lowrank.engine.refresh import UNKNOWN
 from hf_lowrank.observe.records import module_type
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -52,8 +53,7 @@ def matrices(optimizer: LowRankOptimizer) -> Iterator[Matrix]:
     """Yield every matrix that has had a refresh, in group order."""
     index = 0
     for group in optimizer.param_groups:
-        names = group.get("param_names") or [""] * len(group["params"])
-        for name, p in zip(names, group["params"], strict=True):
+        for name, p in zip(names_of(group), group["params"], strict=True):
             s = optimizer.state.get(p, {})
             if "refreshes" in s and s["refreshes"] > 0:
                 yield Matrix(name.removesuffix(".weight") or f"parameter {index}", p, s)

@@ -30,6 +30,7 @@ class FirstRefresh:
 
     def __init__(self, optimizer: LowRankOptimizer, say: Callable[[str], None]) -> None:
         self.optimizer, self.say = optimizer, say
+        self.matrices = [one.weight for one in optimizer.kept() if one.config.low_rank]
         self.began = perf_counter()
         self.updating = False
         self.stopped = False
@@ -73,9 +74,8 @@ class FirstRefresh:
 
     def _costs(self) -> list[tuple[bool, float]]:
         """Return of every matrix whether it has its first basis, and the work of one."""
-        some = [p for group in self.optimizer.param_groups if "rank" in group for p in group["params"]]
-        states = [self.optimizer.state.get(p, {}) for p in some]
-        return [(bool(s.get("refreshes", 0) > 0), refresh_cost(p)) for p, s in zip(some, states, strict=True)]
+        states = [self.optimizer.state.get(p, {}) for p in self.matrices]
+        return [(bool(s.get("refreshes", 0) > 0), refresh_cost(p)) for p, s in zip(self.matrices, states, strict=True)]
 
     def _progress(self) -> tuple[int, float, float]:
         """Return how many matrices are done, their work, and all work."""

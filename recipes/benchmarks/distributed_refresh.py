@@ -43,11 +43,11 @@ def section(size: str, rank: int, *, quick: bool) -> Section:
     return result
 
 
-def launch(processes: int, size: str, rank: int, *, steps: int) -> dict[str, list[float]]:
-    """Run this file on some processes of one thread each, and return what the first one reports."""
+def launch(processes: int, size: str, rank: int, *, steps: int, script: str = __file__) -> dict[str, list[float]]:
+    """Run this file, or another, on some processes of one thread each, and return what the first one reports."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*command, __file__, size, str(rank), str(steps)],
+        [*command, script, size, str(rank), str(steps)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -23,6 +23,7 @@ from pathlib import Path
 import distributed_refresh
 import memory_tables
 import refresh
+import sharded_state
 import steps
 import tables
 import timing
@@ -106,6 +107,7 @@ SECTIONS: dict[str, Callable[[Plan], Iterable[Section]]] = {
     "training": lambda plan: training.sections(plan.first, plan.rank, plan.device, quick=plan.quick),
     "subtrack": lambda plan: [refresh.wall_time(plan.first, plan.device, quick=plan.quick)],
     "distributed": lambda plan: [distributed_refresh.section(plan.first, plan.rank, quick=plan.quick)],
+    "sharded": lambda plan: [sharded_state.section(plan.first, plan.rank, quick=plan.quick)],
 }
 
 

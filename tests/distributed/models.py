@@ -69,13 +69,18 @@ def batch(step, rows=96):
 
 
 def optimizer(net, name, rank=3, **options):
-    shared = options.pop("share_refreshes", False)
+    shared = {key: options.pop(key, False) for key in ("share_refreshes", "shard_state")}
+    return LowRankOptimizer(**keywords(net, name, rank, **options), **shared)
+
+
+def keywords(net, name, rank=3, **options):
+    """What an optimizer of a model takes."""
     fitted = fitting(name, {"rank": rank, "update_proj_gap": 3, **options})
     groups = param_groups(net, weight_decay=0.1, **fitted)
     row = METHODS[resolve.split(name)[0]]
     # two rules divide by what may be next to nothing; at the common rate such a run is chaos, and equals no other
     lr = 2e-4 if row.moments == "came" or row.subspace == "haar" else 2e-2
-    return LowRankOptimizer(groups, name, lr=lr, seed=5, share_refreshes=shared)
+    return {"params": groups, "method": name, "lr": lr, "seed": 5}
 
 
 def loss_of(net, step, rank=0, world=1):

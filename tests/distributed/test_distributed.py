@@ -85,11 +85,12 @@ def test_rules_and_rates_of_dense_parameters_are_those_of_one_process(tmp_path):
 
 
 def expected(wide, along_gradient):
-    """Collectives of an ordinary step: R and, with a residual, the norms of columns; Z (and d); flags; limiters."""
+    """Collectives of an ordinary step: R and, with a residual, the norms of columns; Z (and d); what all agree on
+    before it; flags; limiters."""
     return {
         "_reduce_scatter_base_": wide * (2 if along_gradient else 1),
         "_allgather_base_": wide,
-        "allreduce_": 2 if along_gradient else 1,
+        "allreduce_": 3 if along_gradient else 2,
     }
 
 

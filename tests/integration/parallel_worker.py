@@ -2,7 +2,8 @@
 
 Trainer ignores --fsdp where there is no accelerator, so the FSDP2 path is switched on by hand.
 
-torchrun --nproc_per_node N parallel_worker.py ddp|SHARDED_STATE_DICT|FULL_STATE_DICT OPTIM FOLDER [CHECKPOINT]
+torchrun --nproc_per_node N parallel_worker.py ddp|shard_state|SHARDED_STATE_DICT|FULL_STATE_DICT OPTIM FOLDER
+    [CHECKPOINT]
 """
 
 import json
@@ -23,6 +24,8 @@ from conftest import arguments, engine, tiny_data, tiny_llama  # noqa: E402
 
 STEPS = 6
 OPTIONS = "rank=4,update_proj_gap=2,stagger=false"
+REPLICAS = "ddp", "shard_state"
+"""What runs under DistributedDataParallel."""
 
 
 class FSDP2Trainer(Trainer):
@@ -45,7 +48,7 @@ class FSDP2Trainer(Trainer):
 
 def can_resume(kind):
     """transformers 4.57 cannot load any optimizer under DDP on the CPU: it asks torch for the device 'cpu:0'."""
-    return kind != "ddp" or hasattr(transformer_trainer, "_OPTIMIZER_HANDLERS")
+    return kind not in REPLICAS or hasattr(transformer_trainer, "_OPTIMIZER_HANDLERS")
 
 
 def whole(model):
@@ -62,14 +65,14 @@ def main():
     kind, optim, folder, *checkpoint = sys.argv[1:]
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    trainer_class = Trainer if kind == "ddp" else type("T", (FSDP2Trainer,), {"state_dict_type": kind})
+    trainer_class = Trainer if kind in REPLICAS else type("T", (FSDP2Trainer,), {"state_dict_type": kind})
 
     def train(output, resume=None, **overrides):
         rows = 4 // int(os.environ["WORLD_SIZE"])
         args = arguments(
             Path(folder) / output,
             optim,
-            optim_args=OPTIONS,
+            optim_args=OPTIONS + ",shard_state=true" * (kind == "shard_state"),
             max_steps=STEPS,
             per_device_train_batch_size=rows,
             max_grad_norm=0.0,
@@ -80,7 +83,9 @@ def main():
         return trainer
 
     if checkpoint:
-        train("again", resume=checkpoint[0])
+        again = train("again", resume=checkpoint[0])
+        if int(os.environ["RANK"]) == 0:
+            torch.save(whole(again.accelerator.unwrap_model(again.model)), Path(folder) / "weights.pt")
         return
     first = train("first", save_strategy="steps", save_steps=3)
     weights = whole(first.accelerator.unwrap_model(first.model))
@@ -99,6 +104,8 @@ def main():
             "optimizer": type(engine(first)).__name__,
             "parameters": kinds,
             "shared": engine(first).share_refreshes,
+            "sharded": engine(first).shard_state,
+            "states": len(engine(first).state),
             "logged": len(logged(first)),
         }
         (Path(folder) / "report.json").write_text(json.dumps(report))

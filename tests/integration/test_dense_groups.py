@@ -29,7 +29,7 @@ SCALE = "embedding_rule=column_norm,head_rule=momentum_column_norm"
 
 
 def members(groups, kind):
-    return {name for group in groups if group.get("kind") == kind for name, _ in group["params"]}
+    return {name for group in groups if group.get("kind") == kind for name in group["param_names"]}
 
 
 def rates(groups):
@@ -85,16 +85,16 @@ HEADS = {
 def test_every_parameter_is_in_one_group_and_those_of_a_kind_in_theirs(make, method):
     model = make()
     groups = param_groups(model, method=method, rank=4, weight_decay=0.1, embedding_lr=2e-3, dense="momentum")
-    named = [name for group in groups for name, _ in group["params"]]
+    named = [name for group in groups for name in group["param_names"]]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
     shapes = dict(model.named_parameters())
     vectors = {name for name in named if shapes[name].dim() < 2}
     assert members(groups, "embedding") == EMBEDDINGS[make] and members(groups, "head") == HEADS[make]
     assert members(groups, "vector") == vectors
     assert members(groups, "mixed") == ({"conv.weight"} if make is Plain else set())
-    decays = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    decays = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
     plain = param_groups(make(), method=method, rank=4, weight_decay=0.1)
-    assert decays == {name: group["weight_decay"] for group in plain for name, _ in group["params"]}
+    assert decays == {name: group["weight_decay"] for group in plain for name in group["param_names"]}
     assert {group["dense"] for group in groups if "rank" not in group} == {"momentum"}
 
 
@@ -142,7 +142,7 @@ def test_a_tied_head_is_an_embedding_once_and_that_is_said(option, other):
     model, value = llama(tie_word_embeddings=True), {"head_lr": 1e-3, "head_rule": "sgd"}[option]
     with pytest.warns(UserWarning, match=f"{option}: the output head is the embedding's weight, .* {other} applies"):
         groups = param_groups(model, method=METHOD, rank=4, embedding_lr=2e-3, **{option: value})
-    named = [name for group in groups for name, _ in group["params"]]
+    named = [name for group in groups for name in group["param_names"]]
     assert len(named) == len(set(named)) and members(groups, "embedding") == {"model.embed_tokens.weight"}
     assert members(groups, "head") == set() and rates(groups)["embedding"] == 2e-3
 

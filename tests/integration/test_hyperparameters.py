@@ -144,7 +144,15 @@ def test_lowrank_takes_its_parts_by_name(tmp_path):
     ("overrides", "message"),
     [
         ({"fsdp": "full_shard", "fsdp_config": {"version": 1}}, "does not run under FSDP"),
-        ({"deepspeed": {"train_micro_batch_size_per_gpu": 1}}, "does not run under DeepSpeed: .* use FSDP2 .* or DDP"),
+        (
+            {"fsdp": "full_shard", "fsdp_config": {"version": 2}, "optim_args": "shard_state=true"},
+            "shard_state is for DDP; FSDP2 shards the state by itself",
+        ),
+        ({"optim_args": "shard_state=maybe"}, "shard_state must be true or false"),
+        (
+            {"deepspeed": {"train_micro_batch_size_per_gpu": 1}},
+            "does not run under DeepSpeed: .* use FSDP2 .* or DDP .*shard_state=true",
+        ),
     ],
 )
 def test_what_would_train_wrongly_is_refused(overrides, message, tmp_path):

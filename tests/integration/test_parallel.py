@@ -33,10 +33,60 @@ def test_several_processes_equal_one(kind, optim, processes, tmp_path):
     assert report["resumed exactly"] or (report["resumed exactly"] is None and kind == "ddp")  # see can_resume
     assert report["logged alike"] == report["resumed exactly"]  # no row doubled, none missing
     assert report["parameters"] == (["Parameter"] if kind == "ddp" else ["DTensor"])
-    assert report["shared"] == (kind == "ddp")
+    assert report["shared"] == (kind == "ddp") and not report["sharded"]
     assert report["logged"] == 6
     alone = train(arguments(tmp_path / "alone", optim, optim_args=OPTIONS, max_steps=6, max_grad_norm=0.0))
     moved = torch.load(tmp_path / "weights.pt")
     for a, b, zero in zip(moved, alone.model.parameters(), tiny_llama().parameters(), strict=True):
         # sums of gradients in another order, amplified by Adam
         assert (a - b).norm() <= 1e-3 * (b - zero).norm() + 1e-7
+
+
+OPTIM = "galore_dominant_adamw"
+
+
+def close(moved, trainer):
+    """Whether weights are those of a run on one process: sums of gradients in another order, amplified by Adam."""
+    return all(
+        (a - b).norm() <= 1e-3 * (b - zero).norm() + 1e-7
+        for a, b, zero in zip(moved, trainer.model.parameters(), tiny_llama().parameters(), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A run on two processes that share its state out, and its folder."""
+    folder = tmp_path_factory.mktemp("sharded")
+    result = torchrun(2, WORKER, "shard_state", OPTIM, folder)
+    assert (folder / "report.json").exists(), result.stderr[-4000:]
+    return json.loads((folder / "report.json").read_text()), folder
+
+
+def run_on_one(folder, resume=None):
+    """The same run on one process, with the same option, which has nobody to share with there."""
+    options = f"{OPTIONS},shard_state=true"
+    args = arguments(folder, OPTIM, optim_args=options, max_steps=6, max_grad_norm=0.0)
+    return train(args, resume=resume)
+
+
+def test_sharded_state_is_saved_whole_and_resumes_on_as_many_processes_and_on_one(sharded, tmp_path):
+    report, folder = sharded
+    alone = run_on_one(tmp_path / "alone")
+    everything = list(alone.model.parameters())
+    assert report["sharded"] and not report["shared"] and 0 < report["states"] < len(everything)
+    assert report["resumed exactly"] in (True, None) and report["logged alike"] == report["resumed exactly"]
+    assert report["logged"] == 6
+    saved = torch.load(folder / "first" / "checkpoint-3" / "optimizer.pt", weights_only=True)
+    assert list(saved["state"]) == list(range(len(everything)))
+    assert close(torch.load(folder / "weights.pt"), alone)
+    again = run_on_one(tmp_path / "again", resume=str(folder / "first" / "checkpoint-3"))
+    assert close([p.detach() for p in again.model.parameters()], alone)
+
+
+@pytest.mark.full
+def test_sharded_state_resumes_on_other_numbers_of_processes(sharded, tmp_path):
+    alone = run_on_one(tmp_path / "alone")
+    for kind in ("shard_state", "ddp"):
+        result = torchrun(4, WORKER, kind, OPTIM, tmp_path, sharded[1] / "first" / "checkpoint-3")
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert close(torch.load(tmp_path / "weights.pt"), alone)

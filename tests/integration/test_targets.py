@@ -59,9 +59,9 @@ def test_a_fraction_of_the_short_side_takes_all():
 def test_gpt2_has_conv1d_and_a_tied_head():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     groups = param_groups(model, rank=4)
-    names = [name for group in groups if "rank" in group for name, _ in group["params"]]
+    names = [name for group in groups if "rank" in group for name in group["param_names"]]
     assert kinds(names) == {"c_attn", "c_proj", "c_fc"} and len(names) == 4
-    everything = [p for group in groups for _, p in group["params"]]
+    everything = [p for group in groups for p in group["params"]]
     assert len(everything) == len({id(p) for p in everything}) == len(list(model.parameters()))
     ids = torch.randint(0, 32, (2, 8))
     step_once(model, groups, input_ids=ids, labels=ids)
@@ -91,7 +91,12 @@ def test_experts_are_stacks_of_matrices():
     )
     model = MixtralForCausalLM(config)
     groups = param_groups(model, rank=4)
-    taken = {name: p for group in groups if "rank" in group for name, p in group["params"]}
+    taken = {
+        name: p
+        for group in groups
+        if "rank" in group
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
     experts = [p for name, p in taken.items() if "experts" in name]
     assert experts and all(min(p.shape[-2:]) > 4 for p in experts)
     ids = torch.randint(0, 32, (2, 8))
@@ -138,7 +143,7 @@ def test_frozen_parameters_are_in_no_group():
     model = tiny_llama()
     model.model.layers[0].requires_grad_(False)
     groups = param_groups(model, rank=4)
-    members = {id(p) for group in groups for _, p in group["params"]}
+    members = {id(p) for group in groups for p in group["params"]}
     assert members == {id(p) for p in model.parameters() if p.requires_grad}
 
 
@@ -210,5 +215,5 @@ def test_a_model_whose_stages_have_other_numbers_of_heads():
     }
     model = SwinForImageClassification(SwinConfig(**sizes))
     groups = param_groups(model, method="galore_dominant_adam_mini", rank=4)
-    assert any(name.endswith("query.weight") or name.endswith("q_proj.weight") for name, _ in groups[0]["params"])
+    assert any(name.endswith("query.weight") or name.endswith("q_proj.weight") for name in groups[0]["param_names"])
     assert groups[0]["head_dim"] == 0

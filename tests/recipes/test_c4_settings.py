@@ -112,7 +112,7 @@ def test_every_optimizer_has_two_rates(tokenizer, tmp_path):
         lr = [
             (group.get("lr", 1e-2) * (0.25 if "rank" in group else 1), group) for group in kwargs["params"]
         ]  # default scale
-        rates[optim] = {name: rate for rate, group in lr for name, _ in group["params"]}
+        rates[optim] = {name: rate for rate, group in lr for name in group["param_names"]}
     assert rates["adamw_torch"] == rates["galore_i3s_adamw"]
     slow = {name for name, lr in rates["adamw_torch"].items() if lr == 0.25e-2}
     assert slow == {name for name in rates["adamw_torch"] if "proj" in name}

@@ -25,7 +25,10 @@ class _Gaussian(Unstored):
     """P (m, r) with entries N(0, 1/r), so that E[P P^T] = I; a new one at every refresh."""
 
     orthonormal: ClassVar[bool] = False
-    without: ClassVar[tuple[str, ...]] = ("basis_format", "shard_basis",)
+    without: ClassVar[tuple[str, ...]] = (
+        "basis_format",
+        "shard_basis",
+    )
 
     @override
     def basis(self, s: State, ctx: Context) -> Basis:

@@ -29,7 +29,14 @@ class Unstored(Subspace):
 class Fixed(Unstored):
     """A basis that is the same for ever."""
 
-    without: ClassVar[tuple[str, ...]] = ("update_proj_gap", "on_refresh", "stagger", "basis_format", "shard_basis", "products")
+    without: ClassVar[tuple[str, ...]] = (
+        "update_proj_gap",
+        "on_refresh",
+        "stagger",
+        "basis_format",
+        "shard_basis",
+        "products",
+    )
 
     @override
     def interval_(self, s: State, gap: int, overlap: float) -> int:

@@ -1,0 +1,130 @@
+"""What an optimizer does where other processes train the same weights: share the work, or the state, and agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from hf_lowrank.engine.agreement import same_steps, same_weights
+from hf_lowrank.engine.ownership import Owners, check_shardable
+from hf_lowrank.engine.work import Declared, Work
+from hf_lowrank.state.slots import Stored
+
+
+class Replicas(Optimizer):
+    """An optimizer on several processes that train the same weights.
+
+    Attributes:
+        share_refreshes: whether every refresh is computed on one process and sent to the others.
+        owners: whose state a parameter is, where state is sharded; None where every process keeps all.
+    """
+
+    share_refreshes: bool = False
+    owners: Owners | None = None
+    _compared = False  # whether the processes have been found to hold the same weights
+    _whole: dict[Tensor, Stored] | None = None  # the state that was gathered here since the last step
+
+    def _share(self, *, refreshes: bool, state: bool) -> None:
+        """Say what is shared.
+
+        Raises:
+            ValueError: where there are no processes to share with.
+        """
+        if (refreshes or state) and not (dist.is_available() and dist.is_initialized()):
+            name = "shard_state" if state else "share_refreshes"
+            raise ValueError(f"{name} needs torch.distributed to be initialized")
+        self.share_refreshes = refreshes and not state  # an owner refreshes what it steps
+        self.owners = Owners() if state else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "share_refreshes": self.share_refreshes, "owners": self.owners}
+
+    @property
+    def shard_state(self) -> bool:
+        """Whether every process keeps the state of the parameters that it owns, and no other."""
+        return self.owners is not None
+
+    def declared(self) -> Iterator[Declared]:
+        """Return what is known of every parameter, in group order."""
+        raise NotImplementedError
+
+    def kept(self) -> Iterator[Declared]:
+        """Return what is known of the parameters whose state this process keeps: all, unless state is sharded."""
+        known = list(self.declared())
+        owner = {} if self.owners is None else self.owners.of(known)
+        return (one for one in known if not owner or owner[one.weight] == dist.get_rank())
+
+    def declared_bytes(self) -> int:
+        """Return the bytes that this process's state takes, known before the first step."""
+        return sum(plan.nbytes for *_, plan in self.kept())
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
+
+    def _prepared(self, p: Tensor | None = None) -> Work:
+        """Return the steps of all parameters, having created the state that is missing."""
+        raise NotImplementedError
+
+    def _owned(self) -> Owners | None:
+        """Return the owners, of every parameter."""
+        if self.owners is not None:
+            check_shardable(self.param_groups)
+            self.owners.take(list(self.declared()))
+        return self.owners
+
+    def _agree(self, work: Work) -> None:
+        """Refuse, on all processes, to go on where they would not do the same."""
+        if (self.share_refreshes or self.shard_state) and not self._compared:
+            same_weights(list(self.declared()))
+            self._compared = True
+        same_steps(work, share=self.share_refreshes)
+
+    def _agree_again(self, work: Work) -> None:
+        """Do so after the step, before the subspaces that move then: one process may have skipped it."""
+        if self.share_refreshes and any(u.config.low_rank and u.config.parts.subspace.late for u in work.units):
+            same_steps(work, share=True)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Bring the whole state to one process, on the CPU, where `state_dict` has it until the next step.
+
+        All processes call this; Trainer does before it saves. Without `shard_state` there is nothing to do.
+
+        Args:
+            to: the process.
+
+        Raises:
+            ValueError: if there is no such process.
+        """
+        if self.owners is None:
+            return
+        if not 0 <= to < dist.get_world_size():
+            raise ValueError(f"to must be a process from 0 to {dist.get_world_size() - 1}, got {to}")
+        self._prepared()
+        whole = self.owners.gathered(list(self.declared()), self.state, to)
+        if whole is not None:
+            self._whole = whole
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return groups and state as plain data; where state is sharded the same as an unsharded run does.
+
+        Raises:
+            RuntimeError: where the state has not been gathered on this process since the last step.
+        """
+        packed = super().state_dict()
+        if self.owners is None or not self.owners.begun:
+            return packed
+        if self._whole is None:
+            raise RuntimeError(
+                "this process holds only a part of the state (shard_state): call "
+                "optimizer.consolidate_state_dict(to=0) on all processes, and then state_dict() on process 0"
+            )
+        return {**packed, "state": dict(enumerate(self._whole.values()))}
