@@ -13,17 +13,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_lowrank
-from recipes.shared.baselines import (
-    KINDS,
-    BaselineArguments,
-    FactorizedLinear,
-    adapter_parameters,
-    jagged,
-    merge_and_restart_,
-    prepare_,
-    reset_,
-    to_plain_,
-)
+from recipes.shared.baselines import KINDS, BaselineArguments, adapter_parameters, prepare_, to_plain_
+from recipes.shared.baselines.factorized import FactorizedLinear
+from recipes.shared.baselines.restarts import jagged, merge_and_restart_, reset_
 
 
 CONFIG = LlamaConfig(

@@ -1,0 +1,31 @@
+"""What low-rank optimizers are compared with, by one flag: --baseline NAME. The names are the table in `table.py`.
+
+What transformers, peft and bitsandbytes have is a name here and no more; the rest is one small file each. A recipe
+needs a few names:
+
+    parser = HfArgumentParser((..., BaselineArguments, TrainingArguments))
+    callbacks = prepare_(model, baseline_args, training_args)   # before the Trainer is made
+    trainer = Trainer(model, training_args, callbacks=callbacks, ...)
+    trainer.train(); to_plain_(model)                           # merged: an ordinary model to save and load
+
+Adapters are put into the model itself, not around it. So the Trainer's checkpoints hold the whole state dict: the base
+weights (which merges change, and which a model trained from scratch has nowhere else), the adapters, and what trains
+beside them. A peft wrapper would save the adapters alone.
+"""
+
+from recipes.shared.baselines.adapters import KINDS, add_lora_
+from recipes.shared.baselines.arguments import BaselineArguments
+from recipes.shared.baselines.prepare import adapter_parameters, prepare_, to_plain_
+from recipes.shared.baselines.table import BASELINES, Baseline
+
+
+__all__ = [
+    "BASELINES",
+    "KINDS",
+    "Baseline",
+    "BaselineArguments",
+    "adapter_parameters",
+    "add_lora_",
+    "prepare_",
+    "to_plain_",
+]

@@ -1,0 +1,34 @@
+"""The options of the baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from recipes.shared.baselines.adapters import KINDS
+from recipes.shared.baselines.table import BASELINES
+
+
+NAMES = tuple(BASELINES)
+
+
+@dataclass
+class BaselineArguments:
+    """Which baseline, and its hyper-parameters. The defaults are those of the pretraining tables (GaLore, App. C)."""
+
+    baseline: Literal[NAMES] | None = field(
+        default=None, metadata={"help": "Train this instead of the low-rank optimizer that --optim names."}
+    )
+    adapter_kind: str = field(default="lora", metadata={"help": f"lora, relora: {', '.join(KINDS)}."})
+    adapter_rank: int = field(default=128, metadata={"help": "lora, relora, low_rank: rank of the factors."})
+    adapter_alpha: float = field(default=32.0, metadata={"help": "lora, relora: W0 + (alpha / rank) B A."})
+    adapter_dropout: float = field(default=0.05, metadata={"help": "lora, relora: dropout before A."})
+    adapter_targets: str | None = field(
+        default=None,
+        metadata={
+            "help": "All that change the model: modules, as --optim_target_modules spells them. Default: those that a "
+            "low-rank optimizer would project."
+        },
+    )
+    relora_every: int = field(default=1000, metadata={"help": "relora: steps from one merge to the next."})
+    relora_warmup: int = field(default=50, metadata={"help": "relora: steps of warm-up after a merge."})
