@@ -110,7 +110,7 @@ def prepare(
     if checkpoint and not training_args.dataloader_num_workers:
         training_args.ignore_data_skip = keeper.resume(checkpoint)
     try:
-        callbacks = prepare_(model, baseline, training_args)
+        callbacks = prepare_(model, baseline, training_args, stage="pretraining")
         rate = model_args.matrix_learning_rate
         optimizer = optimizer_with_two_rates(model, training_args, matrix_learning_rate=rate)
         trainer = Trainer(

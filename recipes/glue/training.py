@@ -84,7 +84,7 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     tokenizer, model = load_encoder(glue, task, seed=args.seed)
     splits = {name: prepared(split, name, glue, tokenizer) for name, split in rows.items()}
     try:  # the optimizer is asked for here: Trainer would make its folder before it finds a mistake
-        callbacks = prepare_(model, baseline, args, also_train=head_names(model))
+        callbacks = prepare_(model, baseline, args, stage="fine-tuning", also_train=head_names(model))
         optimizer = Trainer.get_optimizer_cls_and_kwargs(args, model)
         trainer = Trainer(
             model,

@@ -1,76 +1,20 @@
 """The baselines on a tiny LLaMA under the real Trainer: what trains, what a checkpoint holds, exact resume."""
 
 import math
-import shutil
 from copy import deepcopy
 
 import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_llama import TOKENS, tiny, trained
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments
 
 import hf_lowrank
 from recipes.shared.baselines import KINDS, BaselineArguments, adapter_parameters, prepare_, to_plain_
 from recipes.shared.baselines.factorized import FactorizedLinear
 from recipes.shared.baselines.restarts import jagged, merge_and_restart_, reset_
-
-
-CONFIG = LlamaConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, use_cache=False
-)
-TOKENS = torch.randint(0, 32, (64, 8), generator=torch.Generator().manual_seed(0))
-
-
-class Rows(Dataset):
-    def __len__(self):
-        return len(TOKENS)
-
-    def __getitem__(self, index):
-        return {"input_ids": TOKENS[index], "labels": TOKENS[index]}
-
-
-def tiny():
-    set_seed(3)
-    return LlamaForCausalLM(CONFIG)
-
-
-def trained(folder, baseline, *, resume=None, steps=6, optim="galore_i3s_adamw", **options):
-    """Train the tiny model as a baseline; adapters of rank 2, dropout on, a merge every second step."""
-    hf_lowrank.register()
-    values = {
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "optim_args": "rank=2" if "galore" in optim else None,
-        **options,
-    }
-    args = TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=4, optim=optim, save_steps=1, logging_steps=1,
-        use_cpu=True, report_to="none", disable_tqdm=True, **values,
-    )  # fmt: skip
-    model = tiny()
-    baseline_args = BaselineArguments(baseline, adapter_rank=2, relora_every=2, relora_warmup=1)
-    trainer = Trainer(model, args, train_dataset=Rows(), callbacks=prepare_(model, baseline_args, args))
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-@pytest.mark.parametrize("baseline", ["lora", "relora", "low_rank"])
-def test_resumed_equals_uninterrupted(tmp_path, baseline):
-    """At a merge, one step after it, and in between: weights, adapters and the log are the same bit for bit."""
-    whole = trained(tmp_path, baseline)
-    expected = {name: p.clone() for name, p in whole.model.state_dict().items()}
-    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    for cut in (2, 3):
-        shutil.rmtree(tmp_path / "checkpoint-6")
-        resumed = trained(tmp_path, baseline, resume=str(tmp_path / f"checkpoint-{cut}"))
-        found = resumed.model.state_dict()
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
-        assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
 
 
 def test_relora_checkpoints_hold_the_merged_base(tmp_path):
@@ -182,18 +126,6 @@ def test_fine_tuning_trains_adapters_and_the_head():
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {*adapter_parameters(model), "lm_head.weight"}
     assert len(adapter_parameters(model)) == 2 * 2 * 2  # layers, modules, factors
-
-
-@pytest.mark.parametrize("baseline", ["lora", "relora", "low_rank"])
-def test_a_merged_model_is_an_ordinary_one(tmp_path, baseline):
-    model = trained(tmp_path, baseline, steps=3).model.eval()
-    with torch.no_grad():
-        before = model(TOKENS[:4]).logits
-        to_plain_(model)
-        model.save_pretrained(tmp_path / "plain")
-        after = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(TOKENS[:4]).logits
-    assert set(model.state_dict()) == set(LlamaForCausalLM(CONFIG).state_dict())
-    torch.testing.assert_close(after, before, atol=1e-5 * before.abs().max().item(), rtol=0)  # one rounding per weight
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ beside them. A peft wrapper would save the adapters alone.
 from recipes.shared.baselines.adapters import KINDS, add_lora_
 from recipes.shared.baselines.arguments import BaselineArguments
 from recipes.shared.baselines.prepare import adapter_parameters, prepare_, to_plain_
-from recipes.shared.baselines.table import BASELINES, Baseline
+from recipes.shared.baselines.table import BASELINES, Baseline, fit_for
 
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "BaselineArguments",
     "adapter_parameters",
     "add_lora_",
+    "fit_for",
     "prepare_",
     "to_plain_",
 ]

@@ -30,5 +30,8 @@ class BaselineArguments:
             "low-rank optimizer would project."
         },
     )
+    sltrain_density: float = field(
+        default=0.03, metadata={"help": "sltrain: share of the entries of a matrix that the sparse part holds."}
+    )
     relora_every: int = field(default=1000, metadata={"help": "relora: steps from one merge to the next."})
     relora_warmup: int = field(default=50, metadata={"help": "relora: steps of warm-up after a merge."})

@@ -12,11 +12,16 @@ from transformers.training_args import OptimizerNames
 import hf_lowrank
 from recipes.shared.baselines.adapters import FACTOR, merged
 from recipes.shared.baselines.arguments import BaselineArguments
-from recipes.shared.baselines.table import BASELINES
+from recipes.shared.baselines.table import BASELINES, Stage, fit_for
 
 
 def prepare_(
-    model: nn.Module, args: BaselineArguments, training_args: TrainingArguments, *, also_train: str = ".*"
+    model: nn.Module,
+    args: BaselineArguments,
+    training_args: TrainingArguments,
+    *,
+    stage: Stage | None = None,
+    also_train: str = ".*",
 ) -> list[TrainerCallback]:
     """Turn a model and its training arguments into those of a baseline, in place.
 
@@ -24,6 +29,7 @@ def prepare_(
         model: a PreTrainedModel; the targets of a baseline that changes the model are replaced.
         args: which baseline; with None nothing happens.
         training_args: `optim` becomes a dense one where it names a low-rank optimizer.
+        stage: what is done with the model, for which not every baseline is made; None does not ask.
         also_train: regular expression, searched in names, of the parameters outside the adapters that train too. The
             weights under the adapters never do.
 
@@ -31,11 +37,15 @@ def prepare_(
         What `Trainer(callbacks=...)` needs.
 
     Raises:
-        ValueError: if the targets match nothing, or a number is out of range.
+        ValueError: if the targets match nothing, a number is out of range, or the baseline is for another stage.
     """
     if args.baseline is None:
         return []
     baseline = BASELINES[args.baseline]
+    if stage and baseline.only_for not in (None, stage):
+        raise ValueError(
+            f"--baseline {args.baseline} is for {baseline.only_for} alone; {', '.join(fit_for(stage))} are for {stage}"
+        )
     if baseline.only_optim or _is_low_rank(training_args.optim):
         training_args.optim = OptimizerNames(baseline.optim)
     training_args.optim_args = training_args.optim_target_modules = None

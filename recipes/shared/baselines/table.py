@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import nn
 from transformers import TrainerCallback
@@ -12,10 +12,14 @@ from transformers import TrainerCallback
 from recipes.shared.baselines.adapters import lora_
 from recipes.shared.baselines.factorized import low_rank_
 from recipes.shared.baselines.restarts import relora
+from recipes.shared.baselines.sparse_low_rank import sltrain_
 
 
 if TYPE_CHECKING:
     from recipes.shared.baselines.arguments import BaselineArguments
+
+
+Stage = Literal["pretraining", "fine-tuning"]
 
 
 class Adapt(Protocol):
@@ -37,6 +41,7 @@ class Baseline:
         only_optim: whether it trains with `optim` whatever --optim names.
         adapt_: what it does to the model; None leaves it as it is.
         callback: what the Trainer needs beside.
+        only_for: what it makes sense for, where that is not everything; None is everything.
     """
 
     title: str
@@ -44,6 +49,7 @@ class Baseline:
     only_optim: bool = False
     adapt_: Adapt | None = None
     callback: Callable[[BaselineArguments], TrainerCallback] | None = None
+    only_for: Stage | None = None
 
 
 BASELINES = {
@@ -52,4 +58,10 @@ BASELINES = {
     "lora": Baseline("LoRA and its kinds, peft's (arXiv 2106.09685)", adapt_=lora_),
     "relora": Baseline("ReLoRA (arXiv 2307.05695)", adapt_=lora_, callback=relora),
     "low_rank": Baseline("low-rank factors in place of the matrices (arXiv 2209.13569)", adapt_=low_rank_),
+    "sltrain": Baseline("SLTrain: low-rank and sparse (arXiv 2406.02214)", adapt_=sltrain_, only_for="pretraining"),
 }
+
+
+def fit_for(stage: Stage) -> tuple[str, ...]:
+    """Return the names of the baselines that make sense for a stage."""
+    return tuple(name for name, baseline in BASELINES.items() if baseline.only_for in (None, stage))
