@@ -39,7 +39,7 @@ def test_a_merge_changes_nothing_that_the_model_computes():
     parameters = {name: id(p) for name, p in model.named_parameters()}
     with torch.no_grad():
         before = model(TOKENS[:4]).logits
-        merge_and_restart_(model, seed=0)
+        merge_and_restart_(model, torch.Generator().manual_seed(0))
         after = model(TOKENS[:4]).logits
     # fp32: each entry is a sum of about a hundred rounded products through two layers
     torch.testing.assert_close(after, before, atol=1e-5 * before.abs().max().item(), rtol=0)
@@ -50,9 +50,11 @@ def test_a_merge_changes_nothing_that_the_model_computes():
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit"])
 def test_a_merge_resets_the_state_of_the_factors_alone(tmp_path, optim):
     """With bitsandbytes the smallest tensors are kept in fp32; 8-bit ones are tested on `reset_` itself."""
-    trainer = trained(tmp_path, "relora", steps=4, optim=optim)  # step 4 is a merge
+    trainer = trained(tmp_path, "relora", steps=5, optim=optim)  # step 4 is a merge
     names = {p: name for name, p in trainer.model.named_parameters()}
-    state = {names[p]: s for p, s in trainer.optimizer.optimizer.state.items()}
+    saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt")["state"]
+    order = [names[p] for group in trainer.optimizer.param_groups for p in group["params"]]
+    state = {order[number]: s for number, s in saved.items()}
     factors = set(adapter_parameters(trainer.model))
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     keys = ("state1", "state2") if "8bit" in optim else ("exp_avg", "exp_avg_sq")

@@ -1,6 +1,7 @@
 """What every baseline that changes the model must do: start, count, resume and merge as it should."""
 
 import shutil
+from math import isqrt
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ def sltrain(m, n):
     return RANK * (m + n) + int(0.03 * m * n)
 
 
-PARAMETERS = {"lora": lora, "relora": lora, "low_rank": lora, "sltrain": sltrain}
+def mora(m, n):
+    return (isqrt(RANK * (m + n)) // 2 * 2) ** 2  # type 6, and by luck of these shapes the same for type 1
+
+
+PARAMETERS = {name: lora for name in ("lora", "relora", "cola", "plora", "low_rank")}
+PARAMETERS |= {"sltrain": sltrain, "mora": mora, "remora": mora}
 """Trainable numbers in the place of a matrix (out, in), by the papers' formulas."""
 
 FROM_SCRATCH = {"low_rank", "sltrain"}

@@ -1,5 +1,7 @@
 """A tiny LLaMA, its rows, and a training of it as a baseline under the real Trainer."""
 
+from dataclasses import fields
+
 import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
@@ -29,12 +31,16 @@ def tiny():
 
 def options_of(baseline, **others):
     """Rank 2 and a merge every second step."""
-    return BaselineArguments(baseline, **{"adapter_rank": 2, "relora_every": 2, "relora_warmup": 1, **others})
+    return BaselineArguments(
+        baseline, **{"adapter_rank": 2, "relora_every": 2, "relora_warmup": 1, "cola_links": 3, **others}
+    )
 
 
 def trained(folder, baseline, *, resume=None, steps=6, optim="galore_i3s_adamw", **options):
     """Train the tiny model as a baseline; adapters of rank 2, dropout on, a merge every second step."""
     hf_lowrank.register()
+    ours = {field.name for field in fields(BaselineArguments)}
+    arguments = options_of(baseline, **{name: options.pop(name) for name in ours & options.keys()})
     values = {
         "learning_rate": 1e-2,
         "lr_scheduler_type": "cosine_with_min_lr",
@@ -47,6 +53,6 @@ def trained(folder, baseline, *, resume=None, steps=6, optim="galore_i3s_adamw",
         use_cpu=True, report_to="none", disable_tqdm=True, **values,
     )  # fmt: skip
     model = tiny()
-    trainer = Trainer(model, args, train_dataset=Rows(), callbacks=prepare_(model, options_of(baseline), args))
+    trainer = Trainer(model, args, train_dataset=Rows(), callbacks=prepare_(model, arguments, args))
     trainer.train(resume_from_checkpoint=resume)
     return trainer

@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """peft's options for them: arXiv 2106.09685, 2312.03732, 2402.09353, 2404.02948, 2406.01775."""
 
-FACTOR = re.compile(r"\.lora_([AB]|magnitude_vector)\.|\.(down|up)_factor\b|\.sparse_values$")
+FACTOR = re.compile(r"\.lora_([AB]|magnitude_vector)\.|\.(down|up)_factor\b|\.(sparse_values|square_factor)$")
 """Names of the parameters that stand in for a matrix: peft's, and those of the modules beside this one."""
 
 

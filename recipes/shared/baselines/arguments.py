@@ -33,5 +33,17 @@ class BaselineArguments:
     sltrain_density: float = field(
         default=0.03, metadata={"help": "sltrain: share of the entries of a matrix that the sparse part holds."}
     )
-    relora_every: int = field(default=1000, metadata={"help": "relora: steps from one merge to the next."})
-    relora_warmup: int = field(default=50, metadata={"help": "relora: steps of warm-up after a merge."})
+    relora_every: int = field(
+        default=1000, metadata={"help": "relora, remora, plora: steps from one merge to the next."}
+    )
+    relora_warmup: int = field(default=50, metadata={"help": "relora, remora: steps of warm-up after a merge."})
+    cola_links: int = field(default=3, metadata={"help": "cola: links of the chain, of equal length."})
+    plora_momentum: float = field(
+        default=0.0, metadata={"help": "plora: share of the adapter that a merge leaves where it is."}
+    )
+    mora_type: int = field(
+        default=6,
+        metadata={
+            "help": "mora: 1 (large ranks) or 2 share, 6 (small ranks) turns. remora goes from 1 to 2 and back."
+        },
+    )

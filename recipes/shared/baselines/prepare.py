@@ -53,7 +53,7 @@ def prepare_(
         return []
     if args.adapter_rank < 1:
         raise ValueError(f"--adapter_rank must be at least 1, not {args.adapter_rank}")
-    callbacks = [baseline.callback(args)] if baseline.callback else []
+    callbacks = [baseline.callback(args, training_args)] if baseline.callback else []
     baseline.adapt_(model, _targets(model, args), args, also_train=also_train, seed=training_args.seed)
     return callbacks
 

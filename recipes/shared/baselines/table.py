@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from recipes.shared.baselines.adapters import lora_
 from recipes.shared.baselines.factorized import low_rank_
-from recipes.shared.baselines.restarts import relora
+from recipes.shared.baselines.mora import mora_
+from recipes.shared.baselines.restarts import cola, plora, relora
 from recipes.shared.baselines.sparse_low_rank import sltrain_
 
 
@@ -48,7 +49,7 @@ class Baseline:
     optim: str = "adamw_torch_fused"
     only_optim: bool = False
     adapt_: Adapt | None = None
-    callback: Callable[[BaselineArguments], TrainerCallback] | None = None
+    callback: Callable[[BaselineArguments, TrainingArguments], TrainerCallback] | None = None
     only_for: Stage | None = None
 
 
@@ -57,6 +58,10 @@ BASELINES = {
     "adamw_8bit": Baseline("8-bit AdamW, bitsandbytes' (arXiv 2110.02861)", "adamw_bnb_8bit", only_optim=True),
     "lora": Baseline("LoRA and its kinds, peft's (arXiv 2106.09685)", adapt_=lora_),
     "relora": Baseline("ReLoRA (arXiv 2307.05695)", adapt_=lora_, callback=relora),
+    "cola": Baseline("COLA: a chain of LoRA (arXiv 2401.04151)", adapt_=lora_, callback=cola),
+    "plora": Baseline("PLoRA: periodic LoRA (arXiv 2402.16141)", adapt_=lora_, callback=plora),
+    "mora": Baseline("MoRA: a square matrix (arXiv 2405.12130)", adapt_=mora_),
+    "remora": Baseline("ReMoRA: MoRA with ReLoRA's merges (arXiv 2405.12130)", adapt_=mora_, callback=relora),
     "low_rank": Baseline("low-rank factors in place of the matrices (arXiv 2209.13569)", adapt_=low_rank_),
     "sltrain": Baseline("SLTrain: low-rank and sparse (arXiv 2406.02214)", adapt_=sltrain_, only_for="pretraining"),
 }
