@@ -1,13 +1,14 @@
 """A tiny LLaMA, its rows, and a training of it as a baseline under the real Trainer."""
 
 from dataclasses import fields
+from tempfile import TemporaryDirectory
 
 import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_lowrank
-from recipes.shared.baselines import BaselineArguments, prepare_
+from recipes.shared.baselines import BaselineArguments, loading_kwargs, prepare_
 
 
 CONFIG = LlamaConfig(
@@ -27,6 +28,16 @@ class Rows(Dataset):
 def tiny():
     set_seed(3)
     return LlamaForCausalLM(CONFIG)
+
+
+def loaded(arguments, training_args):
+    """The same, as a recipe loads it for a baseline."""
+    if not (how := loading_kwargs(arguments, training_args)):
+        return tiny()
+    with TemporaryDirectory() as folder:
+        tiny().save_pretrained(folder)
+        set_seed(3)
+        return LlamaForCausalLM.from_pretrained(folder, **how)
 
 
 def options_of(baseline, **others):
@@ -52,7 +63,7 @@ def trained(folder, baseline, *, resume=None, steps=6, optim="galore_i3s_adamw",
         str(folder), max_steps=steps, per_device_train_batch_size=4, optim=optim, save_steps=1, logging_steps=1,
         use_cpu=True, report_to="none", disable_tqdm=True, **values,
     )  # fmt: skip
-    model = tiny()
+    model = loaded(arguments, args)
     trainer = Trainer(model, args, train_dataset=Rows(), callbacks=prepare_(model, arguments, args))
     trainer.train(resume_from_checkpoint=resume)
     return trainer

@@ -4,6 +4,7 @@ What transformers, peft and bitsandbytes have is a name here and no more; the re
 needs a few names:
 
     parser = HfArgumentParser((..., BaselineArguments, TrainingArguments))
+    model = Model.from_pretrained(name, **loading_kwargs(baseline_args, training_args))
     callbacks = prepare_(model, baseline_args, training_args)   # before the Trainer is made
     trainer = Trainer(model, training_args, callbacks=callbacks, ...)
     trainer.train(); to_plain_(model)                           # merged: an ordinary model to save and load
@@ -16,6 +17,7 @@ beside them. A peft wrapper would save the adapters alone.
 from recipes.shared.baselines.adapters import KINDS, add_lora_
 from recipes.shared.baselines.arguments import BaselineArguments
 from recipes.shared.baselines.prepare import adapter_parameters, prepare_, to_plain_
+from recipes.shared.baselines.quantized import loading_kwargs
 from recipes.shared.baselines.table import BASELINES, Baseline, fit_for
 
 
@@ -27,6 +29,7 @@ __all__ = [
     "adapter_parameters",
     "add_lora_",
     "fit_for",
+    "loading_kwargs",
     "prepare_",
     "to_plain_",
 ]

@@ -19,10 +19,15 @@ class BaselineArguments:
     baseline: Literal[NAMES] | None = field(
         default=None, metadata={"help": "Train this instead of the low-rank optimizer that --optim names."}
     )
-    adapter_kind: str = field(default="lora", metadata={"help": f"lora, relora: {', '.join(KINDS)}."})
-    adapter_rank: int = field(default=128, metadata={"help": "lora, relora, low_rank: rank of the factors."})
-    adapter_alpha: float = field(default=32.0, metadata={"help": "lora, relora: W0 + (alpha / rank) B A."})
-    adapter_dropout: float = field(default=0.05, metadata={"help": "lora, relora: dropout before A."})
+    adapter_kind: str = field(default="lora", metadata={"help": f"LoRA in all forms: {', '.join(KINDS)}."})
+    adapter_rank: int = field(default=128, metadata={"help": "Rank of the factors, or of LoRA with as many numbers."})
+    adapter_alpha: float = field(
+        default=32.0, metadata={"help": "LoRA in all forms, sltrain: W0 + (alpha / rank) B A."}
+    )
+    adapter_dropout: float = field(default=0.05, metadata={"help": "All adapters but sparse: dropout before A, or M."})
+    velora_groups: int = field(
+        default=64, metadata={"help": "--adapter_kind velora: groups of the input, one number each."}
+    )
     adapter_targets: str | None = field(
         default=None,
         metadata={

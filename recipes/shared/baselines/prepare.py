@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 import hf_lowrank
 from recipes.shared.baselines.adapters import FACTOR, merged
 from recipes.shared.baselines.arguments import BaselineArguments
+from recipes.shared.baselines.quantized import dequantize_
 from recipes.shared.baselines.table import BASELINES, Stage, fit_for
 
 
@@ -60,6 +61,7 @@ def prepare_(
 
 def to_plain_(model: nn.Module) -> None:
     """Merge what `prepare_` put into a model, in fp32, so that it is an ordinary one again."""
+    dequantize_(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(name, merged(module))
@@ -74,7 +76,9 @@ def adapter_parameters(model: nn.Module) -> list[str]:
 
 def _targets(model: nn.Module, args: BaselineArguments) -> list[str]:
     """Return the names of the modules to adapt, by the rule that chooses matrices for a low-rank optimizer."""
-    found = hf_lowrank.target_parameters(model, rank=1, target_modules=args.adapter_targets)
+    packed = getattr(model, "is_loaded_in_4bit", False)  # into one column, and frozen
+    rank = 0.5 if packed else 1  # a share of the short side asks for none
+    found = hf_lowrank.target_parameters(model, rank=rank, target_modules=args.adapter_targets, frozen=packed)
     return [name.removesuffix(".weight") for name in found]
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from recipes.shared.baselines.adapters import lora_
+from recipes.shared.baselines.adapters import lora_, sparse_
 from recipes.shared.baselines.factorized import low_rank_
 from recipes.shared.baselines.mora import mora_
+from recipes.shared.baselines.quantized import qlora_
 from recipes.shared.baselines.restarts import cola, plora, relora
 from recipes.shared.baselines.sparse_low_rank import sltrain_
 
@@ -56,8 +57,18 @@ class Baseline:
 BASELINES = {
     "adamw": Baseline("AdamW, torch's", only_optim=True),
     "adamw_8bit": Baseline("8-bit AdamW, bitsandbytes' (arXiv 2110.02861)", "adamw_bnb_8bit", only_optim=True),
+    "adamw_4bit": Baseline("4-bit AdamW, torchao's (arXiv 2309.01507)", "adamw_torch_4bit", only_optim=True),
+    "paged_adamw": Baseline("AdamW in paged memory, bitsandbytes'", "paged_adamw_32bit", only_optim=True),
+    "paged_adamw_8bit": Baseline("8-bit AdamW in paged memory, bitsandbytes'", "paged_adamw_8bit", only_optim=True),
     "lora": Baseline("LoRA and its kinds, peft's (arXiv 2106.09685)", adapt_=lora_),
     "relora": Baseline("ReLoRA (arXiv 2307.05695)", adapt_=lora_, callback=relora),
+    "sparse": Baseline("SHiRA: a sparse adapter, peft's (arXiv 2406.13175)", adapt_=sparse_),
+    "qlora": Baseline(
+        "QLoRA: LoRA on 4-bit weights, bitsandbytes' and peft's (arXiv 2305.14314)",
+        "paged_adamw_32bit",
+        adapt_=qlora_,
+        only_for="fine-tuning",
+    ),
     "cola": Baseline("COLA: a chain of LoRA (arXiv 2401.04151)", adapt_=lora_, callback=cola),
     "plora": Baseline("PLoRA: periodic LoRA (arXiv 2402.16141)", adapt_=lora_, callback=plora),
     "mora": Baseline("MoRA: a square matrix (arXiv 2405.12130)", adapt_=mora_),
