@@ -38,6 +38,9 @@ class BaselineArguments:
     sltrain_density: float = field(
         default=0.03, metadata={"help": "sltrain: share of the entries of a matrix that the sparse part holds."}
     )
+    welore_reduction: float = field(
+        default=0.5, metadata={"help": "welore: share of all singular values that are pruned."}
+    )
     relora_every: int = field(
         default=1000, metadata={"help": "relora, remora, plora: steps from one merge to the next."}
     )

@@ -15,6 +15,7 @@ from recipes.shared.baselines.mora import mora_
 from recipes.shared.baselines.quantized import qlora_
 from recipes.shared.baselines.restarts import cola, plora, relora
 from recipes.shared.baselines.sparse_low_rank import sltrain_
+from recipes.shared.baselines.welore import welore_
 
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ BASELINES = {
     "remora": Baseline("ReMoRA: MoRA with ReLoRA's merges (arXiv 2405.12130)", adapt_=mora_, callback=relora),
     "low_rank": Baseline("low-rank factors in place of the matrices (arXiv 2209.13569)", adapt_=low_rank_),
     "sltrain": Baseline("SLTrain: low-rank and sparse (arXiv 2406.02214)", adapt_=sltrain_, only_for="pretraining"),
+    "welore": Baseline(
+        "WeLore: what is nearly of low rank becomes it, and trains (arXiv 2407.11239)",
+        adapt_=welore_,
+        only_for="fine-tuning",
+    ),
 }
 
 
