@@ -29,7 +29,7 @@ from transformers import (
 from hf_lowrank.hf import local_metrics
 from recipes.glue import data
 from recipes.glue.tasks import Task, task_named
-from recipes.shared.baselines import BaselineArguments, loading_kwargs, prepare_, to_plain_
+from recipes.shared.baselines import BaselineArguments, loading_kwargs, prepare_, to_plain_, trainer_of
 from recipes.shared.common import checkpoint_to_resume, require_at_least, state_bytes, stop
 
 
@@ -86,7 +86,7 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     try:  # the optimizer is asked for here: Trainer would make its folder before it finds a mistake
         callbacks = prepare_(model, baseline, args, stage="fine-tuning", also_train=head_names(model))
         optimizer = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        trainer = Trainer(
+        trainer = trainer_of(baseline)(
             model,
             args,
             train_dataset=splits.pop("train"),

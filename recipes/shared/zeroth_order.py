@@ -181,7 +181,9 @@ def check(model: nn.Module, args: TrainingArguments, *, eps: float, in_place: bo
     if not 0 < eps < float("inf"):
         raise ValueError(f"--zo_eps must be above 0 and finite, not {eps:g}")
     if args.fp16 or args.deepspeed or args.fsdp:
-        raise ValueError("a zeroth-order step has no gradients to scale or to shard: leave --fp16, --deepspeed and --fsdp out")
+        raise ValueError(
+            "a zeroth-order step has no gradients to scale or to shard: leave --fp16, --deepspeed and --fsdp out"
+        )
     if in_place and args.gradient_accumulation_steps > 1:
         raise ValueError(
             "--zo_in_place moves the weights to and fro for every micro-batch, and they drift: "

@@ -5,10 +5,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 import hf_lowrank
-from recipes.shared.baselines import BaselineArguments, loading_kwargs, prepare_
+from recipes.shared.baselines import BaselineArguments, loading_kwargs, prepare_, trainer_of
 
 
 CONFIG = LlamaConfig(
@@ -64,6 +64,6 @@ def trained(folder, baseline, *, resume=None, steps=6, optim="galore_i3s_adamw",
         use_cpu=True, report_to="none", disable_tqdm=True, **values,
     )  # fmt: skip
     model = loaded(arguments, args)
-    trainer = Trainer(model, args, train_dataset=Rows(), callbacks=prepare_(model, arguments, args))
+    trainer = trainer_of(arguments)(model, args, train_dataset=Rows(), callbacks=prepare_(model, arguments, args))
     trainer.train(resume_from_checkpoint=resume)
     return trainer

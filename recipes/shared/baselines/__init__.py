@@ -6,7 +6,7 @@ needs a few names:
     parser = HfArgumentParser((..., BaselineArguments, TrainingArguments))
     model = Model.from_pretrained(name, **loading_kwargs(baseline_args, training_args))
     callbacks = prepare_(model, baseline_args, training_args)   # before the Trainer is made
-    trainer = Trainer(model, training_args, callbacks=callbacks, ...)
+    trainer = trainer_of(baseline_args)(model, training_args, callbacks=callbacks, ...)
     trainer.train(); to_plain_(model)                           # merged: an ordinary model to save and load
 
 Adapters are put into the model itself, not around it. So the Trainer's checkpoints hold the whole state dict: the base
@@ -16,7 +16,7 @@ beside them. A peft wrapper would save the adapters alone.
 
 from recipes.shared.baselines.adapters import KINDS, add_lora_
 from recipes.shared.baselines.arguments import BaselineArguments
-from recipes.shared.baselines.prepare import adapter_parameters, prepare_, to_plain_
+from recipes.shared.baselines.prepare import adapter_parameters, prepare_, to_plain_, trainer_of
 from recipes.shared.baselines.quantized import loading_kwargs
 from recipes.shared.baselines.table import BASELINES, Baseline, fit_for
 
@@ -32,4 +32,5 @@ __all__ = [
     "loading_kwargs",
     "prepare_",
     "to_plain_",
+    "trainer_of",
 ]

@@ -41,6 +41,16 @@ class BaselineArguments:
     welore_reduction: float = field(
         default=0.5, metadata={"help": "welore: share of all singular values that are pruned."}
     )
+    zo_eps: float = field(
+        default=1e-3, metadata={"help": "mezo, lozo, subzero: length of the moves along a direction."}
+    )
+    zo_rank: int | None = field(default=None, metadata={"help": "lozo, subzero: rank of a direction. Default: 2, 8."})
+    zo_every: int | None = field(
+        default=None, metadata={"help": "lozo, subzero: steps from one subspace to the next. Default: 50, 2000."}
+    )
+    zo_in_place: bool = field(
+        default=False, metadata={"help": "mezo, lozo, subzero: no copy of the weights; in fp32 alone, as they drift."}
+    )
     relora_every: int = field(
         default=1000, metadata={"help": "relora, remora, plora: steps from one merge to the next."}
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import hf_lowrank
@@ -57,6 +58,16 @@ def prepare_(
     callbacks = [baseline.callback(args, training_args)] if baseline.callback else []
     baseline.adapt_(model, _targets(model, args), args, also_train=also_train, seed=training_args.seed)
     return callbacks
+
+
+def trainer_of(args: BaselineArguments) -> Callable[..., Trainer]:
+    """Return what is called in the place of Trainer, with the same arguments.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    trainer = BASELINES[args.baseline].trainer if args.baseline else None
+    return trainer(args) if trainer else Trainer
 
 
 def to_plain_(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from recipes.shared.baselines.adapters import lora_, sparse_
 from recipes.shared.baselines.factorized import low_rank_
@@ -16,6 +16,7 @@ from recipes.shared.baselines.quantized import qlora_
 from recipes.shared.baselines.restarts import cola, plora, relora
 from recipes.shared.baselines.sparse_low_rank import sltrain_
 from recipes.shared.baselines.welore import welore_
+from recipes.shared.baselines.without_gradients import zeroth_order
 
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Baseline:
         only_optim: whether it trains with `optim` whatever --optim names.
         adapt_: what it does to the model; None leaves it as it is.
         callback: what the Trainer needs beside.
+        trainer: what is called in the place of Trainer; None is Trainer.
         only_for: what it makes sense for, where that is not everything; None is everything.
     """
 
@@ -52,7 +54,12 @@ class Baseline:
     only_optim: bool = False
     adapt_: Adapt | None = None
     callback: Callable[[BaselineArguments, TrainingArguments], TrainerCallback] | None = None
+    trainer: Callable[[BaselineArguments], Callable[..., Trainer]] | None = None
     only_for: Stage | None = None
+
+
+def _without_gradients(title: str) -> Baseline:
+    return Baseline(title, "sgd", only_optim=True, trainer=zeroth_order, only_for="fine-tuning")
 
 
 BASELINES = {
@@ -81,6 +88,9 @@ BASELINES = {
         adapt_=welore_,
         only_for="fine-tuning",
     ),
+    "mezo": _without_gradients("MeZO: two losses along a random direction (arXiv 2305.17333)"),
+    "lozo": _without_gradients("LOZO: directions of low rank (arXiv 2410.07698)"),
+    "subzero": _without_gradients("SubZero: directions in a random subspace (arXiv 2410.08989)"),
 }
 
 
