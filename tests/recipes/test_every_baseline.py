@@ -1,13 +1,16 @@
 """What every baseline that changes the model must do: start, count, resume and merge as it should."""
 
+import re
 import shutil
 from math import isqrt
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_llama import CONFIG, TOKENS, loaded, options_of, tiny, trained
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainingArguments
 
+from recipes.shared import baselines
 from recipes.shared.baselines import BASELINES, adapter_parameters, prepare_, to_plain_
 
 
@@ -101,3 +104,19 @@ def test_resumed_equals_uninterrupted(tmp_path, baseline):
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
         assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
+
+
+def test_the_page_names_every_baseline():
+    table = (Path(baselines.__file__).parents[1] / "README.md").read_text().split("## Delta-LoRA")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall("`(.*?)`", row)} == BASELINES.keys()
+    for line in table.splitlines():
+        for name in re.findall("`(.*?)`", line.split(" | ")[0]) if line.startswith("| `") else ():
+            assert line.rstrip(" |").endswith(BASELINES[name].only_for or "both"), name
+
+
+@pytest.mark.parametrize("baseline", ["low_rank", "sltrain", "mora"])
+def test_what_replaces_linear_layers_says_so_where_there_are_none(baseline):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+    with pytest.raises(ValueError, match=f"--baseline {baseline} replaces nn.Linear alone; transformer.h.0.*Conv1D"):
+        prepare_(model, options_of(baseline), TrainingArguments("unused", use_cpu=True))
