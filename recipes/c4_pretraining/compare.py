@@ -26,14 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from math import isfinite
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import hf_lowrank  # noqa: E402
 from recipes.c4_pretraining import table  # noqa: E402
-from recipes.shared.baselines import BaselineArguments  # noqa: E402
+from recipes.shared.baselines import fit_for  # noqa: E402
 from recipes.shared.common import require_writable, stop  # noqa: E402
 
 
@@ -42,7 +42,7 @@ RESULT = "all_results.json"
 USERS_MISTAKE = 2
 """The exit code that `stop` and argparse share."""
 ROWS = ("adamw", "galore_dominant_adamw", "galore_i3s_adamw", "fira_adamw", "fira_i3s_adamw")
-BASELINES = tuple(x for x in get_args(get_args(get_type_hints(BaselineArguments)["baseline"])[0]))
+BASELINES = fit_for("pretraining")
 Cell = dict[str, Any]
 
 

@@ -42,7 +42,7 @@ from recipes.c4_pretraining.budget import (  # noqa: E402
     set_steps,
 )
 from recipes.c4_pretraining.stream import Collator, HeldOut, StreamCallback, TokenStream  # noqa: E402
-from recipes.shared.baselines import BaselineArguments, prepare_, to_plain_  # noqa: E402
+from recipes.shared.baselines import BASELINES, BaselineArguments, prepare_, to_plain_  # noqa: E402
 from recipes.shared.common import (  # noqa: E402
     ArgumentParser,
     StepTimer,
@@ -110,7 +110,7 @@ def prepare(
     if checkpoint and not training_args.dataloader_num_workers:
         training_args.ignore_data_skip = keeper.resume(checkpoint)
     try:
-        callbacks = prepare_(model, baseline, training_args)
+        callbacks = prepare_(model, baseline, training_args, stage="pretraining")
         rate = model_args.matrix_learning_rate
         optimizer = optimizer_with_two_rates(model, training_args, matrix_learning_rate=rate)
         trainer = Trainer(
@@ -185,7 +185,7 @@ def build_or_load(
         return models.build(args, llama)
     if checkpoint is None:
         stop("without --do_train, name the model to evaluate with --resume_from_checkpoint")
-    if baseline.baseline in ("lora", "relora", "low_rank"):
+    if baseline.baseline and BASELINES[baseline.baseline].adapt_:
         stop("evaluate the merged model, which a finished training leaves in its --output_dir, without --baseline")
     try:
         return LlamaForCausalLM.from_pretrained(checkpoint)

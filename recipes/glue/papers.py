@@ -4,6 +4,9 @@ GaLore is arXiv 2403.03507, its Table 4; SubTrack the NeurIPS workshop paper, it
 differently: accuracy in the first, F1 in the second. MRPC is F1 and STS-B Pearson in both.
 """
 
+ROWS = ("full", "galore_r4", "galore_r8", "lora_r4", "lora_r8", "subtrack_r4", "subtrack_r8")
+"""Our rows for them, which a comparison has where none are named."""
+
 GALORE = {
     "full fine-tuning": ("747M", 62.24, 90.92, 91.30, 79.42, 94.57, 87.18, 92.33, 92.28, 86.28),
     "GaLore (r=4)": ("253M", 60.35, 90.73, 92.25, 79.42, 94.04, 87.00, 92.24, 91.06, 85.89),

@@ -26,9 +26,9 @@ import hf_lowrank
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.glue import data  # noqa: E402
+from recipes.glue import data, papers  # noqa: E402
 from recipes.glue.comparison import Cell, Ledger, run_missing  # noqa: E402
-from recipes.glue.settings import USAGE, expand, parse, row_settings, rows  # noqa: E402
+from recipes.glue.settings import USAGE, expand, parse, row_settings  # noqa: E402
 from recipes.glue.tables import tables  # noqa: E402
 from recipes.glue.tasks import TASKS, task_named  # noqa: E402
 from recipes.glue.training import GlueArguments, train  # noqa: E402
@@ -71,7 +71,7 @@ def compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     cells = [
         Cell(row, task, seed, (*row_settings(row, task), *rest))
         for seed in arguments.seeds or [1234]
-        for row in arguments.rows or rows()
+        for row in arguments.rows or papers.ROWS
         for task in tasks
     ]
     folder = arguments.output_dir

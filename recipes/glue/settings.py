@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
 
 from recipes.glue.tasks import task_named
 from recipes.glue.training import GlueArguments
-from recipes.shared.baselines import BaselineArguments
+from recipes.shared.baselines import BASELINES, BaselineArguments
 from recipes.shared.common import ArgumentParser, stop
 
 
@@ -77,6 +76,5 @@ def row_settings(row: str, task: str) -> list[str]:
     file = folder / f"{task}.yaml"
     if not file.is_file():
         stop(f"row {row!r}: there is no file {file}; rows are {', '.join(rows())}, or folders of your own")
-    choices = get_args(get_type_hints(BaselineArguments)["baseline"])[0]
-    flag = "--baseline" if other in get_args(choices) else "--optim"
+    flag = "--baseline" if other in BASELINES else "--optim"
     return [*settings(file), *([flag, other] if other else [])]

@@ -29,7 +29,7 @@ from transformers import (
 from hf_lowrank.hf import local_metrics
 from recipes.glue import data
 from recipes.glue.tasks import Task, task_named
-from recipes.shared.baselines import BaselineArguments, prepare_, to_plain_
+from recipes.shared.baselines import BaselineArguments, loading_kwargs, prepare_, to_plain_, trainer_of
 from recipes.shared.common import checkpoint_to_resume, require_at_least, state_bytes, stop
 
 
@@ -81,12 +81,12 @@ def train(glue: GlueArguments, baseline: BaselineArguments, args: TrainingArgume
     check_numbers(glue, args)
     set_warmup(glue.warmup_share, args)
     rows = data.load(glue.task, glue.data_dir)
-    tokenizer, model = load_encoder(glue, task, seed=args.seed)
+    tokenizer, model = load_encoder(glue, task, baseline, args)
     splits = {name: prepared(split, name, glue, tokenizer) for name, split in rows.items()}
     try:  # the optimizer is asked for here: Trainer would make its folder before it finds a mistake
-        callbacks = prepare_(model, baseline, args, also_train=head_names(model))
+        callbacks = prepare_(model, baseline, args, stage="fine-tuning", also_train=head_names(model))
         optimizer = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        trainer = Trainer(
+        trainer = trainer_of(baseline)(
             model,
             args,
             train_dataset=splits.pop("train"),
@@ -156,7 +156,9 @@ def set_warmup(share: float, args: TrainingArguments) -> None:
         setattr(args, "warmup_steps" if int(transformers.__version__.split(".")[0]) >= 5 else "warmup_ratio", share)
 
 
-def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load_encoder(
+    glue: GlueArguments, task: Task, baseline: BaselineArguments, args: TrainingArguments
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Return tokenizer and model; the head is new and drawn from the seed.
 
     Ends with one sentence if there is no such model, or no way to it.
@@ -164,7 +166,11 @@ def load_encoder(glue: GlueArguments, task: Task, *, seed: int) -> tuple[PreTrai
     name = glue.model_name_or_path
     kind = {"num_labels": task.labels, "attn_implementation": glue.attn_implementation}
     kind |= {"problem_type": "regression"} if task.labels == 1 else {}
-    set_seed(seed)
+    try:
+        kind |= loading_kwargs(baseline, args)
+    except ValueError as error:
+        stop(str(error))
+    set_seed(args.seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name, **kind)

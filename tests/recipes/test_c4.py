@@ -96,7 +96,7 @@ def test_pure_bf16_with_activation_checkpointing(main, tmp_path, texts, optim):
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("baseline", ["lora", "relora", "low_rank"])
+@pytest.mark.parametrize("baseline", ["relora", "low_rank", "sltrain", "remora"])
 def test_a_baseline_leaves_an_ordinary_model(main, tmp_path, texts, baseline):
     line = [*TINY, *texts, *I3S, "--max_steps", 4, "--save_steps", 2, "--output_dir", tmp_path, "--adapter_rank", 4]
     line += ["--baseline", baseline, "--relora_every", 2, "--relora_warmup", 1]
@@ -110,6 +110,11 @@ def test_a_baseline_leaves_an_ordinary_model(main, tmp_path, texts, baseline):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (["TEXTS", "--do_train", "--baseline", "mezo"], "--baseline mezo is for fine-tuning alone; adamw, adamw_8bit"),
+        (
+            ["TEXTS", "--do_train", "--baseline", "sltrain", "--sltrain_density", "1"],
+            "--sltrain_density must be above",
+        ),
         (["TEXTS", "--model_size", "60"], "--model_size 60 is none of 9m, 20m"),
         (["TEXTS", "--text_column", "body"], "has no column 'body' but text, url; name one with --text_column"),
         (["TEXTS", "--packing", "--block_size", "99999"], "fewer than 99999 tokens"),

@@ -11,7 +11,9 @@ from recipes.c4_pretraining import models, run
 from recipes.shared.rates import optimizer_with_two_rates
 
 
-CONFIGS = sorted((Path(run.__file__).parent / "configs").glob("*.yaml"))
+ALL = sorted((Path(run.__file__).parent / "configs").glob("*.yaml"))
+SLTRAIN = [file for file in ALL if file.stem.startswith("sltrain_")]
+CONFIGS = [file for file in ALL if file not in SLTRAIN]
 
 
 def parsed(file):
@@ -46,6 +48,23 @@ def test_transformers_reads_every_file(file, tokenizer):
         {k: v for k, v in args.to_dict().items() if k != "logging_dir"} for args in (our_training, their_training)
     ]
     assert ours == theirs and values[0] == values[1]  # logging_dir (transformers 4) holds the time of day
+
+
+@pytest.mark.parametrize("file", SLTRAIN, ids=lambda file: file.stem)
+def test_sltrains_files_hold_its_scripts_values(file):
+    model, _, budget, baseline, args = run.parse([str(file)])
+    assert file.stem == f"sltrain_{model.model_size}" and model.dtype == "bfloat16"
+    assert (baseline.baseline, baseline.sltrain_density, args.learning_rate) == ("sltrain", 0.03, 3e-3)
+    expected = {
+        "60m": (128, 32, 11_000),
+        "130m": (256, 16, 22_000),
+        "350m": (256, 16, 65_000),
+        "1b": (512, 8, 140_000),
+    }
+    assert (baseline.adapter_rank, baseline.adapter_alpha, args.max_steps) == expected[model.model_size]
+    assert args.warmup_steps == args.max_steps // 10 and (args.adam_beta2, args.weight_decay) == (0.999, 0.0)
+    run.set_accumulation(budget, args)
+    assert run.rows_per_step(args) == budget.total_batch_size == 512
 
 
 PUBLISHED = {

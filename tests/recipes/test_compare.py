@@ -178,7 +178,7 @@ def test_models_of_one_size_are_told_apart_by_their_folders(tmp_path, monkeypatc
     [
         (
             ["--rows", "adam"],
-            "--rows adam is none of adamw, adamw_8bit, lora, relora, low_rank, galore",
+            "--rows adam is none of adamw, adamw_8bit, adamw_4bit, paged_adamw, paged_adamw_8bit, lora, relora,",
         ),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
         (["--print"], "holds no finished training"),

@@ -23,6 +23,7 @@ from transformers import (
 
 import hf_lowrank
 from recipes.glue import run
+from recipes.glue.settings import row_settings
 from recipes.glue.training import GlueArguments, set_warmup
 from recipes.shared.baselines import BaselineArguments
 
@@ -131,6 +132,21 @@ def test_lora_trains_the_adapters_and_the_head_alone(encoder, data, tmp_path):
     assert {name for name in before if not re.search("query.weight|value.weight|classifier", name)} <= same
 
 
+@pytest.mark.parametrize("row", ["qlora_r64", "mezo:lozo", "lora_r4:cola"])
+def test_a_baseline_trains_from_its_settings_and_leaves_an_ordinary_model(encoder, data, tmp_path, row):
+    options = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "4", "--learning_rate", "1e-2"]
+    folder = tmp_path / "run"
+    command(*row_settings(row, "cola"), *small(encoder, data, folder, *options))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 4 and (result["state_mib"] == 0) == (row == "mezo:lozo")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    before = AutoModelForSequenceClassification.from_pretrained(encoder).state_dict()
+    assert model.state_dict().keys() == before.keys() and {p.dtype for p in model.parameters()} == {torch.float32}
+    name = "roberta.encoder.layer.0.attention.self.query.weight"
+    change = (model.get_parameter(name) - before[name]).norm() / before[name].norm()
+    assert 1e-4 < change < 0.5
+
+
 def test_a_comparison_prints_the_tables_and_goes_on_where_it_stopped(encoder, data, tmp_path, capsys):
     words = ["--task", "all", "--rows", "galore_r4:galore_i3s_adamw"]
     words += small(encoder, data, tmp_path, "--max_steps", "1", "--eval_strategy", "no")
@@ -232,6 +248,9 @@ def test_wrong_files_are_told_in_one_sentence(encoder, tmp_path, capsys, trainin
         (["--task", "cola", "--warmup_share", "1.5"], "--warmup_share must be at least 0 and below 1, not 1.5"),
         (["--task", "cola", "--model_name_or_path", "nobody/nothing"], "cannot load the model 'nobody/nothing'"),
         (["--task", "cola", "--resume_from_checkpoint", "true"], "there is no checkpoint to resume from in"),
+        (["--task", "cola", "--baseline", "sltrain"], "--baseline sltrain is for pretraining alone; adamw"),
+        (["--task", "cola", "--baseline", "mezo"], "--max_grad_norm 1 would clip nothing"),
+        (["--task", "cola", "--baseline", "adamw_4bit"], "torchao"),
         (["missing.yaml"], "cannot read the settings missing.yaml"),
         (["--task", "cola", "--baseline", "lora", "--adapter_targets", "q_proj"], "matches no trainable"),
     ],
