@@ -14,9 +14,15 @@ from hf_lowrank.state.slots import Stored
 from hf_lowrank.tensors.layout import check_sharding, chunks, local, sharded
 
 
-def allocate(weight: Tensor, plan: Plan) -> Stored:
-    """Return freshly initialised state: DTensors where the axis that is split over processes runs through it."""
-    stored = view.allocate(plan.buffers, plan.encodings, local(weight))
+def allocate(weight: Tensor, plan: Plan, *, trained: bool = True) -> Stored:
+    """Return freshly initialised state: DTensors where the axis that is split over processes runs through it.
+
+    Args:
+        weight: the parameter.
+        plan: its plan.
+        trained: False for what there is of a parameter that is not trained now.
+    """
+    stored = view.allocate(plan.buffers if trained else plan.lasting, plan.encodings, local(weight))
     if not isinstance(weight, DTensor):
         return stored
     places = {key: split_axis(weight, plan, key) for key in stored}

@@ -28,6 +28,11 @@ class Declared(NamedTuple):
     config: Config
     plan: Plan
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this process's state: of one that requires no gradient, counters alone."""
+        return self.plan.nbytes if self.weight.requires_grad else sum(x.nbytes for x in self.plan.lasting.values())
+
 
 def declared(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> Iterator[Declared]:
     """Yield what is known of every parameter, in group order."""
@@ -40,7 +45,7 @@ def declared(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> 
 class Work:
     """The steps of all parameters, which last as long as options and state do.
 
-    Creates the state of every parameter that has none, with or without a gradient.
+    Creates the state of every parameter that has none: all of it where a gradient is required, else counters alone.
 
     Args:
         groups: the parameter groups.
@@ -55,25 +60,25 @@ class Work:
         self.by_weight: dict[Tensor, MatrixStep | DenseStep] = {}  # of what is stepped alone
         self.units: list[MatrixStep | DenseStep] = []
         self.stacks: list[Stack] = []
+        self.asleep: set[Tensor] = set()  # with counters alone
         for group, config in zip(groups, configs, strict=True):
-            first, members = len(self.plans), list(declared([group], [config]))
-            for _, p, _, plan in members:
+            first, members = len(self.plans), dict[int, Declared]()  # by their places in group order
+            for i, one in enumerate(declared([group], [config]), first):
+                _, p, _, plan = one
                 self.plans[p] = plan
-                if not state[p]:
-                    check_weight(p, config)
-                    state[p] = allocate(p, plan)
+                if prepare(state, p, config, plan):
+                    members[i] = one
+                else:
+                    self.asleep.add(p)
             if config.by_matrix:
-                steps = [
-                    MatrixStep(p, state[p], config, plan, group, first + i)
-                    for i, (_, p, _, plan) in enumerate(members)
-                ]
+                steps = [MatrixStep(p, state[p], config, plan, group, i) for i, (_, p, _, plan) in members.items()]
                 self.by_weight |= {unit.weight: unit for unit in steps}
                 self.units += steps
                 self.stacks += stacked(steps)
                 continue
             apart = bool(config.options["layerwise"] and config.parts.needs_gradient)  # stepped in the hooks
             together: dict[Any, list[tuple[int, Declared]]] = defaultdict(list)
-            for i, one in enumerate(members, first):
+            for i, one in members.items():
                 together[i if apart else getattr(one.weight, "device_mesh", None)].append((i, one))
             for here in together.values():
                 weights, plans = [one.weight for _, one in here], [one.plan for _, one in here]
@@ -84,14 +89,37 @@ class Work:
         self._held: dict[Tensor, tuple[Any, list[Tensor]]] = {p: (state[p], [*state[p].values()]) for p in self.plans}
 
     def holds(self, state: Mapping[Tensor, Any], some: Iterable[Tensor]) -> bool:
-        """Tell whether the state of some parameters is what is stepped; it may have been moved or dropped."""
+        """Tell whether the state of some parameters is what is stepped; it may have been moved, dropped or missed."""
         for p in some:
             if p in self._held:
                 was, tensors = self._held[p]
                 moved = len(was) != len(tensors) or not all(map(is_, was.values(), tensors))
                 if moved or state.get(p) is not was:
                     return False
-        return True
+        return not any(p.requires_grad for p in self.asleep)
+
+
+def prepare(state: MutableMapping[Tensor, Any], p: Tensor, config: Config, plan: Plan) -> bool:
+    """Create the state that a parameter lacks, and tell whether all of it is there, so that it can be stepped."""
+    if p.requires_grad and not plan.kept.keys() <= state[p].keys():
+        check_weight(p, config)
+        state[p] = {**allocate(p, plan), **state[p]}
+    elif not state[p]:
+        state[p] = allocate(p, plan, trained=False)
+    return set(plan.kept) <= set(state[p])
+
+
+def forget(state: MutableMapping[Tensor, Any], known: Iterable[Declared], params: Iterable[Tensor]) -> None:
+    """Drop the state of some parameters but for counters and what is logged; the bases that they had stay counted."""
+    wanted = set(params)
+    for _, p, _, plan in known:
+        if p in wanted and state.get(p):
+            state[p] = s = {key: state[p][key] for key in plan.lasting}
+            s["moment_step"].zero_()
+            if "refreshes" in s:
+                s["earlier"].add_(s["refreshes"])
+                s["refreshes"].zero_()
+                s["refresh_at"].copy_(s["step"])
 
 
 def spreads(unit: MatrixStep) -> bool:

@@ -73,7 +73,9 @@ class FirstRefresh:
 
     def _costs(self) -> list[tuple[bool, float]]:
         """Return of every matrix whether it has its first basis, and the work of one."""
-        some = [p for group in self.optimizer.param_groups if "rank" in group for p in group["params"]]
+        some = [
+            p for group in self.optimizer.param_groups if "rank" in group for p in group["params"] if p.requires_grad
+        ]
         states = [self.optimizer.state.get(p, {}) for p in some]
         return [(bool(s.get("refreshes", 0) > 0), refresh_cost(p)) for p, s in zip(some, states, strict=True)]
 
