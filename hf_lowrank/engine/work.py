@@ -18,6 +18,7 @@ from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
 from hf_lowrank.engine.sharding import allocate, check_weight
 from hf_lowrank.engine.stacks import Stack, stacked
 from hf_lowrank.methods.resolve import Config
+from hf_lowrank.state.slots import Buffers
 
 
 class Declared(NamedTuple):
@@ -29,9 +30,14 @@ class Declared(NamedTuple):
     plan: Plan
 
     @property
+    def kept(self) -> Buffers:
+        """The stored tensors: of one that requires no gradient, counters alone."""
+        return self.plan.kept if self.weight.requires_grad else self.plan.lasting
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of this process's state: of one that requires no gradient, counters alone."""
-        return self.plan.nbytes if self.weight.requires_grad else sum(x.nbytes for x in self.plan.lasting.values())
+        """Bytes of this process's state."""
+        return sum(buffer.nbytes for buffer in self.kept.values())
 
 
 def declared(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> Iterator[Declared]:

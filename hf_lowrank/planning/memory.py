@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lowrank import groups, modules
-from hf_lowrank.engine.plan import Plan
+from hf_lowrank import groups, layer_sampling, modules
+from hf_lowrank.engine.work import Declared
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe import counting as bytes_of
 from hf_lowrank.observe.units import parse_bytes as parse_bytes
@@ -145,7 +145,8 @@ def estimate_memory(
             them, parameter by parameter.
         checkpointing: whether activations are recomputed in the backward pass, layer by layer.
         layerwise: whether gradients are freed during backward; None as the name says.
-        options: further options of the method, and `target_modules`.
+        options: further options of the method, `target_modules`, and those of layer sampling, with which gradients and
+            state are those of the layers that train at once, where these are largest.
         counting: "stored": what is really stored, moments in fp32 unless 8-bit; "bf16": as the papers' tables count,
             two bytes for every number of the state and one for an 8-bit code.
 
@@ -174,12 +175,15 @@ def estimate_memory(
             net, batch=batch, seq=seq, itemsize=_usual(net, size), checkpointing=checkpointing
         ),
     )
-    if optim in ADAMW:
+    given = {**(options or {}), **({} if layerwise is None else {"layerwise": layerwise})}
+    rule = layer_sampling.take(given)
+    optimizer = None if optim in ADAMW else build_optimizer(net, optim, rank, given)
+    with layer_sampling.at_most(net, [p for _, p in modules.trainable(net)], rule):
+        if optimizer is not None:
+            return _with_method(blank, optimizer, size, paper=counting == "bf16")
         trained = [p for _, p in modules.trainable(net)]
         gradients, state = bytes_of.weight_bytes(trained, size), bytes_of.adamw_bytes(trained, size)
         return replace(blank, gradients=gradients, dense_state=state)
-    given = {**(options or {}), **({} if layerwise is None else {"layerwise": layerwise})}
-    return _with_method(blank, build_optimizer(net, optim, rank, given), size, paper=counting == "bf16")
 
 
 def _load(model: str | Path | nn.Module) -> nn.Module:
@@ -233,9 +237,9 @@ def _with_method(
     )
 
 
-def paper_bytes(plan: Plan) -> int:
+def paper_bytes(one: Declared) -> int:
     """Count stored state as the papers do: two bytes a number, one for an 8-bit code, scales and counters free."""
-    counted = (buffer for buffer in plan.kept.values() if buffer.slot.values != "exact")
+    counted = (buffer for buffer in one.kept.values() if buffer.slot.values != "exact")
     return sum(buffer.numel * min(2, buffer.slot.dtype.itemsize) for buffer in counted)
 
 
