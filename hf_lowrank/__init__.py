@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_lowrank.groups import param_groups, target_parameters
     from hf_lowrank.hf.arguments import optimizer_cls_and_kwargs
     from hf_lowrank.hf.callback import LowRankCallback
+    from hf_lowrank.hf.layer_sampling import LayerSampling
     from hf_lowrank.hf.model_card import add_to_model_card
     from hf_lowrank.hf.models import LLAMA, llama_config
     from hf_lowrank.hf.register import register, unregister
@@ -51,6 +52,7 @@ _LAZY = {
     "unregister": "hf.register",
     "LowRankTrainer": "hf.trainer",
     "LowRankCallback": "hf.callback",
+    "LayerSampling": "hf.layer_sampling",
     "Subspace": "methods.parts",
     "Moments": "methods.parts",
     "Reconstruction": "methods.parts",
@@ -76,6 +78,7 @@ __all__ = [
     "Context",
     "Facts",
     "Gauge",
+    "LayerSampling",
     "LowRankCallback",
     "LowRankOptimizer",
     "LowRankTrainer",

@@ -86,6 +86,30 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers' own, as GPT-2 has it
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model's body: the items of its lists (nn.ModuleList) of which each holds a matrix.
+
+    A list in a list, such as the experts of a layer, is a part of that; layers of an encoder come before a decoder's.
+    """
+    found: list[nn.Module] = []
+    lists: list[str] = []
+    for name, module in body(model).named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists.append(name)
+            items = list(module)
+            if all(any(True for _ in matrices(item)) for item in items):
+                found += items
+    return found
+
+
+def new_heads(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters outside the body of a model that is no language model: those of a new head."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return set()
+    inside = {id(p) for p in body(model).parameters()}
+    return {id(p) for p in model.parameters() if id(p) not in inside}
+
+
 def body(model: nn.Module) -> nn.Module:
     """Return the model without its head: `base_model` of a PreTrainedModel, below any wrapper."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):

@@ -31,7 +31,7 @@ from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.replicas import Replicas
 from hf_lowrank.engine.stacks import gathered
 from hf_lowrank.engine.step import Unit
-from hf_lowrank.engine.work import Declared, Work, declared, first_intervals
+from hf_lowrank.engine.work import Declared, Work, declared, first_intervals, forget
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.resolve import Config, split
 
@@ -166,6 +166,11 @@ class LowRankOptimizer(Replicas):
         assert self._work is not None
         return self._work.plans[p]
 
+    def forget(self, params: Iterable[Tensor]) -> None:
+        """Drop the state of some parameters but for their counters: trained again, they get new moments and bases."""
+        self._work = None
+        forget(self.state, self.declared(), params)
+
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     @overload
@@ -234,9 +239,9 @@ class LowRankOptimizer(Replicas):
     def train(self) -> None:
         """Register the hooks of the layerwise mode; Trainer calls it before every step, in your own loop call it once.
 
-        Hooks that another optimizer of ours left are removed. A hook projects a matrix's gradient during backward and
-        frees it; `step` updates. Methods that need the gradient at the write (Fira, all without a subspace) update in
-        the hook, dense parameters too. A matrix whose refresh is due keeps its gradient until `step`.
+        A hook projects a matrix's gradient during backward and frees it; `step` updates. Methods that need the
+        gradient at the write (Fira, all without a subspace) update in the hook, dense parameters too. A matrix whose
+        refresh is due keeps its gradient until `step`. Hooks of another optimizer of ours are removed.
 
         Raises:
             ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
@@ -270,8 +275,7 @@ class LowRankOptimizer(Replicas):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, keeping every tensor's stored type.
 
-        Options in the checkpoint win over those given now, with a warning; the method, the rank and the shapes must be
-        the same.
+        Its options win over those given now, with a warning; the method, the rank and the shapes must be the same.
 
         Raises:
             ValueError: if the checkpoint does not fit; nothing has been changed then.

@@ -86,15 +86,16 @@ def load_states(
     saved_ids = [i for group in saved_groups for i in group["params"]]
     for saved_id, (name, p, _, plan) in zip(saved_ids, known, strict=True):
         saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
-        fresh = allocate(p, plan)
-        for key, buffer in plan.buffers.items():  # an older checkpoint may lack what is kept for the log alone
-            if buffer.slot.lifetime == "gauge" and saved:
+        trained = not (saved and saved.keys() <= plan.lasting.keys())
+        fresh = allocate(p, plan, trained=trained)
+        for key, buffer in plan.lasting.items():  # an older checkpoint may lack what is kept for the log alone
+            if (buffer.slot.lifetime == "gauge" or key == "earlier") and saved:
                 saved.setdefault(key, fresh[key])
         if difference := view.mismatch(fresh, saved):
             what = name or f"parameter {saved_id}"
             raise ValueError(f"the checkpoint's state of {what} does not fit: {difference}")
         loaded = {key: adopt(saved[key], fresh[key]) for key in fresh}
-        checked = {key: loaded[key] for key, buffer in plan.buffers.items() if buffer.slot.lifetime != "gauge"}
+        checked = {key: loaded[key] for key in loaded if key not in plan.lasting}
         check_finite(name or f"parameter {saved_id}", checked)  # what is kept for the log alone does no harm
         yield p, loaded
 

@@ -111,7 +111,7 @@ class Layerwise:
                 if handle is not None:
                     handle.remove()
                     del _hooks[p]
-                if wanted:
+                if wanted and p.requires_grad:
                     _refuse_replicas(p)
                     hook = partial(_on_gradient, weakref.WeakMethod(take))
                     _hooks[p] = weakref.ref(self), p.register_post_accumulate_grad_hook(hook)

@@ -239,5 +239,6 @@ def context_of(
         rank=options.get("rank", 0),
         columns=columns,
         key=(options["seed"], index),
+        earlier=int(s.get("earlier", 0)),
         **place,
     )

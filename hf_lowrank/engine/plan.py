@@ -23,6 +23,7 @@ COUNTERS: Slots = {"step": counter(), "moment_step": counter(), "skipped": count
 REFRESH: Slots = {
     "refreshes": counter(),
     "refresh_at": counter(),
+    "earlier": counter(),  # refreshes before the state was last dropped
     # of the last refresh: overlap with the basis before, captured energy, stable rank
     "report": Slot("3", "gauge", "exact", shared=True),
 }
@@ -69,6 +70,12 @@ class Plan:
     def kept(self) -> Buffers:
         """The stored tensors."""
         return view.kept(self.buffers, self.encodings)
+
+    @property
+    def lasting(self) -> Buffers:
+        """The stored tensors that there are of a parameter which is not trained now: counters, and what is logged."""
+        lasting = {*COUNTERS, *REFRESH}
+        return {key: x for key, x in self.kept.items() if key in lasting or x.slot.lifetime == "gauge"}
 
     @property
     def nbytes(self) -> int:

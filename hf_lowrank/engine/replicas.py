@@ -62,7 +62,7 @@ class Replicas(Optimizer):
 
     def declared_bytes(self) -> int:
         """Return the bytes that this process's state takes, known before the first step."""
-        return sum(plan.nbytes for *_, plan in self.kept())
+        return sum(one.nbytes for one in self.kept())
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 

@@ -15,9 +15,15 @@ from hf_lowrank.tensors.layout import Layout, local
 from hf_lowrank.tensors.splits import sharded, splits
 
 
-def allocate(weight: Tensor, plan: Plan) -> Stored:
-    """Return freshly initialised state: DTensors where the axis that is split over processes runs through it."""
-    stored = view.allocate(plan.buffers, plan.encodings, local(weight))
+def allocate(weight: Tensor, plan: Plan, *, trained: bool = True) -> Stored:
+    """Return freshly initialised state: DTensors where the axis that is split over processes runs through it.
+
+    Args:
+        weight: the parameter.
+        plan: its plan.
+        trained: False for what there is of a parameter that is not trained now.
+    """
+    stored = view.allocate(plan.buffers if trained else plan.lasting, plan.encodings, local(weight))
     if not isinstance(weight, DTensor):
         return stored
     return {key: sharded(tensor, split_axes(weight, plan, key)) for key, tensor in stored.items()}

@@ -19,6 +19,7 @@ from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
 from hf_lowrank.engine.sharding import allocate
 from hf_lowrank.engine.stacks import Stack, stacked
 from hf_lowrank.methods.resolve import Config
+from hf_lowrank.state.slots import Buffers
 from hf_lowrank.tensors.splits import team_of
 
 
@@ -34,6 +35,16 @@ class Declared(NamedTuple):
     config: Config
     plan: Plan
 
+    @property
+    def kept(self) -> Buffers:
+        """The stored tensors: of one that requires no gradient, counters alone."""
+        return self.plan.kept if self.weight.requires_grad else self.plan.lasting
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this process's state."""
+        return sum(buffer.nbytes for buffer in self.kept.values())
+
 
 def declared(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> Iterator[Declared]:
     """Yield what is known of every parameter, in group order."""
@@ -45,7 +56,7 @@ def declared(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> 
 class Work:
     """The steps of all parameters, which last as long as options and state do.
 
-    Creates the state of every parameter that has none, with or without a gradient.
+    Creates the state of every parameter that has none: all of it where a gradient is required, else counters alone.
 
     Args:
         groups: the parameter groups.
@@ -66,13 +77,18 @@ class Work:
         self.units: list[MatrixStep | DenseStep] = []
         self.stacks: list[Stack] = []
         self.names: dict[MatrixStep | DenseStep, list[str]] = {}
+        self.asleep: set[Tensor] = set()  # with counters alone
         for group, config, places in zip(groups, configs, places_of(groups), strict=True):
-            everything = list(zip(places, declared([group], [config]), strict=True))
-            self.plans |= {one.weight: one.plan for _, one in everything}
-            members = [(i, one) for i, one in everything if owners is None or owners.here(one.weight)]
-            for _, (_, p, _, plan) in members:
-                if not state[p]:
-                    state[p] = allocate(p, plan)
+            members: list[tuple[int, Declared]] = []  # by their places in group order
+            for i, one in zip(places, declared([group], [config]), strict=True):
+                p = one.weight
+                self.plans[p] = one.plan
+                if owners is not None and not owners.here(p):
+                    continue
+                if prepare(state, p, one.plan):
+                    members.append((i, one))
+                else:
+                    self.asleep.add(p)
             if config.by_matrix:
                 steps = [MatrixStep(p, state[p], config, plan, group, i) for i, (_, p, _, plan) in members]
                 self.by_weight |= {unit.weight: unit for unit in steps}
@@ -96,14 +112,36 @@ class Work:
         self._held: dict[Tensor, tuple[Any, list[Tensor]]] = {p: (state[p], [*state[p].values()]) for p in own}
 
     def holds(self, state: Mapping[Tensor, Any], some: Iterable[Tensor]) -> bool:
-        """Tell whether the state of some parameters is what is stepped; it may have been moved or dropped."""
+        """Tell whether the state of some parameters is what is stepped; it may have been moved, dropped or missed."""
         for p in some:
             if p in self._held:
                 was, tensors = self._held[p]
                 moved = len(was) != len(tensors) or not all(map(is_, was.values(), tensors))
                 if moved or state.get(p) is not was:
                     return False
-        return True
+        return not any(p.requires_grad for p in self.asleep)
+
+
+def prepare(state: MutableMapping[Tensor, Any], p: Tensor, plan: Plan) -> bool:
+    """Create the state that a parameter lacks, and tell whether all of it is there, so that it can be stepped."""
+    if p.requires_grad and not plan.kept.keys() <= state[p].keys():
+        state[p] = {**allocate(p, plan), **state[p]}
+    elif not state[p]:
+        state[p] = allocate(p, plan, trained=False)
+    return set(plan.kept) <= set(state[p])
+
+
+def forget(state: MutableMapping[Tensor, Any], known: Iterable[Declared], params: Iterable[Tensor]) -> None:
+    """Drop the state of some parameters but for counters and what is logged; the bases that they had stay counted."""
+    wanted = set(params)
+    for _, p, _, plan in known:
+        if p in wanted and state.get(p):
+            state[p] = s = {key: state[p][key] for key in plan.lasting}
+            s["moment_step"].zero_()
+            if "refreshes" in s:
+                s["earlier"].add_(s["refreshes"])
+                s["refreshes"].zero_()
+                s["refresh_at"].copy_(s["step"])
 
 
 def spreads(unit: MatrixStep) -> bool:

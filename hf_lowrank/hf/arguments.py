@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
+from hf_lowrank import layer_sampling
 from hf_lowrank.groups import groups_for, model_facts
 from hf_lowrank.methods import options as opt
 from hf_lowrank.methods.common import ReplicaOptions
@@ -107,6 +108,7 @@ def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[ty
     if model is None:  # LLaMA-Factory asks without a model to read lr, betas and eps
         return AskedWithoutModel, {"method": name_of(args), **{k: values[k] for k in ("lr", "betas", "eps")}}
     options: dict[str, Any] = split_assignments(args.optim_args)
+    layer_sampling.take(options)  # a callback's
     for option, argument in _TRAINING_ARGUMENTS.items():
         if option in options:
             raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")

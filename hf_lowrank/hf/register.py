@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames as OptimizerNames
 from hf_lowrank.hf import checkpoints, console, names
 from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
+from hf_lowrank.hf.layer_sampling import for_any_optimizer, sample_layers, wake_layers
 from hf_lowrank.hf.model_card import describe_optimizer
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe import folder
@@ -67,19 +68,23 @@ def _handler(context: Any) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
 def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Any:
-        return from_arguments(args, model) if name_of(args) in resolve.names() else original(args, model)
+        if name_of(args) in resolve.names():
+            return from_arguments(args, model)
+        return original(for_any_optimizer(args), model)
 
     return get_optimizer_cls_and_kwargs
 
 
 def _letting_go(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let others have the output folder however a training ends; the callback does where it ends well."""
+    """Add layer sampling where it is asked for; let others have the output folder however a training ends."""
 
     @functools.wraps(original)
     def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        sample_layers(self)
         try:
             return original(self, *args, **kwargs)
         finally:
+            wake_layers(self)
             folder.let_go(Path(self.args.output_dir))
 
     return train

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank.hf import checkpoints, console, names
 from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
+from hf_lowrank.hf.layer_sampling import for_any_optimizer, sample_layers, wake_layers
 from hf_lowrank.hf.model_card import describe_optimizer
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe import folder
@@ -40,11 +41,18 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             return self.optimizer
         return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[no-any-return]
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """Return another optimizer's class and arguments, as Trainer does: layer sampling is none of its options."""
+        return Trainer.get_optimizer_cls_and_kwargs(for_any_optimizer(args), model)  # type: ignore[no-any-return]
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; however it ends, other processes may have the output folder then."""
+        sample_layers(self)
         try:
             return super().train(*args, **kwargs)
         finally:
+            wake_layers(self)
             folder.let_go(Path(self.args.output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

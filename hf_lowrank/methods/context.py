@@ -40,6 +40,7 @@ class Context(NamedTuple):
         written: whether the weight has been written in this step: a late refresh looks at the gradient again.
         moment_step: t of the bias correction: updates of the moments, this one included.
         number: which basis is in use or being chosen: 0 is the first.
+        earlier: bases that were chosen before the state was last dropped.
         lr, beta1, beta2, eps, weight_decay: the group's values at this step.
         initial_lr: the learning rate that the schedule multiplies.
         scale: the factor alpha on the low-rank update.
@@ -59,6 +60,7 @@ class Context(NamedTuple):
     written: bool
     moment_step: int
     number: int
+    earlier: int
     lr: float
     beta1: float
     beta2: float
@@ -78,9 +80,14 @@ class Context(NamedTuple):
     device: torch.device
     weight: torch.Tensor
 
+    @property
+    def drawn(self) -> int:
+        """The number of this basis among all that the parameter has had."""
+        return self.earlier + self.number
+
     def generator(self) -> torch.Generator:
-        """Return the generator of this basis, keyed by (seed, parameter, number of the basis), on the device."""
-        return random.generator(Stream.SUBSPACE, *self.key, self.number, device=random.with_float64(self.device))
+        """Return the generator of this basis, keyed by (seed, parameter, `drawn`), on the device."""
+        return random.generator(Stream.SUBSPACE, *self.key, self.drawn, device=random.with_float64(self.device))
 
     def rounding(self, device: torch.device) -> Rounding:
         """Return how this step writes a weight of low precision, keyed by (seed, parameter, step)."""

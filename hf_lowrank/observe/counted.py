@@ -75,7 +75,7 @@ class SinceLog:
         columns["overlap_first"] = dict(overlaps_with_first)
         columns |= {key: {n: row[key] for n, row in shown.items() if key in row} for key in self.gauges.declared}
         result = {key: fmean(column.values()) for key, column in columns.items() if column}
-        refreshes = sum(matrix.refreshes for matrix in found)
+        refreshes = sum(map(metrics.refreshes, self.optimizer.state.values()))
         if refreshes != self.refreshes:
             for key, column in columns.items():
                 result |= {f"{key}/{kind}": value for kind, value in metrics.by_type(column).items()}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
 from hf_lowrank.engine.matrix import transient
-from hf_lowrank.engine.plan import Plan, projected_bytes
+from hf_lowrank.engine.plan import projected_bytes
 from hf_lowrank.engine.step import SYNC_ELEMENTS
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -41,6 +41,11 @@ def adamw_bytes(weights: Iterable[Tensor], size: Size = own_type) -> int:
     return sum(2 * weight_bytes([p], size) + ADAMW_STEP for p in weights)
 
 
+def _trained(declared: Iterable[Declared]) -> Iterator[Declared]:
+    """Yield those that require a gradient."""
+    return (one for one in declared if one.weight.requires_grad)
+
+
 def gradient_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
     """Return the bytes of the gradients that are held at once, at most.
 
@@ -48,7 +53,7 @@ def gradient_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
     nothing where the method updates in the hook; the largest gradient is there as well while it is projected.
     """
     held = largest = 0
-    for _, p, config, plan in declared:
+    for _, p, config, plan in _trained(declared):
         whole = weight_bytes([p], size)
         if config.options["layerwise"] and (config.low_rank or config.parts.needs_gradient):
             largest = max(largest, whole)
@@ -59,15 +64,15 @@ def gradient_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
 
 
 def state_bytes(
-    declared: Iterable[Declared], count: Callable[[Plan], int] = lambda plan: plan.nbytes
+    declared: Iterable[Declared], count: Callable[[Declared], int] = lambda one: one.nbytes
 ) -> tuple[int, int]:
     """Return the bytes of this process's state of the matrices that have a subspace, and of everything else."""
     low_rank = dense = 0
-    for _, _, config, plan in declared:
-        if config.low_rank:
-            low_rank += count(plan)
+    for one in declared:
+        if one.config.low_rank:
+            low_rank += count(one)
         else:
-            dense += count(plan)
+            dense += count(one)
     return low_rank, dense
 
 
@@ -80,7 +85,7 @@ def workspace_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
     a gradient, its Gram matrix, the eigenvectors and what the library works in, and the new bases of a wave.
     """
     held = bases = whole = dense = decomposed = 0
-    for _, p, config, plan in declared:
+    for _, p, config, plan in _trained(declared):
         block = min(local(p).numel(), BLOCK_ON_DEVICE)
         if plan.layout is None:
             rule, low = config.dense_rule, size(p) < 4

@@ -41,7 +41,7 @@ class Matrix(NamedTuple):
     @property
     def refreshes(self) -> int:
         """How many refreshes it has had."""
-        return int(self.state["refreshes"])
+        return refreshes(self.state)
 
     @property
     def steps(self) -> int:
@@ -49,8 +49,13 @@ class Matrix(NamedTuple):
         return int(self.state["step"])
 
 
+def refreshes(state: Mapping[str, Tensor]) -> int:
+    """Return how many refreshes a parameter has had, those before its state was last dropped too."""
+    return sum(int(state.get(counter, 0)) for counter in ("refreshes", "earlier"))
+
+
 def matrices(optimizer: LowRankOptimizer) -> Iterator[Matrix]:
-    """Yield every matrix that has had a refresh, in group order."""
+    """Yield every matrix that has a basis, in group order."""
     index = 0
     for group in optimizer.param_groups:
         for name, p in zip(names_of(group), group["params"], strict=True):

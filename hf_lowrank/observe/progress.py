@@ -74,8 +74,9 @@ class FirstRefresh:
 
     def _costs(self) -> list[tuple[bool, float]]:
         """Return of every matrix whether it has its first basis, and the work of one."""
-        states = [self.optimizer.state.get(p, {}) for p in self.matrices]
-        return [(bool(s.get("refreshes", 0) > 0), refresh_cost(p)) for p, s in zip(self.matrices, states, strict=True)]
+        some = [p for p in self.matrices if p.requires_grad]
+        states = [self.optimizer.state.get(p, {}) for p in some]
+        return [(bool(s.get("refreshes", 0) > 0), refresh_cost(p)) for p, s in zip(some, states, strict=True)]
 
     def _progress(self) -> tuple[int, float, float]:
         """Return how many matrices are done, their work, and all work."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lowrank import groups, modules
+from hf_lowrank import groups, layer_sampling, modules
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.methods.resolve import Config
@@ -149,7 +149,8 @@ def estimate_memory(
             them, parameter by parameter.
         checkpointing: whether activations are recomputed in the backward pass, layer by layer.
         layerwise: whether gradients are freed during backward; None as the name says.
-        options: further options of the method, and `target_modules`.
+        options: further options of the method, `target_modules`, and those of layer sampling, with which gradients and
+            state are those of the layers that train at once, where these are largest.
         counting: "stored": what is really stored, moments in fp32 unless 8-bit; "bf16": as the papers' tables count,
             two bytes for every number of the state and one for an 8-bit code.
         gpus: processes, of one device each.
@@ -189,29 +190,30 @@ def estimate_memory(
         gpus=gpus,
         strategy=spread.name,
     )
-    tokens = Tokens(batch, seq, _usual(net, size))
-    if optim in ADAMW:
-        whole = [Declared(name, p, DENSE, Plan.of(p, DENSE)) for name, p in modules.trainable(net)]
-        pieces, kept = spread.pieces(whole), [spread.piece(name, p) for name, p, *_ in spread.kept(whole)]
-        gradients = bytes_of.weight_bytes([one.weight for one in pieces], size)
-        found = replace(blank, gradients=gradients, dense_state=bytes_of.adamw_bytes(kept, size))
-    else:
-        optimizer = build_optimizer(net, optim, rank, given)
-        whole, matrices = list(optimizer.declared()), [g for g in optimizer.param_groups if "rank" in g]
-        pieces = spread.pieces(whole)
-        low_rank, dense = bytes_of.state_bytes(
-            spread.pieces(spread.kept(whole)), *([paper_bytes] if counting == "bf16" else [])
-        )
-        found = replace(
-            blank,
-            rank=matrices[0]["rank"] if matrices else rank,
-            layerwise=any(group["layerwise"] for group in matrices),
-            gradients=bytes_of.gradient_bytes(pieces, size),
-            workspace=bytes_of.workspace_bytes(pieces, size),
-            low_rank_state=low_rank,
-            dense_state=dense,
-        )
-    return replace(found, gathered=spread.gathered(net, whole, size), sent=spread.traffic(net, whole, size, tokens))
+    tokens, rule = Tokens(batch, seq, _usual(net, size)), layer_sampling.take(given)
+    optimizer = None if optim in ADAMW else build_optimizer(net, optim, rank, given)
+    trained = [(name, p) for name, p in modules.trainable(net)]
+    with layer_sampling.at_most(net, [p for _, p in trained], rule):
+        if optimizer is None:
+            whole = [Declared(name, p, DENSE, Plan.of(p, DENSE)) for name, p in trained if p.requires_grad]
+            pieces, kept = spread.pieces(whole), [spread.piece(name, p) for name, p, *_ in spread.kept(whole)]
+            gradients = bytes_of.weight_bytes([one.weight for one in pieces], size)
+            found = replace(blank, gradients=gradients, dense_state=bytes_of.adamw_bytes(kept, size))
+        else:
+            whole, matrices = list(optimizer.declared()), [g for g in optimizer.param_groups if "rank" in g]
+            pieces, kept_pieces = spread.pieces(whole), spread.pieces(spread.kept(whole))
+            low_rank, dense = bytes_of.state_bytes(kept_pieces, *([paper_bytes] if counting == "bf16" else []))
+            found = replace(
+                blank,
+                rank=matrices[0]["rank"] if matrices else rank,
+                layerwise=any(group["layerwise"] for group in matrices),
+                gradients=bytes_of.gradient_bytes(pieces, size),
+                workspace=bytes_of.workspace_bytes(pieces, size),
+                low_rank_state=low_rank,
+                dense_state=dense,
+            )
+        step = [one for one in whole if one.weight.requires_grad]
+        return replace(found, gathered=spread.gathered(net, step, size), sent=spread.traffic(net, step, size, tokens))
 
 
 DENSE = Config.of("full_adamw", {}, low_rank=False)
@@ -252,7 +254,7 @@ def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mappi
     return LowRankOptimizer(split, optim)
 
 
-def paper_bytes(plan: Plan) -> int:
+def paper_bytes(one: Declared) -> int:
     """Count stored state as the papers do: two bytes a number, one for an 8-bit code, scales and counters free."""
-    counted = (buffer for buffer in plan.kept.values() if buffer.slot.values != "exact")
+    counted = (buffer for buffer in one.kept.values() if buffer.slot.values != "exact")
     return sum(buffer.numel * min(2, buffer.slot.dtype.itemsize) for buffer in counted)

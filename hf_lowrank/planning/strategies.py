@@ -107,7 +107,7 @@ class Strategy(ABC):
         shape, split = [*p.shape], self.split(name, p)
         if split is not None:
             shape[split.axis] = ceil(shape[split.axis] / split.processes)
-        return torch.empty(shape, dtype=p.dtype, device="meta")
+        return torch.empty(shape, dtype=p.dtype, device="meta", requires_grad=p.requires_grad)
 
     def pieces(self, declared: Iterable[Declared]) -> list[Declared]:
         """Return what is known of the largest pieces."""
@@ -187,9 +187,9 @@ class Owned(Replicated):
 
     @override
     def kept(self, declared: Sequence[Declared]) -> Iterable[Declared]:
-        owner = owners([one.plan.nbytes for one in declared], self.gpus)
+        owner = owners([one.nbytes for one in declared], self.gpus)
         shares = [[one for one, rank in zip(declared, owner, strict=True) if rank == i] for i in {*owner}]
-        return max(shares, key=lambda share: sum(one.plan.nbytes for one in share))
+        return max(shares, key=lambda share: sum(one.nbytes for one in share))
 
     @override
     def traffic(self, net: nn.Module, declared: Sequence[Declared], size: Size, tokens: Tokens) -> Traffic:

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     ROUNDING = 1
     OBSERVER = 2
     SKETCH = 3
+    LAYERS = 4
 
 
 def seed(*key: int) -> int:

@@ -21,7 +21,6 @@ from hf_lowrank.engine.schedule import owners  # noqa: E402
 from hf_lowrank.hf.models import load_model  # noqa: E402
 from hf_lowrank.planning.memory import build_optimizer  # noqa: E402
 from hf_lowrank.planning.strategies import NAMES  # noqa: E402
-from hf_lowrank.tensors.layout import Layout  # noqa: E402
 
 
 BATCH, SEQ = 4, 2048

@@ -32,7 +32,7 @@ class _Gaussian(Unstored):
 
     @override
     def basis(self, s: State, ctx: Context) -> Basis:
-        return Dense(_drawn(ctx.key[0], ctx.number, ctx.m, ctx.r, ctx.device))
+        return Dense(_drawn(ctx.key[0], ctx.drawn, ctx.m, ctx.r, ctx.device))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,198 @@
+"""LayerSampling: a callback that trains some layers of a model at a time, with any optimizer of Trainer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_lowrank.hf.outliers import calibration_batches, outlier_shares
+from hf_lowrank.layer_sampling import OPTION, Layers, Rule, rule_of, take
+from hf_lowrank.methods.options import split_assignments
+from hf_lowrank.optimizer import LowRankOptimizer
+
+
+logger = logging.getLogger("hf_lowrank")
+SAVED = "hf_lowrank_layers"
+"""Key of what the callback keeps in trainer_state.json."""
+
+
+class LayerSampling(TrainerCallback):  # type: ignore[misc]
+    """Trains some layers of a model at a time: BAdam, LISA or OwLore, with any optimizer of Trainer.
+
+    Gradients of all other layers are neither computed nor kept, and the optimizer holds no state for them: that of
+    layers that leave is dropped, that of layers that enter is made anew. Other layers are chosen every `switch_every`
+    steps of the optimizer, not of accumulation, by args.seed and the step alone, so that a resumed run and all
+    processes choose the same ones. What was frozen when the optimizer was built stays so.
+
+    Args:
+        layer_sampling: "badam", "lisa" or "owlore", or one of the rules (`hf_lowrank.layer_sampling.RULES`).
+        options: those of a rule that is given by its name, such as switch_every=50.
+
+    Raises:
+        ValueError: for a rule or an option that does not exist; when training begins, for a model without a list of
+            layers, with fewer than are to be trained at once, and under FSDP and DeepSpeed.
+
+    Example:
+        >>> callback = LayerSampling("lisa", switch_every=20, sampled_layers=2)
+    """
+
+    def __init__(self, layer_sampling: str | Rule, **options: Any) -> None:
+        self.rule = layer_sampling if isinstance(layer_sampling, Rule) else rule_of(layer_sampling, options)
+        self.layers: Layers | None = None  # while a training runs
+        self.shares: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the layers, and train those of the first step."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        _refuse_unsupported(args, params)
+        self.layers = Layers(model, params, self.rule)
+        if self.rule.by_outliers:
+            self.shares = _shares(self.layers, args, state, model, kwargs["train_dataloader"])
+        chosen = self._follow(args, state, model, optimizer)
+        if state.is_world_process_zero:
+            logger.info("%s, of %d layers; now %s", self.rule, len(self.layers.members), chosen)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Train other layers, if it is time: before the first micro-batch of a step."""
+        if self.layers is not None and state.global_step % self.rule.switch_every == 0:
+            self._follow(args, state, kwargs["model"], kwargs["optimizer"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have everything require a gradient again that did before."""
+        self.wake()
+
+    def wake(self) -> None:
+        """Have all that is trained require a gradient."""
+        if self.layers is not None:
+            self.layers.wake_()
+            self.layers = None
+
+    def _follow(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> list[int]:
+        """Train the layers of this step, and return which they are."""
+        assert self.layers is not None
+        step = state.global_step
+        chosen = self.layers.chosen(step, args.seed, self.shares)
+        left = self.layers.require_(chosen)
+        if self.rule.restarts and step % self.rule.switch_every == 0:
+            left = list({*left, *self.layers.inside})
+        _forget(optimizer, left)
+        _let_inputs_require_gradients(model)
+        if _several_processes():
+            _reduce_what_trains(model)
+        return chosen
+
+
+def _refuse_unsupported(args: Any, params: Collection[Tensor]) -> None:
+    """Refuse what settles which weights require a gradient when it wraps a model."""
+    launched = AcceleratorState._shared_state.get("distributed_type")
+    wrapped = launched in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if wrapped or getattr(args, "deepspeed", None) or any(isinstance(p, DTensor) for p in params):
+        raise ValueError(
+            f"{OPTION} does not run under FSDP or DeepSpeed, which settle once which weights require a gradient: "
+            "train under DDP, or on one device"
+        )
+
+
+def _forget(optimizer: Any, params: Collection[Tensor]) -> None:
+    """Drop the state of what is not trained now; optimizers of ours keep their counters."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if isinstance(inner, LowRankOptimizer):
+        inner.forget(params)
+        return
+    for p in params:
+        inner.state.pop(p, None)
+
+
+def _let_inputs_require_gradients(model: Any) -> None:
+    """Have the output of frozen embeddings require a gradient where reentrant checkpoints would else pass none on."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None or any(p.requires_grad for p in embeddings.parameters()):
+        return
+    checkpoints = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    reentrant = any(c is not None and getattr(c, "keywords", {}).get("use_reentrant", True) for c in checkpoints)
+    if reentrant and not getattr(model, "_require_grads_hook", None):
+        model.enable_input_require_grads()
+
+
+def _reduce_what_trains(model: nn.Module) -> None:
+    """Have DistributedDataParallel reduce the gradients that there are now, and hold buffers for no others.
+
+    It settles that when it is built, and when it is unpickled, which is what it is told to do here: right before it is
+    called next, since nothing that a callback is given knows it.
+    """
+
+    def renew(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and module.module is model:
+            handle.remove()
+            module.__setstate__(module.__getstate__())  # type: ignore[no-untyped-call]
+
+    handle = register_module_forward_pre_hook(renew)
+
+
+def _shares(layers: Layers, args: Any, state: Any, model: nn.Module, loader: Any) -> list[float]:
+    """Return the shares of outliers: those of the checkpoint, or measured now and sent by the first process to all."""
+    saved = (state.stateful_callbacks or {}).get(SAVED, {})
+    if "shares" not in saved:
+        measured = [outlier_shares(layers, model, calibration_batches(loader, args, layers.rule))]
+        if _several_processes():
+            dist.broadcast_object_list(measured)
+        saved = state.stateful_callbacks[SAVED] = {"shares": measured[0]}
+    shares: list[float] = saved["shares"]
+    if (positive := sum(share > 0 for share in shares)) < layers.rule.sampled_layers:
+        raise ValueError(
+            f"{positive} of {len(shares)} layers have outliers, and sampled_layers={layers.rule.sampled_layers} are "
+            "drawn among those: choose a smaller outlier_threshold"
+        )
+    return shares
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sample_layers(trainer: Any) -> None:
+    """Give a Trainer the callback that its optim_args ask for.
+
+    Raises:
+        ValueError: where it has another one already.
+    """
+    text = trainer.args.optim_args or ""
+    rule = take(split_assignments(text)) if OPTION in text else None
+    if rule is None:
+        return
+    callbacks = trainer.callback_handler.callbacks
+    present = [callback.rule for callback in callbacks if isinstance(callback, LayerSampling)]
+    if not present:
+        callbacks.insert(1, LayerSampling(rule))  # behind what steers the loop, before all that report
+    elif present != [rule]:
+        raise ValueError(f"{OPTION} is given twice, by optim_args and by a callback: leave out one of them")
+
+
+def wake_layers(trainer: Any) -> None:
+    """Undo what a training that ended in an error has frozen."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, LayerSampling):
+            callback.wake()
+
+
+def for_any_optimizer(args: TrainingArguments) -> TrainingArguments:
+    """Return training arguments whose optim_args say nothing of layer sampling, which other optimizers do not know."""
+    if OPTION not in (args.optim_args or ""):
+        return args
+    options: dict[str, Any] = split_assignments(args.optim_args)
+    take(options)
+    without = copy.copy(args)
+    without.optim_args = ",".join(f"{key}={value}" for key, value in options.items()) or None
+    return without
