@@ -245,9 +245,13 @@ def _check(dtype: str, counting: str, batch: int, seq: int) -> None:
         raise ValueError(f"batch and seq must be at least 1, got {batch} and {seq}")
 
 
+OF_THE_RUN = ("target_modules", "shard_state", "reduce_projected")
+"""Options that no group has."""
+
+
 def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mapping[str, Any]) -> LowRankOptimizer:
     """Return the optimizer of a model that may lie on the meta device; its state is declared, not allocated."""
-    chosen = {k: v for k, v in given.items() if k != "target_modules"}
+    chosen = {k: v for k, v in given.items() if k not in OF_THE_RUN}
     if rank is not None:
         chosen["rank"] = rank
     split = groups.param_groups(net, method=optim, target_modules=given.get("target_modules"), **chosen)

@@ -194,7 +194,7 @@ class Owned(Replicated):
     @override
     def traffic(self, net: nn.Module, declared: Sequence[Declared], size: Size, tokens: Tokens) -> Traffic:
         """Owners send the weights in the place of bases."""
-        weights = passed(weight_bytes([one.weight for one in declared], size), self.gpus)
+        weights = weight_bytes([one.weight for one in declared], size)
         return replace(super().traffic(net, declared, size, tokens), step=weights, refresh=0)
 
 

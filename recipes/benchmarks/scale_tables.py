@@ -1,9 +1,9 @@
-"""What a run takes on many GPUs, on paper: bytes that each of them holds, bytes that it sends, and the work of refreshes.
+"""What a run takes on many GPUs, on paper: bytes that each of them holds and sends, and the work of refreshes.
 
-    python recipes/benchmarks/scale_tables.py                      # the tables of docs/scale.md and docs/internet-scale.md
+    python recipes/benchmarks/scale_tables.py    # the tables of docs/scale.md and docs/large-scale.md
 
-Counted from shapes by `hf_lowrank.estimate_memory(..., gpus, strategy)`; nothing is run. Seconds are bytes divided by a
-speed and operations divided by a rate, both of which the table's head says: they are no measurements.
+Counted from shapes by `hf_lowrank.estimate_memory(..., gpus, strategy)`; nothing is run. Seconds are bytes divided by
+a speed and operations divided by a rate, both of which the table's head says: they are no measurements.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def most_work(net: nn.Module, optim: str, rank: int, gpus: int) -> float:
     """Return the operations of the process that has most to do when all bases are refreshed by `gram`: 2 m^2 n of the
     Gram matrix, 9 m^3 of its eigenvectors."""
     costs = []
-    for _, p, config, plan in build_optimizer(net, optim, rank, {}).declared():
+    for _, p, config, _ in build_optimizer(net, optim, rank, {}).declared():
         if config.low_rank and config.options.get("refresh") == "gram":
             m, n = sorted(p.shape)
             costs.append(2.0 * m * m * n + 9.0 * m**3)
@@ -112,9 +112,8 @@ def main() -> None:
     print(strategies("7b", 1024, 8))
     methods = ("adamw_torch", "galore_i3s_adamw", "galore_i3s_adamw_8bit", "apollo_random_adamw")
     for model, rank in (("70b", 2048), ("405b", 4096)):
-        print(
-            f"\n{model} at rank {rank}, FSDP2 over all GPUs; GB, seconds at {LINK / 1e9:.0f} GB/s and {FP64 / 1e12:.0f} TFLOP/s\n"
-        )
+        rates = f"seconds at {LINK / 1e9:.0f} GB/s and {FP64 / 1e12:.0f} TFLOP/s"
+        print(f"\n{model} at rank {rank}, FSDP2 over all GPUs; GB, {rates}\n")
         print(large(model, rank, methods, (64, 512, 4096)))
 
 

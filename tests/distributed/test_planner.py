@@ -15,7 +15,7 @@ WORKER = Path(__file__).parent / "worker_planner.py"
 NAMES = ["galore_dominant_adamw", "fira_adamw"]
 
 
-@pytest.mark.parametrize("processes, strategies", [(2, ["ddp", "fsdp2", "fsdp2 shard_basis"])], ids=str)
+@pytest.mark.parametrize("processes, strategies", [(2, ["ddp", "ddp_sharded", "fsdp2", "fsdp2 shard_basis"])], ids=str)
 def test_bytes_of_each_process(processes, strategies, tmp_path):
     output = tmp_path / "bytes.json"
     result = torchrun(processes, WORKER, output, ",".join(strategies), *NAMES)

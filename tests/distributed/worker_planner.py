@@ -53,7 +53,7 @@ def measured(name, strategy, *options):
         fully_shard(net)
     run = DistributedDataParallel(net) if strategy.startswith("ddp") else net
     groups = param_groups(net, method=name, rank=8, update_proj_gap=GAP, **dict.fromkeys(options, True))
-    opt = LowRankOptimizer(groups, name, share_refreshes=strategy == "ddp")
+    opt = LowRankOptimizer(groups, name, share_refreshes=strategy == "ddp", shard_state=strategy == "ddp_sharded")
     ids = torch.arange(64).view(2, 32)
     sent = []
     for _ in range(2):
