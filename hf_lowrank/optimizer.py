@@ -286,7 +286,9 @@ class LowRankOptimizer(Optimizer):
             for saved, now, config in zip(state_dict["param_groups"], given, self.configs, strict=True)
         ]
         configs = [config_of(group) for group in groups]
-        loaded = dict(load_states(state_dict["state"], groups, list(declared(self.param_groups, configs))))
+        loaded = dict(
+            load_states(state_dict["state"], state_dict["param_groups"], list(declared(self.param_groups, configs)))
+        )
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(loaded)
         self._resolved.take(self.param_groups, configs)

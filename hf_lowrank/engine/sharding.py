@@ -53,9 +53,5 @@ def check_weight(weight: Tensor, config: Config) -> None:
     if not isinstance(weight, DTensor):
         return
     check_sharding(weight)
-    if {config.options["state_format"], config.options["dense_state_format"]} != {"fp32"}:
-        raise ValueError(
-            "moments of sharded weights (FSDP2) are kept in fp32: leave out _8bit, state_format and dense_state_format"
-        )
     if config.options.get("proj_type") == "full":
         raise ValueError("proj_type=full does not run on sharded weights (FSDP2): use DDP, or another proj_type")
