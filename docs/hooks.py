@@ -263,7 +263,7 @@ def _limits(name: str) -> str:
         found.append(f"`on_refresh` cannot be {', '.join(f'`{how}`' for how in refused)} with these moments.")
     if not _accepts(name, proj_type="full"):
         found.append("`proj_type=full` is refused.")
-    found.append("FSDP1 and DeepSpeed ZeRO are refused, 8-bit states under FSDP2 too, as for every method.")
+    found.append("FSDP1 and DeepSpeed ZeRO are refused, as for every method.")
     return "\n".join(f"* {line}" for line in found)
 
 

@@ -288,7 +288,7 @@ class LowRankOptimizer(Replicas):
         ]
         configs = [config_of(group) for group in groups]
         known = list(declared(self.param_groups, configs))
-        states = load_states(state_dict["state"], groups, known)
+        states = load_states(state_dict["state"], state_dict["param_groups"], known)
         loaded = dict(states if self.owners is None else self.owners.taken(known, states))
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(loaded)

@@ -13,10 +13,11 @@ from hf_lowrank.engine.sharding import adopt, allocate, whole_if_needed
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state import view
+from hf_lowrank.state.former import from_one_line
 
 
-FORMAT_VERSION = 1
-"""Version of the layout of `optimizer.state_dict()`; stored in every group."""
+FORMAT_VERSION = 2
+"""Version of the layout of `optimizer.state_dict()`; stored in every group. In 1 blocks of codes crossed columns."""
 
 RUN_OPTIONS = ("layerwise", "max_grad_norm", "stagger")
 """How a run is run, not what it computes: the caller's value holds, not the checkpoint's. So do the options that are a
@@ -64,7 +65,7 @@ def check_checkpoint(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str
 
 def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Return a saved group as it is to be loaded: its own options, those that it lacks, and how this run is run."""
-    return {**now, **saved, **{key: now[key] for key in (*RUN_OPTIONS, *config.facts) if key in now}}
+    return {**now, **saved, **{key: now[key] for key in ("format", *RUN_OPTIONS, *config.facts) if key in now}}
 
 
 def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Config) -> None:
@@ -83,9 +84,11 @@ def load_states(
     """Yield every parameter with its saved state, checked against the declared one."""
     if not saved_states:  # before the first step
         return
-    saved_ids = [i for group in saved_groups for i in group["params"]]
-    for saved_id, (name, p, _, plan) in zip(saved_ids, known, strict=True):
+    saved_ids = [(i, group["format"]) for group in saved_groups for i in group["params"]]
+    for (saved_id, version), (name, p, _, plan) in zip(saved_ids, known, strict=True):
         saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
+        if version < 2:
+            saved = from_one_line(saved, plan.whole, plan.encodings)
         trained = not (saved and saved.keys() <= plan.lasting.keys())
         fresh = allocate(p, plan, trained=trained)
         for key, buffer in plan.lasting.items():  # an older checkpoint may lack what is kept for the log alone

@@ -105,21 +105,21 @@ class DenseStep(Unit):
                 ctx.rounding(W.device).store_(W, image)
 
     def _step_in_blocks(self, i: int) -> None:
-        """Step a tensor of low precision or with encoded state: cast, step, round, one block at a time if possible."""
+        """Step a tensor of low precision or with encoded state: cast, step, round, some rows at a time if possible."""
         rule, W, G, ctx = self.rule, self._here(self.weights[i]), self._grad(i), self._context(i)
         rounding = ctx.rounding(W.device)
-        if not W.is_contiguous():
+        if not W.is_contiguous() or not W.dim():
             image = W.float()
             with self.views[i].writing() as s:
                 rule.dense_step_([image], [G.float()], [s], [ctx])
             rounding.store_(W, image)
             return
-        flat, grad = W.view(-1), G.reshape(-1)
-        for start, length in kernels.blocks(flat):
-            image = flat.narrow(0, start, length).float()
+        row = W[0].numel()
+        for start, length in kernels.blocks(W.view(len(W), row).mT):
+            image = W.narrow(0, start, length).float()
             with self.views[i].narrow(start, length).writing() as s:
-                rule.dense_step_([image], [grad.narrow(0, start, length).float()], [s], [ctx])
-            rounding.store_(flat.narrow(0, start, length), image, start)
+                rule.dense_step_([image], [G.narrow(0, start, length).float()], [s], [ctx])
+            rounding.store_(W.narrow(0, start, length).view(-1), image.view(-1), start * row)
 
     def _here(self, tensor: Tensor) -> Tensor:
         """Return this process's piece."""

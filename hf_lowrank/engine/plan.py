@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -41,6 +41,7 @@ class Plan:
         r: the rank of a matrix; 0 for a dense parameter.
         buffers: the declared state of this process's piece.
         encodings: the number formats of those.
+        whole: the declared state of the whole parameter.
         pieces: the axis of every basis of which this process keeps some rows alone (`shard_basis`), by its name.
     """
 
@@ -49,6 +50,7 @@ class Plan:
     r: int
     buffers: Buffers
     encodings: Encodings
+    whole: Buffers
     pieces: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -98,21 +100,26 @@ def _of_matrix(layout: Layout, config: Config, name: str) -> Plan:
         **COUNTERS,
         **REFRESH,
     }
-    lengths = {"m": layout.m, "n": layout.projected.length, "r": r}
     piece = dict(zip("mn", layout.piece, strict=True))
-    buffers = {key: slot.sized(piece if slot.held else lengths, layout.stack) for key, slot in slots.items()}
-    pieces = {}
-    if options.get("shard_basis") and layout.of_basis.split:
-        kept = layout.of_basis
+    here, whole = ({"m": layout.m, "n": n, "r": r} for n in (layout.projected.length, layout.n))
+
+    def sized(key: str, slot: Slot, lengths: Mapping[str, int], stack: tuple[int, ...]) -> Buffer:
+        across = "m" if slot.held and not layout.transposed else "n"
+        buffer = slot.sized(lengths, stack, "" if slot.lifetime == "basis" else across)
+        # moments of whole gradients lie as the weight does, with which they are read
+        turned = parts.subspace.whole and layout.transposed and key in moments and slot.axes == "r n"
+        return replace(buffer, turned=True) if turned else buffer
+
+    buffers = {key: sized(key, slot, piece if slot.held else here, layout.stack) for key, slot in slots.items()}
+    entire = {key: sized(key, slot, whole, layout.batch) for key, slot in slots.items()}
+    pieces, kept = {}, layout.of_basis
+    if options.get("shard_basis") and kept.split:
         for key, slot in parts.subspace.slots().items():
             if slot.lifetime == "basis" and (axis := buffers[key].axis("m")) is not None:
-                part = slot.sized({**lengths, "m": kept.length}, layout.stack)
+                part = sized(key, slot, {**here, "m": kept.length}, layout.stack)
                 buffers[key], pieces[key] = replace(part, start=kept.start), axis
-    if parts.subspace.whole and layout.transposed:  # moments lie as the weight does, with which they are read
-        alike = [key for key in moments if moments[key].axes == "r n"]
-        buffers |= {key: replace(buffers[key], turned=True) for key in alike}
     formats = {"basis": options.get("basis_format", "fp32"), "moments": options["state_format"]}
-    return Plan(layout, columns, r, buffers, view.encodings(buffers, **formats), pieces)
+    return Plan(layout, columns, r, buffers, view.encodings(entire, **formats), entire, pieces)
 
 
 def _columns_of(layout: Layout, config: Config, name: str) -> Columns:
@@ -124,27 +131,26 @@ def _columns_of(layout: Layout, config: Config, name: str) -> Columns:
 
 
 def _of_dense(weight: Tensor, config: Config, split: tuple[int, int] | None) -> Plan:
-    rule, shape, columns = config.dense_rule, tuple(local(weight).shape), _columns_of_dense(weight, config)
+    rule, columns, shape = config.dense_rule, _columns_of_dense(weight, config), tuple(local(weight).shape)
     if split is not None:
         axis, processes = split
         shape = (*shape[:axis], chunks(shape[axis], processes)[0], *shape[axis + 1 :])
     slots = {**rule.slots(columns), **COUNTERS}
     if config.low_rank:  # torch takes the device of a full state dict from a tensor with axes, and SGD has none
         slots["report"] = REFRESH["report"]
-    lengths = {"r": prod(shape[1:]), "n": shape[0] if shape else 1}
-    buffers = {}
-    for key, slot in slots.items():
+
+    def sized(slot: Slot, shape: Sequence[int]) -> Buffer:
         if rule.elementwise and not slot.shared:  # in the tensor's own shape, whose first axis are the columns
             own = replace(slot, axes=" ".join(["n", *["r"] * (len(shape) - 1)]) if shape else "")
-            buffers[key] = Buffer(own, shape)
-        else:
-            buffers[key] = replace(slot, axes=slot.axes.replace("r n", "n") if columns.vector else slot.axes).sized(
-                lengths
-            )
-    encodings = view.encodings(
-        buffers, moments=config.options["state_format" if config.low_rank else "dense_state_format"]
-    )
-    return Plan(None, columns, weight.shape[-1] if config.low_rank else 0, buffers, encodings)
+            return Buffer(own, tuple(shape), split="n")
+        axes = slot.axes.replace("r n", "n") if columns.vector else slot.axes
+        return replace(slot, axes=axes).sized({"r": prod(shape[1:]), "n": shape[0] if shape else 1}, split="n")
+
+    buffers = {key: sized(slot, shape) for key, slot in slots.items()}
+    entire = {key: sized(slot, weight.shape) for key, slot in slots.items()}
+    form = config.options["state_format" if config.low_rank else "dense_state_format"]
+    encodings = view.encodings(entire, moments=form)
+    return Plan(None, columns, weight.shape[-1] if config.low_rank else 0, buffers, encodings, entire)
 
 
 def _columns_of_dense(weight: Tensor, config: Config) -> Columns:

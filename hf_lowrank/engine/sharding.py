@@ -68,9 +68,12 @@ def check_weight(name: str, weight: Tensor, config: Config) -> None:
             f"parameter {name} lies on the {weight.device.type} while its mesh is on {weight.device_mesh.device_type} "
             "(CPUOffloadPolicy), where its sharded state would lie: leave out the offload policy"
         )
-    if {config.options["state_format"], config.options["dense_state_format"]} != {"fp32"}:
+    low_bits = {config.options["state_format"], config.options["dense_state_format"]} != {"fp32"}
+    held = not config.by_matrix or any(slot.held for slot in config.parts.reconstruction.slots().values())
+    if low_bits and held and axes.keys() - {0}:
         raise ValueError(
-            "moments of sharded weights (FSDP2) are kept in fp32: leave out _8bit, state_format and dense_state_format"
+            f"parameter {name} is split on another axis than its first ({tuple(weight.placements)}), across blocks of "
+            "its 8-bit or 4-bit state: leave out _8bit, state_format and dense_state_format"
         )
     if config.options.get("shard_basis") and config.options.get("basis_format") in ("8bit", "4bit"):
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,10 +29,6 @@ class Encoding(ABC):
     def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
         """Store an fp32 tensor."""
 
-    @abstractmethod
-    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
-        """Return views of what is stored of `length` elements from `start` (a multiple of 256) in memory order."""
-
 
 class Plain(Encoding):
     """Stored as declared: the tensor that a part writes is the one that is kept."""
@@ -48,10 +44,6 @@ class Plain(Encoding):
     @override
     def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
         pass
-
-    @override
-    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
-        return {name: stored[name].view(-1).narrow(0, start, length)}
 
 
 class BFloat16(Plain):
@@ -70,8 +62,62 @@ class BFloat16(Plain):
         stored[name].copy_(value)
 
 
-class EightBit(Encoding):
-    """bitsandbytes' block-wise dynamic 8-bit: one code per element, one absmax per 256 elements in memory order.
+class Blockwise(Encoding):
+    """Codes of x / absmax, with an fp32 absmax for every block of at most `block` elements of a line (see Buffer).
+
+    No block reaches into another line, so the piece that a process holds has the codes and scales of the whole.
+    """
+
+    block: ClassVar[int]
+
+    @override
+    def buffers(self, name: str, buffer: Buffer) -> Buffers:
+        blocks = -(-buffer.sides[1] // self.block)
+        scales = Slot("blocks", buffer.slot.lifetime, "exact")
+        return {name: self._declare(buffer), f"{name}.absmax": buffer.per_line(scales, blocks)}
+
+    @override
+    def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
+        if not buffer.numel:
+            return stored[name].new_zeros(buffer.shape, dtype=torch.float32)
+        levels = self._levels(stored[name], buffer)
+        before, line, after = levels.shape
+        scales = stored[f"{name}.absmax"].reshape(before, -1, after)
+        width = min(self.block, line)
+        if line % width == 0:
+            levels.view(before, -1, width, after).mul_(scales.unsqueeze(2))
+        else:
+            levels.mul_(scales.repeat_interleave(self.block, 1)[:, :line])
+        return buffer.laid(levels.view(-1))
+
+    @override
+    def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
+        x = buffer.flat(value).view(buffer.sides)
+        if not x.numel():
+            return
+        before, line, after = x.shape
+        width = min(self.block, line)
+        blocks = _padded(x, width).view(before, -1, width, after)
+        absmax = blocks.abs().amax(2)
+        ratio = (blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(2)).view(before, -1, after)[:, :line]
+        stored[name].copy_(self._codes(ratio, buffer))
+        stored[f"{name}.absmax"].copy_(absmax.view(stored[f"{name}.absmax"].shape))
+
+    @abstractmethod
+    def _declare(self, buffer: Buffer) -> Buffer:
+        """Declare the stored codes."""
+
+    @abstractmethod
+    def _codes(self, ratio: Tensor, buffer: Buffer) -> Tensor:
+        """Return the codes, as they are stored, of numbers (before, line, after) in [-1, 1]."""
+
+    @abstractmethod
+    def _levels(self, codes: Tensor, buffer: Buffer) -> Tensor:
+        """Return the numbers of codes, (before, line, after)."""
+
+
+class EightBit(Blockwise):
+    """bitsandbytes' block-wise dynamic 8-bit: one code per element, one absmax per 256 elements of a line.
 
     References:
         8-bit optimizers via block-wise quantization, arXiv 2110.02861.
@@ -80,36 +126,50 @@ class EightBit(Encoding):
     block = 256
 
     @override
-    def buffers(self, name: str, buffer: Buffer) -> Buffers:
-        return {name: _typed(buffer, torch.uint8), f"{name}.absmax": _scales(buffer, self.block)}
-
-    @override
     def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
-        functional = _bitsandbytes()
-        code = _dynamic_code(buffer.slot.values != "positive", stored[name].device)
-        absmax, codes = stored[f"{name}.absmax"], buffer.flat(stored[name])
-        return buffer.laid(functional.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=self.block))
+        if not self._blocks_follow(buffer):
+            return super().decode(stored, name, buffer)
+        codes, absmax = buffer.flat(stored[name]), stored[f"{name}.absmax"].reshape(-1)
+        return buffer.laid(_valued(codes, absmax, self.block, buffer))
 
     @override
     def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
-        functional = _bitsandbytes()
-        code = _dynamic_code(buffer.slot.values != "positive", value.device)
-        codes, quantized = functional.quantize_blockwise(buffer.flat(value), code=code, blocksize=self.block)
-        if buffer.slot.values == "positive":  # code 0 is zero, which would be divided by
-            codes.clamp_(min=1)
+        if not self._blocks_follow(buffer):
+            super().encode_(stored, name, buffer, value)
+            return
+        codes, absmax = _coded(buffer.flat(value), self.block, buffer)
         stored[name].copy_(buffer.laid(codes))
-        stored[f"{name}.absmax"].copy_(quantized.absmax)
+        stored[f"{name}.absmax"].copy_(absmax.view(stored[f"{name}.absmax"].shape))
+
+    def _blocks_follow(self, buffer: Buffer) -> bool:
+        """Tell whether one block follows the other in memory, as the kernel has them."""
+        before, line, after = buffer.sides
+        return after == 1 and buffer.numel > 0 and (before == 1 or line % self.block == 0)
 
     @override
-    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
-        return {
-            name: stored[name].view(-1).narrow(0, start, length),
-            f"{name}.absmax": stored[f"{name}.absmax"].narrow(0, start // self.block, -(-length // self.block)),
-        }
+    def _declare(self, buffer: Buffer) -> Buffer:
+        return _typed(buffer, torch.uint8)
+
+    @override
+    def _codes(self, ratio: Tensor, buffer: Buffer) -> Tensor:
+        """In front of every block of the kernel stands a 1, so that it has no scale of its own."""
+        flat = ratio.reshape(-1)
+        rows = torch.ones(-(-len(flat) // 255), 256, device=flat.device)
+        whole = len(flat) // 255
+        rows[:whole, 1:].copy_(flat[: whole * 255].view(-1, 255))
+        rows[whole:, 1 : len(flat) - whole * 255 + 1].copy_(flat[whole * 255 :])
+        codes = _coded(rows.view(-1), 256, buffer)[0].view(-1, 256)[:, 1:]
+        return buffer.laid(codes.reshape(-1)[: len(flat)])
+
+    @override
+    def _levels(self, codes: Tensor, buffer: Buffer) -> Tensor:
+        flat = buffer.flat(codes)
+        ones = torch.ones(-(-len(flat) // 4096), device=flat.device)
+        return _valued(flat, ones, 4096, buffer).view(buffer.sides)
 
 
-class FourBit(Encoding):
-    """Block-wise linear 4-bit, two codes to a byte, one absmax per 128 elements in memory order.
+class FourBit(Blockwise):
+    """Block-wise linear 4-bit, two codes of a line to a byte, one absmax per 128 elements of a line.
 
     Signed values take the 15 levels -7/7 .. 7/7, which hold zero exactly and do not collapse on a block of one sign. A
     second moment takes 1/16 .. 16/16: zero is left out, since it would be divided by.
@@ -121,94 +181,51 @@ class FourBit(Encoding):
     block = 128
 
     @override
-    def buffers(self, name: str, buffer: Buffer) -> Buffers:
-        packed = replace(_typed(buffer, torch.uint8), shape=(-(-buffer.numel // 2),), turned=False)
-        return {name: packed, f"{name}.absmax": _scales(buffer, self.block)}
+    def _declare(self, buffer: Buffer) -> Buffer:
+        slot = replace(buffer.slot, axes="pairs", dtype=torch.uint8, axes_first=False)
+        return buffer.per_line(slot, -(-buffer.sides[1] // 2))
 
     @override
-    def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
-        packed = stored[name]
-        codes = torch.stack([packed & 15, packed >> 4], -1).flatten().float()
-        levels = (codes + 1) / 16 if buffer.slot.values == "positive" else (codes - 7) / 7
-        scales = stored[f"{name}.absmax"].repeat_interleave(self.block)[: codes.numel()]
-        return buffer.laid((levels * scales)[: buffer.numel])
+    def _codes(self, ratio: Tensor, buffer: Buffer) -> Tensor:
+        positive = buffer.slot.values == "positive"
+        codes = (ratio * 16).round().sub(1).clamp_(0, 15) if positive else (ratio * 7).round().add(7)
+        pairs = _padded(codes.to(torch.uint8), 2)
+        return (pairs[:, ::2] | pairs[:, 1::2] << 4).view(self._declare(buffer).shape)
 
     @override
-    def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
-        blocks = stored[f"{name}.absmax"].numel()
-        flat = torch.zeros(blocks * self.block, dtype=torch.float32, device=value.device)
-        flat[: buffer.numel] = buffer.flat(value)
-        rows = flat.view(blocks, self.block)
-        absmax = rows.abs().amax(1)
-        ratio = rows / torch.where(absmax > 0, absmax, 1.0).unsqueeze(1)
-        if buffer.slot.values == "positive":
-            codes = (ratio * 16).round().sub(1).clamp_(0, 15)
-        else:
-            codes = (ratio * 7).round().add(7)
-        pairs = codes.to(torch.uint8).view(-1, 2)
-        stored[name].copy_((pairs[:, 0] | pairs[:, 1] << 4)[: stored[name].numel()])
-        stored[f"{name}.absmax"].copy_(absmax)
-
-    @override
-    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
-        return {
-            name: stored[name].narrow(0, start // 2, -(-length // 2)),
-            f"{name}.absmax": stored[f"{name}.absmax"].narrow(0, start // self.block, -(-length // self.block)),
-        }
-
-
-class Sliced(Encoding):
-    """Another format for every matrix of a stack (its first axis) by itself, so that a stack can be split.
-
-    Args:
-        inner: the format of one matrix.
-    """
-
-    def __init__(self, inner: Encoding) -> None:
-        self.inner = inner
-
-    @override
-    def buffers(self, name: str, buffer: Buffer) -> Buffers:
-        one = self.inner.buffers(name, replace(buffer, shape=buffer.shape[1:]))
-        return {key: replace(kept, shape=(buffer.shape[0], *kept.shape)) for key, kept in one.items()}
-
-    @override
-    def decode(self, stored: Stored, name: str, buffer: Buffer) -> Tensor:
-        one = replace(buffer, shape=buffer.shape[1:])
-        slices = [self.inner.decode(self._slice(stored, name, buffer, i), name, one) for i in range(buffer.shape[0])]
-        return torch.stack(slices) if slices else stored[name].new_zeros(buffer.shape, dtype=torch.float32)
-
-    @override
-    def encode_(self, stored: Stored, name: str, buffer: Buffer, value: Tensor) -> None:
-        one = replace(buffer, shape=buffer.shape[1:])
-        for i in range(buffer.shape[0]):
-            self.inner.encode_(self._slice(stored, name, buffer, i), name, one, value[i])
-
-    @override
-    def narrow(self, stored: Stored, name: str, start: int, length: int) -> Stored:
-        """Bases are not narrowed."""
-        raise NotImplementedError
-
-    def _slice(self, stored: Stored, name: str, buffer: Buffer, i: int) -> Stored:
-        return {key: stored[key][i] for key in self.buffers(name, buffer)}
+    def _levels(self, codes: Tensor, buffer: Buffer) -> Tensor:
+        before, line, after = buffer.sides
+        packed = codes.reshape(before, -1, after)
+        levels = torch.stack([packed & 15, packed >> 4], 2).view(before, -1, after)[:, :line].float().contiguous()
+        return (levels + 1) / 16 if buffer.slot.values == "positive" else (levels - 7) / 7
 
 
 FORMATS: dict[str, Encoding] = {"fp32": Plain(), "bf16": BFloat16(), "8bit": EightBit(), "4bit": FourBit()}
-
-
-@lru_cache
-def sliced(name: str) -> Encoding:
-    """Return a format that keeps every matrix of a stack by itself."""
-    return Sliced(FORMATS[name])
 
 
 def _typed(buffer: Buffer, dtype: torch.dtype) -> Buffer:
     return replace(buffer, slot=replace(buffer.slot, dtype=dtype, axes_first=False))
 
 
-def _scales(buffer: Buffer, block: int) -> Buffer:
-    """Declare one fp32 scale per block of elements."""
-    return Buffer(Slot("blocks", buffer.slot.lifetime, "exact"), (-(-buffer.numel // block),))
+def _padded(x: Tensor, width: int) -> Tensor:
+    """Return x (before, line, after) with zeros up to a multiple of `width` of its second axis."""
+    missing = -x.shape[1] % width
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def _coded(flat: Tensor, block: int, buffer: Buffer) -> tuple[Tensor, Tensor]:
+    """Return codes and absmax of blocks in the order of memory."""
+    positive = buffer.slot.values == "positive"
+    table = _dynamic_code(not positive, flat.device)
+    codes, state = _bitsandbytes().quantize_blockwise(flat, code=table, blocksize=block)
+    return codes.clamp_(min=1) if positive else codes, state.absmax  # code 0 is zero, which would be divided by
+
+
+def _valued(codes: Tensor, absmax: Tensor, block: int, buffer: Buffer) -> Tensor:
+    """Undo `_coded`."""
+    table = _dynamic_code(buffer.slot.values != "positive", codes.device)
+    value: Tensor = _bitsandbytes().dequantize_blockwise(codes, absmax=absmax, code=table, blocksize=block)
+    return value
 
 
 @lru_cache

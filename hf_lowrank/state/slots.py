@@ -8,7 +8,7 @@ methods.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -45,10 +45,10 @@ class Slot:
     dtype: torch.dtype = torch.float32
     encoding: str = ""
 
-    def sized(self, lengths: Mapping[str, int], stack: tuple[int, ...] = ()) -> Buffer:
-        """Return the tensor for these lengths of the axes, for a stack of matrices."""
+    def sized(self, lengths: Mapping[str, int], stack: tuple[int, ...] = (), split: str = "") -> Buffer:
+        """Return the tensor for these lengths of the axes, for a stack of matrices; `split` see Buffer."""
         own = tuple(int(axis) if axis.isdigit() else lengths[axis] for axis in self.axes.split())
-        return Buffer(self, own if self.shared else (*stack, *own))
+        return Buffer(self, own if self.shared else (*stack, *own), split=split)
 
 
 def counter() -> Slot:
@@ -65,12 +65,15 @@ class Buffer:
         shape: its shape.
         turned: whether its last two axes lie in memory in the other order, as those of a weight do that is seen
             transposed.
+        split: name of the axis that may be split over processes, as a stack may be. What lies at one place of those is
+            a line: number formats keep lines apart, so that codes do not depend on the number of processes.
         start: the row of the whole at which a piece of a basis starts.
     """
 
     slot: Slot
     shape: tuple[int, ...]
     turned: bool = False
+    split: str = ""
     start: int = 0
 
     @property
@@ -87,6 +90,28 @@ class Buffer:
         """Return which axis has a name, counted from the first; None where it has none of that name."""
         own = self.slot.axes.split()
         return len(self.shape) - len(own) + own.index(name) if name in own else None
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """(before, line, after): what `flat` returns, seen so, has the lines along its second axis."""
+        axis, first = self.axis(self.split), len(self.shape) - len(self.slot.axes.split())
+        stack, length = prod(self.shape[:first]), 1 if axis is None else self.shape[axis]
+        line = prod(n for i, n in enumerate(self.shape) if i >= first and i != axis)
+        return (stack, line, length) if self.splits_last else (stack * length, line, 1)
+
+    @property
+    def splits_last(self) -> bool:
+        """Whether the axis that may be split is the last one in memory."""
+        return self.axis(self.split) == len(self.shape) - 1 and not self.turned
+
+    def per_line(self, slot: Slot, count: int) -> Buffer:
+        """Return a tensor of `count` numbers for every line, along the one axis of `slot`."""
+        stack, axis = self.shape[: len(self.shape) - len(self.slot.axes.split())], self.axis(self.split)
+        if axis is None:
+            return Buffer(slot, (*stack, count))
+        names, lengths = [slot.axes, self.split], [count, self.shape[axis]]
+        order = 1 if self.splits_last else -1
+        return Buffer(replace(slot, axes=" ".join(names[::order])), (*stack, *lengths[::order]), split=self.split)
 
     def allocate(self, weight: Tensor) -> Tensor:
         """Return the initial tensor for a parameter `weight`."""

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_lowrank.state.formats import FORMATS, Encoding, sliced
+from hf_lowrank.state.formats import FORMATS, Encoding
 from hf_lowrank.state.slots import Buffer, Buffers, State, Stored
 
 
 SMALLEST_QUANTIZED = 4096
 """Tensors with fewer elements stay fp32 in the 8-bit and 4-bit formats."""
+
+SHORTEST_LINE = 4
+"""So do those with fewer elements to a line, whose scales would take more than their codes. Vectors are among them."""
 
 Encodings = Mapping[str, Encoding]
 
@@ -30,7 +33,7 @@ def encodings(buffers: Buffers, *, basis: str = "fp32", moments: str = "fp32") -
     """Return the number format of every buffer.
 
     Args:
-        buffers: the state.
+        buffers: the state, of the whole parameter: no format depends on how many processes there are.
         basis: name of the format of what changes at refreshes.
         moments: name of the format of what changes at every step.
     """
@@ -39,16 +42,15 @@ def encodings(buffers: Buffers, *, basis: str = "fp32", moments: str = "fp32") -
 
 
 def _encoding(buffer: Buffer, name: str) -> Encoding:
-    """Return a format, or that of small tensors; bases of a stack are kept, and counted, one by one."""
+    """Return a format, or that of small tensors; the bases of a stack are counted one by one."""
     slot = buffer.slot
     name = slot.encoding or ("fp32" if slot.values == "exact" else name)
     if slot.dtype != torch.float32:
         return FORMATS["fp32"]
-    stack = slot.lifetime == "basis" and len(buffer.shape) > 2
     if name in ("8bit", "4bit"):
-        if prod(buffer.shape[1:] if stack else buffer.shape) < SMALLEST_QUANTIZED:
+        counted = buffer.shape[1:] if slot.lifetime == "basis" and len(buffer.shape) > 2 else buffer.shape
+        if prod(counted) < SMALLEST_QUANTIZED or buffer.sides[1] < SHORTEST_LINE:
             return FORMATS["fp32"]
-        return sliced(name) if stack else FORMATS[name]
     return FORMATS[name]
 
 
@@ -129,13 +131,13 @@ class View(Mapping[str, Tensor]):
         self._decoded.clear()
 
     def narrow(self, start: int, length: int) -> View:
-        """Return the moments of `length` elements from `start` in memory order, for rules that act on each alone."""
+        """Return the moments of a dense tensor at some places of its first axis, for rules that act on each alone."""
         names = [name for name, buffer in self.buffers.items() if buffer.slot.values != "exact"]
-        stored: Stored = {}
-        for name in names:
-            stored |= self.encodings[name].narrow(self.stored, name, start, length)
-        buffers = {name: replace(self.buffers[name], shape=(length,)) for name in names}
-        return View(stored, buffers, {name: self.encodings[name] for name in names})
+        chosen = {name: self.encodings[name] for name in names}
+        keys = kept({name: self.buffers[name] for name in names}, chosen)
+        stored = {key: self.stored[key].narrow(0, start, length) for key in keys}
+        buffers = {name: replace(self.buffers[name], shape=(length, *self.buffers[name].shape[1:])) for name in names}
+        return View(stored, buffers, chosen)
 
 
 def allocate(buffers: Buffers, chosen: Encodings, weight: Tensor) -> Stored:
