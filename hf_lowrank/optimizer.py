@@ -101,6 +101,7 @@ class LowRankOptimizer(Optimizer):
         self.refresh_seconds = 0.0
         self.refreshes_here = 0
         self.projected_grad_norm: float | None = None
+        self.grad_norm: float | None = None  # of whole gradients, where those are clipped here
         self.layerwise = Layerwise()
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
         self._facts: dict[str, Any] = {}  # of the run, as they were told
@@ -193,27 +194,28 @@ class LowRankOptimizer(Optimizer):
                 loss = closure()
         if getattr(self, "grad_scale", None) is not None:
             raise ValueError(
-                "layerwise projects gradients before GradScaler has unscaled them: use bf16, or no layerwise"
+                "GradScaler finds no gradients to unscale: use bf16, or no layerwise and no reduce_projected"
             )
-        work = self._prepared()
-        units = [unit for unit in work.units if unit.ready]
-        with torch.autocast(units[0].device.type if units else "cpu", enabled=False):
+        work, max_norm = self._prepared(), max((group["max_grad_norm"] for group in self.param_groups), default=0.0)
+        with torch.autocast(work.units[0].device.type if work.units else "cpu", enabled=False):
+            self.grad_norm = self.layerwise.step_offloaded_(work.offloaded, self._refresh, max_norm)
+            self.layerwise.average_due_(work.matrices, self._refresh)
+            units = sorted((unit for unit in work.units if unit.ready), key=lambda unit: unit.local)
             matrices = [unit for unit in units if isinstance(unit, MatrixStep)]
             flags = step.foreseen(units)
-            self._refresh([u for u in matrices if u.started is None and u.due(after=False)], flags)
-            if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
+            self._refresh([u for u in matrices if u.started is None and not u.local and u.due(after=False)], flags)
+            if max_norm and not work.offloaded:
                 self.projected_grad_norm = step.clip_(units, max_norm)
             step.update_(gathered(units, work.stacks, flags), flags)
             self._refresh([u for u in matrices if u.due(after=True)], flags)
-        if self.layerwise.waiting or self.layerwise.stepped:
-            self.layerwise.forget()
+        self.layerwise.forget()
         return loss
 
     def _refresh(self, due: Sequence[MatrixStep], flags: Mapping[Unit, Sequence[bool]]) -> None:
         if due:
-            start = perf_counter()
-            intervals = first_intervals(due, share=self.share_refreshes)
-            self.refreshes_here += refresh.refresh_(due, intervals, flags, share=self.share_refreshes)
+            start, share = perf_counter(), self.share_refreshes or any(unit.reduced for unit in due)
+            intervals = first_intervals(due, share=share)
+            self.refreshes_here += refresh.refresh_(due, intervals, flags, share=share)
             self.refresh_seconds += perf_counter() - start
 
     def _prepared(self, p: Tensor | None = None) -> Work:
@@ -239,10 +241,11 @@ class LowRankOptimizer(Optimizer):
 
         Hooks that another optimizer of ours left are removed. A hook projects a matrix's gradient during backward and
         frees it; `step` updates. Methods that need the gradient at the write (Fira, all without a subspace) update in
-        the hook, dense parameters too. A matrix whose refresh is due keeps its gradient until `step`.
+        the hook, dense parameters too. A matrix whose refresh is due keeps its gradient until `step`. With
+        layerwise=offload all gradients wait in host memory, whatever the method, and `step` has them one at a time.
 
         Raises:
-            ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
+            ValueError: under DistributedDataParallel, unless `exclude_from_ddp` came before.
         """
         self.layerwise.attach(self.param_groups, self.configs, self.take_gradient)
 
@@ -265,8 +268,8 @@ class LowRankOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Have GradScaler announce itself in the layerwise mode, which must refuse it."""
-        return any(group["layerwise"] for group in self.param_groups)
+        """Have GradScaler announce itself where it must be refused: it looks at gradients, one process for itself."""
+        return any(group["layerwise"] or group.get("reduce_projected") for group in self.param_groups)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

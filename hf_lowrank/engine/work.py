@@ -15,7 +15,7 @@ from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.refresh import team
 from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
-from hf_lowrank.engine.sharding import allocate, check_weight
+from hf_lowrank.engine.sharding import allocate, check_replicas, check_weight
 from hf_lowrank.engine.stacks import Stack, stacked
 from hf_lowrank.methods.resolve import Config
 
@@ -56,6 +56,7 @@ class Work:
         self.units: list[MatrixStep | DenseStep] = []
         self.stacks: list[Stack] = []
         for group, config in zip(groups, configs, strict=True):
+            check_replicas(group, config)
             first, members = len(self.plans), list(declared([group], [config]))
             for _, p, _, plan in members:
                 self.plans[p] = plan
@@ -71,7 +72,7 @@ class Work:
                 self.units += steps
                 self.stacks += stacked(steps)
                 continue
-            apart = bool(config.options["layerwise"] and config.parts.needs_gradient)  # stepped in the hooks
+            apart = config.hooked  # each is stepped alone
             together: dict[Any, list[tuple[int, Declared]]] = defaultdict(list)
             for i, one in enumerate(members, first):
                 together[i if apart else getattr(one.weight, "device_mesh", None)].append((i, one))
@@ -82,6 +83,16 @@ class Work:
                 if apart:
                     self.by_weight[weights[0]] = unit
         self._held: dict[Tensor, tuple[Any, list[Tensor]]] = {p: (state[p], [*state[p].values()]) for p in self.plans}
+
+    @property
+    def matrices(self) -> list[MatrixStep]:
+        """The steps of all matrices."""
+        return [unit for unit in self.units if isinstance(unit, MatrixStep)]
+
+    @property
+    def offloaded(self) -> dict[Tensor, MatrixStep | DenseStep]:
+        """What has its gradients in host memory, by weight."""
+        return {weight: unit for weight, unit in self.by_weight.items() if unit.config.offloads}
 
     def holds(self, state: Mapping[Tensor, Any], some: Iterable[Tensor]) -> bool:
         """Tell whether the state of some parameters is what is stepped; it may have been moved or dropped."""
