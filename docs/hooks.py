@@ -254,8 +254,9 @@ def _limits(name: str) -> str:
         found.append(f"{row.limits[0].upper()}{row.limits[1:]}: see [Resume and scale-out](../scale.md#fsdp2).")
     if made.needs_gradient:
         found.append(
-            "It looks at the whole gradient when it writes the weight. With `_layerwise` it therefore needs "
-            "`--gradient_accumulation_steps 1` and `--max_grad_norm 0`."
+            "It looks at the whole gradient when it writes the weight. With `_layerwise` and accumulation or clipping "
+            "gradients therefore wait in [host memory](../scale.md#layerwise); under DDP `_layerwise` and "
+            "`reduce_projected` are refused."
         )
     if missing := made.subspace.without:
         found.append(f"Options without a meaning here, and refused: {', '.join(f'`{key}`' for key in missing)}.")

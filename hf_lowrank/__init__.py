@@ -12,6 +12,7 @@ from hf_lowrank import _moved
 
 
 if TYPE_CHECKING:
+    from hf_lowrank.engine.averaging import exclude_from_ddp
     from hf_lowrank.groups import param_groups, target_parameters
     from hf_lowrank.hf.arguments import optimizer_cls_and_kwargs
     from hf_lowrank.hf.callback import LowRankCallback
@@ -42,6 +43,7 @@ _LAZY = {
     "LLAMA": "hf.models",
     "llama_config": "hf.models",
     "add_to_model_card": "hf.model_card",
+    "exclude_from_ddp": "engine.averaging",
     "param_groups": "groups",
     "target_parameters": "groups",
     "MemoryEstimate": "planning.memory",
@@ -93,6 +95,7 @@ __all__ = [
     "__version__",
     "add_to_model_card",
     "estimate_memory",
+    "exclude_from_ddp",
     "fit_budget",
     "llama_config",
     "optimizer_cls_and_kwargs",

@@ -105,6 +105,7 @@ class LowRankOptimizer(Replicas):
         self.refresh_seconds = 0.0
         self.refreshes_here = 0
         self.projected_grad_norm: float | None = None
+        self.grad_norm: float | None = None  # of whole gradients, where those are clipped here
         self.layerwise = Layerwise()
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
         self._facts: dict[str, Any] = {}  # of the run, as they were told
@@ -189,16 +190,19 @@ class LowRankOptimizer(Replicas):
                 loss = closure()
         if getattr(self, "grad_scale", None) is not None:
             raise ValueError(
-                "layerwise projects gradients before GradScaler has unscaled them: use bf16, or no layerwise"
+                "GradScaler finds no gradients to unscale: use bf16, or no layerwise and no reduce_projected"
             )
         work, self._whole = self._prepared(), None
         self._agree(work)
-        units = [unit for unit in work.units if unit.ready]
-        with torch.autocast(units[0].device.type if units else "cpu", enabled=False):
+        max_norm = max((group["max_grad_norm"] for group in self.param_groups), default=0.0)
+        with torch.autocast(work.units[0].device.type if work.units else "cpu", enabled=False):
+            self.grad_norm = self.layerwise.step_offloaded_(work.offloaded, self._refresh, max_norm)
+            self.layerwise.average_due_(work.matrices, self._refresh)
+            units = sorted((unit for unit in work.units if unit.ready), key=lambda unit: unit.local)
             matrices = [unit for unit in units if isinstance(unit, MatrixStep)]
             flags = step.foreseen(units)
-            self._refresh([u for u in matrices if u.started is None and u.due(after=False)], flags)
-            if max_norm := max((group["max_grad_norm"] for group in self.param_groups), default=0.0):
+            self._refresh([u for u in matrices if u.started is None and not u.local and u.due(after=False)], flags)
+            if max_norm and not work.offloaded:
                 elsewhere = float if self.owners is None else self.owners.summed
                 self.projected_grad_norm = step.clip_(units, max_norm, elsewhere)
             step.update_(gathered(units, work.stacks, flags), flags)
@@ -206,15 +210,14 @@ class LowRankOptimizer(Replicas):
             self._refresh([u for u in matrices if u.due(after=True)], flags)
             if self.owners is not None:
                 self.owners.send_(work.plans)
-        if self.layerwise.waiting or self.layerwise.stepped:
-            self.layerwise.forget()
+        self.layerwise.forget()
         return loss
 
     def _refresh(self, due: Sequence[MatrixStep], flags: Mapping[Unit, Sequence[bool]]) -> None:
         if due:
-            start = perf_counter()
-            intervals = first_intervals(due, share=self.share_refreshes or self.shard_state)
-            self.refreshes_here += refresh.refresh_(due, intervals, flags, share=self.share_refreshes)
+            start, share = perf_counter(), self.share_refreshes or any(unit.reduced for unit in due)
+            intervals = first_intervals(due, share=share or self.shard_state)
+            self.refreshes_here += refresh.refresh_(due, intervals, flags, share=share)
             self.refresh_seconds += perf_counter() - start
 
     @override
@@ -241,10 +244,11 @@ class LowRankOptimizer(Replicas):
 
         A hook projects a matrix's gradient during backward and frees it; `step` updates. Methods that need the
         gradient at the write (Fira, all without a subspace) update in the hook, dense parameters too. A matrix whose
-        refresh is due keeps its gradient until `step`. Hooks of another optimizer of ours are removed.
+        refresh is due keeps its gradient until `step`. With layerwise=offload all gradients wait in host memory,
+        whatever the method, and `step` has them one at a time. Hooks of another optimizer of ours are removed.
 
         Raises:
-            ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
+            ValueError: under DistributedDataParallel, unless `exclude_from_ddp` came before.
         """
         self.layerwise.attach(self.param_groups, self.configs, self.take_gradient)
 
@@ -267,8 +271,8 @@ class LowRankOptimizer(Replicas):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Have GradScaler announce itself in the layerwise mode, which must refuse it."""
-        return any(group["layerwise"] for group in self.param_groups)
+        """Have GradScaler announce itself where it must be refused: it looks at gradients, one process for itself."""
+        return any(group["layerwise"] or group.get("reduce_projected") for group in self.param_groups)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from hf_lowrank.state.former import from_one_line
 FORMAT_VERSION = 2
 """Version of the layout of `optimizer.state_dict()`; stored in every group. In 1 blocks of codes crossed columns."""
 
-RUN_OPTIONS = ("layerwise", "max_grad_norm", "stagger")
+RUN_OPTIONS = ("layerwise", "max_grad_norm", "stagger", "reduce_projected")
 """How a run is run, not what it computes: the caller's value holds, not the checkpoint's. So do the options that are a
 fact of the model or the run."""
 

@@ -82,8 +82,11 @@ def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config
     norms = {float(group["max_grad_norm"]) for group in groups} - {0.0}
     if len(norms) > 1:
         raise ValueError(f"all groups are clipped together: give them one max_grad_norm, not {sorted(norms)}")
+    whole = [config.offloads for config in configs]
+    if norms and any(whole) and not all(whole):
+        raise ValueError("layerwise=offload clips by the norm of whole gradients: set it in all groups, or in none")
     along = [config.method for config in configs if config.low_rank and config.parts.needs_gradient]
-    if norms and along:
+    if norms and along and not all(whole):
         raise ValueError(f"{along[0]} steps along the gradient itself, which is not clipped: set max_grad_norm=0")
 
 

@@ -12,6 +12,12 @@ from torch import Tensor
 from hf_lowrank.tensors.sums import Max, Sum
 
 
+def replicas() -> Any:
+    """Return the processes that train replicas of what is not split over a mesh, or None where there is one alone."""
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if together else None
+
+
 def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:
     """Send the owner's tensors to every process of the group, in place; those of one type travel together."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -54,6 +60,32 @@ def all_true(flags: list[bool], group: Any, device: torch.device) -> list[bool]:
 def sum_together(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """Sum every tensor over the processes, in one collective."""
     return _reduced(tensors, dist.ReduceOp.SUM, group)
+
+
+def mean_(tensors: Sequence[Tensor], here: Sequence[bool], group: Any) -> list[bool]:
+    """Average tensors over the processes, in place; those of one type on one device in one collective.
+
+    Args:
+        tensors: this process's.
+        here: whether it has something in each, beside zeros.
+        group: the processes.
+
+    Returns:
+        Whether any process has something in each.
+    """
+    found = list(here)
+    for kind in dict.fromkeys((x.device, x.dtype) for x in tensors):
+        which = [i for i, x in enumerate(tensors) if (x.device, x.dtype) == kind]
+        some = [tensors[i] for i in which]
+        flags = torch.tensor([here[i] for i in which], device=kind[0], dtype=kind[1])
+        flat = torch.cat([flags, *(x.reshape(-1) for x in some)]).div_(dist.get_world_size(group))
+        dist.all_reduce(flat, group=group)
+        anywhere, *means = _pieces(flat, [flags, *some])
+        for x, mean in zip(some, means, strict=True):
+            x.copy_(mean)
+        for i, flag in zip(which, (anywhere > 0).tolist(), strict=True):
+            found[i] = flag
+    return found
 
 
 def answers(asked: Sequence[Sum | Max], group: Any) -> list[Tensor]:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_lowrank.engine import step
+from hf_lowrank.engine.averaging import average_gradients_
+from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.dense import DenseStep
 from hf_lowrank.engine.matrix import MatrixStep
+from hf_lowrank.engine.offload import Offloaded
+from hf_lowrank.engine.sharding import check_replicas
 from hf_lowrank.methods.resolve import Config
 
 
+T = TypeVar("T")
 Take = Callable[[Tensor], None]
+Refresh = Callable[[Sequence[MatrixStep], Mapping[step.Unit, Sequence[bool]]], None]
 _hooks: MutableMapping[Tensor, tuple[weakref.ref[Layerwise], Any]] = WeakIdKeyDictionary()
 """By parameter: (reference to the mode of an optimizer, handle) of the hook it has from us."""
 
@@ -27,11 +32,14 @@ class Layerwise:
     """What the mode has taken since the last step: steps that wait for it, and those that are done.
 
     Methods that need the gradient at the write (Fira) are stepped in the hook; any other waits with what it projected.
+    Where a gradient is needed whole at the step, because the groups say so (layerwise=offload) or replicas are to
+    average it for a refresh, it waits in host memory.
     """
 
     def __init__(self) -> None:
         self.waiting: dict[Tensor, MatrixStep] = {}
         self.stepped: set[Tensor] = set()
+        self.offloaded = Offloaded()
 
     def forget(self) -> None:
         """Drop what was taken."""
@@ -39,16 +47,18 @@ class Layerwise:
             unit.started = None
         self.waiting.clear()
         self.stepped.clear()
+        self.offloaded.forget()
 
-    def take_(
-        self, unit: MatrixStep, refresh_: Callable[[Sequence[MatrixStep], Mapping[step.Unit, Sequence[bool]]], None]
-    ) -> None:
+    def take_(self, unit: MatrixStep, refresh_: Refresh) -> None:
         """Take the gradient of one matrix and free it; one whose refresh is due is left for the optimizer's step.
 
         Raises:
             RuntimeError: for a second gradient of a matrix that has been stepped.
         """
         weight, in_hook = unit.weight, unit.keeps_gradient
+        if unit.config.offloads or (unit.reduced and unit.due(after=False)):
+            self.offloaded.take_(weight)
+            return
         if in_hook:
             self._once(weight, unit.config.method)
         due, first = unit.due(after=False), unit.stored["refreshes"] == 0
@@ -76,6 +86,9 @@ class Layerwise:
             RuntimeError: for a second gradient of one that has been stepped.
         """
         (weight,) = unit.weights
+        if unit.config.offloads:
+            self.offloaded.take_(weight)
+            return
         self._once(weight, unit.config.method)
         step.update_([unit], {})
         weight.grad = None
@@ -88,8 +101,60 @@ class Layerwise:
             )
         self.stepped.add(weight)
 
+    def average_due_(self, units: Sequence[MatrixStep], refresh_: Refresh) -> None:
+        """Average the gradients that refreshes are to look at, of replicas that otherwise average what they project.
+
+        Those that wait in host memory are used up at once, as many at a time as there are processes to choose bases.
+
+        Args:
+            units: all matrices.
+            refresh_: the optimizer's method.
+        """
+        due = [unit for unit in units if unit.local and unit.started is None and unit.due(after=False)]
+        average_gradients_([unit for unit in due if not unit.config.hooked])
+        for some in _waves([unit for unit in due if unit.config.hooked]):
+            for unit in some:
+                self.offloaded.bring_back_(unit.weight)
+            average_gradients_(some)
+            there = [unit for unit in some if not unit.local]
+            refresh_(there, step.foreseen(there))
+            step.start(there)
+            for unit in there:
+                unit.weight.grad = None
+
+    def step_offloaded_(
+        self, units: Mapping[Tensor, MatrixStep | DenseStep], refresh_: Refresh, max_norm: float
+    ) -> float | None:
+        """Step what has its gradient in host memory, a few at a time.
+
+        Args:
+            units: all that may have one there, by weight.
+            refresh_: the optimizer's method.
+            max_norm: what the global norm of these gradients is clipped to; 0: not at all.
+
+        Returns:
+            That norm, where it is looked at.
+        """
+        for weight in units:
+            if weight.grad is not None:  # a hook has not seen it
+                self.offloaded.take_(weight)
+        some = [(weight, unit) for weight, unit in units.items() if weight in self.offloaded]
+        norm, factor = self.offloaded.clipping([(w, unit.pieces) for w, unit in some], max_norm)
+        for wave in _waves(some):
+            for weight, _ in wave:
+                self.offloaded.bring_back_(weight, factor)
+            now = [unit for _, unit in wave]
+            matrices = [unit for unit in now if isinstance(unit, MatrixStep)]
+            flags = step.foreseen(now)
+            refresh_([unit for unit in matrices if unit.due(after=False)], flags)
+            step.update_(now, flags)
+            refresh_([unit for unit in matrices if unit.due(after=True)], flags)
+            for weight, _ in wave:
+                weight.grad = None
+        return norm
+
     def attach(self, groups: Sequence[Mapping[str, Any]], configs: Sequence[Config], take: Take) -> None:
-        """Give every matrix of a layerwise group a hook, and every dense parameter whose method steps in the hook;
+        """Give every parameter that the mode takes a hook: matrices, and all where the method steps in the hook;
         remove those that another optimizer of ours left, or this one before an edit.
 
         A hook holds no reference that would keep the optimizer alive.
@@ -100,10 +165,12 @@ class Layerwise:
             take: the optimizer's method that is called with the parameter.
 
         Raises:
-            ValueError: under DistributedDataParallel, whose reduction comes after the hooks.
+            ValueError: under DistributedDataParallel where it reduces these weights too, after the hooks.
         """
         for group, config in zip(groups, configs, strict=True):
-            wanted = group["layerwise"] and (config.low_rank or config.parts.needs_gradient)
+            config = config.with_(layerwise=group["layerwise"])  # as it was edited to be
+            if wanted := config.hooked:
+                check_replicas(group, config)
             for p in group["params"]:
                 owner, handle = _hooks.get(p, (None, None))
                 if wanted and owner is not None and owner() is self:
@@ -112,7 +179,6 @@ class Layerwise:
                     handle.remove()
                     del _hooks[p]
                 if wanted and p.requires_grad:
-                    _refuse_replicas(p)
                     hook = partial(_on_gradient, weakref.WeakMethod(take))
                     _hooks[p] = weakref.ref(self), p.register_post_accumulate_grad_hook(hook)
 
@@ -133,9 +199,8 @@ def _on_gradient(take: weakref.WeakMethod[Any], p: Tensor) -> None:
         method(p)
 
 
-def _refuse_replicas(p: Tensor) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not isinstance(p, DTensor):
-        raise ValueError(
-            "layerwise does not run under DistributedDataParallel, which reduces gradients after they are freed: "
-            "use FSDP2, or leave out layerwise"
-        )
+def _waves(some: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Yield as many at a time as there are processes that share the work of their refreshes."""
+    together = dist.get_world_size() if replicas() is not None else 1
+    for i in range(0, len(some), together):
+        yield some[i : i + together]

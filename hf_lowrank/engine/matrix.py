@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
+from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.step import Reading, Unit, Work, asking, gradient_of, has_gradient
 from hf_lowrank.methods.context import Columns, Context
@@ -48,6 +50,8 @@ class MatrixStep(Unit):
         self.shape = weight.shape
         self.norms: Tensor | None = None  # of the columns of this gradient, if they are known
         self.refreshed = False  # whether a refresh has looked at this gradient
+        self.reduced = reduces(config) and self.mesh is None and replicas() is not None
+        self.averaged = False  # whether they have averaged this gradient all the same
         self.basis: Basis | None = None  # the one in use, if it is known; nothing is kept of one that is encoded
 
     @property
@@ -58,7 +62,12 @@ class MatrixStep(Unit):
     @property
     @override
     def ready(self) -> bool:
-        return self.started is not None or has_gradient(self.weight, self.shape)
+        return has_gradient(self.weight, self.shape) or self.started is not None or self.reduced
+
+    @property
+    @override
+    def local(self) -> bool:
+        return self.reduced and not self.averaged
 
     @override
     def marks(self) -> list[int]:
@@ -92,7 +101,8 @@ class MatrixStep(Unit):
         R = basis.project(G)  # (..., r, n)
         if not self.keeps_gradient:
             G = None  # the layerwise mode frees it while this waits
-        if not (yield Reading([self._read(R)]))[0]:
+        here = self.weight.grad is not None if self.local else None
+        if not (yield Reading([self._read(R)], here))[0]:
             self._skip_()
             return
         with self.view.writing() as s:
@@ -147,12 +157,12 @@ class MatrixStep(Unit):
     def _skip_(self) -> None:
         self.stored["skipped"].add_(1)
         self.view.forget()
-        self.refreshed, self.norms = False, None
+        self.refreshed, self.averaged, self.norms = False, False, None
 
     def _advance_(self) -> None:
         self.stored["step"].add_(1)
         self.stored["moment_step"].add_(1)
-        self.refreshed, self.norms = False, None
+        self.refreshed, self.averaged, self.norms = False, False, None
 
     # ---- the pieces -------------------------------------------------------------------------------------------------
 
@@ -163,7 +173,10 @@ class MatrixStep(Unit):
 
     @property
     def gradient(self) -> Tensor:
-        """This process's piece of the gradient, seen wide."""
+        """This process's piece of the gradient, seen wide; zeros where only other replicas have one."""
+        if self.weight.grad is None:
+            assert self.local
+            return self.seen_wide(torch.zeros_like(self.weight))
         return self.seen_wide(gradient_of(self.weight))
 
     def basis_in_use(self) -> Basis:
@@ -205,6 +218,15 @@ class MatrixStep(Unit):
             device=self.device,
             weight=self.weight,
         )
+
+
+def reduces(config: Config) -> bool:
+    """Tell whether replicas of a matrix average what they project, in the place of whole gradients.
+
+    The layerwise mode frees a gradient before anything could reduce it.
+    """
+    options, whole = config.options, config.parts.needs_gradient or config.offloads
+    return bool(config.by_matrix and (options["reduce_projected"] or (options["layerwise"] and not whole)))
 
 
 def transient(plan: Plan, config: Config) -> int:

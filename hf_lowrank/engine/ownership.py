@@ -103,7 +103,7 @@ def check_shardable(groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse what does not go together with sharded state.
 
     Raises:
-        ValueError: for weights that are sharded themselves, and for the layerwise mode.
+        ValueError: for weights that are sharded themselves, for the layerwise mode, and for projected all-reduces.
     """
     if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
         raise ValueError(
@@ -112,6 +112,11 @@ def check_shardable(groups: Sequence[Mapping[str, Any]]) -> None:
         )
     if any(group["layerwise"] for group in groups):
         raise ValueError("shard_state does not go together with layerwise: use FSDP2 for both, or leave out one")
+    if any(group.get("reduce_projected") for group in groups):
+        raise ValueError(
+            "shard_state does not go together with reduce_projected, which needs every basis on every process: leave "
+            "out one of them"
+        )
 
 
 def _buckets(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_lowrank.engine.collectives import replicas
+from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.engine.plan import Plan, split_axes
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state import view
@@ -96,3 +99,41 @@ def check_weight(name: str, weight: Tensor, config: Config) -> None:
             f"{config.method} adds up neighbours along the axis on which parameter {name} is split over processes "
             f"({tuple(weight.placements)}): split the other axis, or use another method"
         )
+
+
+def check_replicas(group: Mapping[str, Any], config: Config) -> None:
+    """Refuse weights of which nobody, or not everybody, would have the mean of all gradients.
+
+    Args:
+        group: a parameter group.
+        config: what it was resolved to.
+
+    Raises:
+        ValueError: saying what to call, or what to leave out.
+    """
+    if replicas() is None:
+        return
+    for p in group["params"]:
+        if isinstance(p, DTensor):
+            if config.options.get("reduce_projected"):
+                raise ValueError(
+                    "reduce_projected is for DistributedDataParallel; where weights are sharded (FSDP2) no whole "
+                    "gradient travels between refreshes anyway: leave it out"
+                )
+            continue
+        excluded = getattr(p, "_ddp_ignored", False)
+        if config.hooked and not reduces(config):
+            raise ValueError(
+                f"{config.method} in the layerwise mode does not run under DistributedDataParallel: its step needs "
+                "whole gradients, which are gone before they could be averaged: use FSDP2, or leave out layerwise"
+            )
+        if reduces(config) and not excluded:
+            raise ValueError(
+                f"{config.method} is to average projected gradients itself (reduce_projected, layerwise): call "
+                "hf_lowrank.exclude_from_ddp(model, optimizer) before DistributedDataParallel(model)"
+            )
+        if excluded and not reduces(config):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} was excluded from DistributedDataParallel, and nobody "
+                "averages its gradients: set reduce_projected=true, or load the model anew"
+            )

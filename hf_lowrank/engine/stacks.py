@@ -117,6 +117,7 @@ def stackable(unit: MatrixStep) -> bool:
         and not layout.stack
         and unit.view.plain
         and not unit.config.options["layerwise"]
+        and not unit.reduced
         and parts.reconstruction.by_columns
         and not parts.moments.needs_weight
         and not parts.subspace.needs_gradient

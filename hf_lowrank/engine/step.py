@@ -39,9 +39,16 @@ T = TypeVar("T")
 
 
 class Reading(NamedTuple):
-    """What a step asks once: is each of these finite? It is sent a list of answers."""
+    """What a step asks once: is each of these finite? It is sent a list of answers.
+
+    Attributes:
+        tensors: what it has read.
+        here: whether this process has a gradient, where replicas read gradients of their own, which are averaged
+            first; None where they have averaged the gradients themselves.
+    """
 
     tensors: list[Tensor]
+    here: bool | None = None
 
 
 class Asked(NamedTuple):
@@ -68,6 +75,11 @@ class Unit(ABC):
     device: torch.device
     mesh: Any = None
     pieces: Team | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether the gradient is this process's alone, and what is read of it will be averaged over replicas."""
+        return False
 
     @property
     @abstractmethod
@@ -178,6 +190,7 @@ def run(units: Sequence[Unit], known: Mapping[Unit, list[bool]]) -> None:
         known: answers to the readings of some of them.
     """
     start(units)
+    units = averaged(units)
     asked = [x for unit in units if unit.started and unit not in known for x in unit.started[1].tensors]
     flags = iter(agreed(finite(asked), units))
     del asked
@@ -192,6 +205,23 @@ def run(units: Sequence[Unit], known: Mapping[Unit, list[bool]]) -> None:
     advance(work, answers)
 
 
+def averaged(units: Sequence[Unit]) -> list[Unit]:
+    """Average over the replicas what steps have read of gradients of their own: in one collective.
+
+    Returns:
+        All units but those of which no process has a gradient; their steps are dropped.
+    """
+    own = [(unit, *unit.started) for unit in units if unit.started and unit.started[1].here is not None]
+    if not own:
+        return list(units)
+    readings, here = [reading.tensors[0] for *_, reading in own], [bool(reading.here) for *_, reading in own]
+    for (unit, work, reading), anywhere in zip(
+        own, collectives.mean_(readings, here, collectives.replicas()), strict=True
+    ):
+        unit.started = (work, Reading(reading.tensors)) if anywhere else None
+    return [unit for unit in units if unit.started]
+
+
 def agreed(flags: list[bool], units: Sequence[Unit]) -> list[bool]:
     """Return flags that hold on every process over which the units are split."""
     group = group_of(units)
@@ -204,7 +234,7 @@ def foreseen(work: Sequence[Unit]) -> dict[Unit, list[bool]]:
     There the host must not wait once a bucket: all gradients are looked at before the first of them is projected.
     (What is projected is finite if they are, and their sum of squares no larger.)
     """
-    fresh = [unit for unit in work if unit.started is None and at_once(unit.device)]
+    fresh = [unit for unit in work if unit.started is None and not unit.local and at_once(unit.device)]
     known: dict[Unit, list[bool]] = {}
     for mesh in dict.fromkeys(unit.mesh for unit in fresh):
         units = [unit for unit in fresh if unit.mesh == mesh]
@@ -255,7 +285,10 @@ def clip_(work: Sequence[Unit], max_norm: float, summed: Callable[[float], float
     """
     total, readings = 0.0, list[Tensor]()
     for mesh in dict.fromkeys(unit.mesh for unit in work):
-        start([unit for unit in work if unit.mesh == mesh])
+        units = [unit for unit in work if unit.mesh == mesh]
+        start(units)
+        for bucket in _buckets(units):
+            averaged(bucket)
     for pieces in dict.fromkeys(unit.pieces for unit in work):  # what is copied counts once
         some = [x for unit in work if unit.pieces == pieces and unit.started for x in unit.started[1].tensors]
         if not some:
@@ -282,15 +315,15 @@ def group_of(units: Sequence[Any]) -> Any:
 
 def _buckets(work: Sequence[Unit]) -> Iterator[list[Unit]]:
     """Split the work: one unit at a time on the CPU, as many as SYNC_ELEMENTS allow where a finite check makes the
-    host wait or processes talk.
+    host wait or processes talk. What replicas average has buckets of its own, the same on all of them.
     """
     bucket: list[Unit] = []
     for unit in work:
-        if bucket and unit.mesh != bucket[0].mesh:
+        if bucket and (unit.mesh, unit.local) != (bucket[0].mesh, bucket[0].local):
             yield bucket
             bucket = []
         bucket.append(unit)
-        alone = unit.mesh is None and not at_once(unit.device)
+        alone = unit.mesh is None and not unit.local and not at_once(unit.device)
         if alone or sum(x.transient for x in bucket) >= SYNC_ELEMENTS:
             yield bucket
             bucket = []

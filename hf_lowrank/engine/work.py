@@ -16,7 +16,7 @@ from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.refresh import team
 from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
-from hf_lowrank.engine.sharding import allocate
+from hf_lowrank.engine.sharding import allocate, check_replicas
 from hf_lowrank.engine.stacks import Stack, stacked
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state.slots import Buffers
@@ -79,6 +79,7 @@ class Work:
         self.names: dict[MatrixStep | DenseStep, list[str]] = {}
         self.asleep: set[Tensor] = set()  # with counters alone
         for group, config, places in zip(groups, configs, places_of(groups), strict=True):
+            check_replicas(group, config)
             members: list[tuple[int, Declared]] = []  # by their places in group order
             for i, one in zip(places, declared([group], [config]), strict=True):
                 p = one.weight
@@ -96,7 +97,7 @@ class Work:
                 self.units += steps
                 self.stacks += stacked(steps)
                 continue
-            apart = bool(config.options["layerwise"] and config.parts.needs_gradient)  # stepped in the hooks
+            apart = config.hooked  # each is stepped alone
             together: dict[Any, list[tuple[int, Declared]]] = defaultdict(list)
             for i, one in members:
                 place = getattr(one.weight, "device_mesh", None), team_of(one.weight)
@@ -110,6 +111,16 @@ class Work:
                     self.by_weight[weights[0]] = unit
         own = [p for p in self.plans if owners is None or owners.here(p)]
         self._held: dict[Tensor, tuple[Any, list[Tensor]]] = {p: (state[p], [*state[p].values()]) for p in own}
+
+    @property
+    def matrices(self) -> list[MatrixStep]:
+        """The steps of all matrices."""
+        return [unit for unit in self.units if isinstance(unit, MatrixStep)]
+
+    @property
+    def offloaded(self) -> dict[Tensor, MatrixStep | DenseStep]:
+        """What has its gradients in host memory, by weight."""
+        return {weight: unit for weight, unit in self.by_weight.items() if unit.config.offloads}
 
     def holds(self, state: Mapping[Tensor, Any], some: Iterable[Tensor]) -> bool:
         """Tell whether the state of some parameters is what is stepped; it may have been moved, dropped or missed."""

@@ -13,9 +13,11 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import layer_sampling
+from hf_lowrank.engine.averaging import exclude_
+from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.groups import groups_for, model_facts
 from hf_lowrank.methods import options as opt
-from hf_lowrank.methods.common import ReplicaOptions
+from hf_lowrank.methods.common import OFFLOAD, ReplicaOptions
 from hf_lowrank.methods.options import split_assignments
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -115,9 +117,11 @@ def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[ty
     shared = _of_replicas(options)
     if shared and _fsdp_version(args) is not None:
         raise ValueError("optim_args: shard_state is for DDP; FSDP2 shards the state by itself, so leave it out")
-    config = _layerwise(args, Config.of(name_of(args), options, model=True, facts=model_facts(model)))
+    config = _taken_over(args, Config.of(name_of(args), options, model=True, facts=model_facts(model)))
     keywords = _keywords(model, config, values, args.optim_target_modules)
     replicated = _replicated(args)
+    if replicated and reduces(config):  # Trainer wraps the model after this
+        exclude_(model, {p for group in keywords["params"] if "rank" in group for _, p in group["params"]})
     return LowRankOptimizer, {**keywords, "share_refreshes": replicated, **(shared if replicated else {})}
 
 
@@ -138,23 +142,32 @@ def _replicated(args: TrainingArguments) -> bool:
     return bool(args.world_size > 1 and _fsdp_version(args) is None)
 
 
-def _layerwise(args: TrainingArguments, config: Config) -> Config:
-    """Return the options with what the layerwise mode adds, having refused what it cannot honour."""
-    if not config.options["layerwise"]:
-        return config
+def _taken_over(args: TrainingArguments, config: Config) -> Config:
+    """Return the options with what follows where Trainer does not find whole gradients, whose norm it would clip.
+
+    Raises:
+        ValueError: for what cannot be honoured there.
+    """
     name, in_hook = name_of(args), config.parts.needs_gradient
-    if args.fp16:
-        raise ValueError(f"{name} frees gradients before --fp16's scaler has unscaled them: use --bf16, or fp32")
-    if _replicated(args):
-        raise ValueError(f"{name} does not run under DistributedDataParallel: use FSDP2, or leave out layerwise")
-    if in_hook and args.gradient_accumulation_steps > 1:
-        raise ValueError(f"{name} updates as soon as a gradient is there: set --gradient_accumulation_steps 1")
-    if not args.max_grad_norm:
+    layerwise, reduced = config.options["layerwise"], config.options["reduce_projected"]
+    if reduced and _fsdp_version(args):
+        raise ValueError("reduce_projected is for DistributedDataParallel: FSDP2 reduces nothing whole; leave it out")
+    if not (layerwise or (reduced and _replicated(args))):
         return config
-    if in_hook:
-        raise ValueError(f"{name} updates before the norm of all gradients is known: set --max_grad_norm 0")
-    norm = args.max_grad_norm
-    logger.info("max_grad_norm=%g clips by the norm of the projected gradients, logged as projected_grad_norm", norm)
+    if args.fp16:
+        raise ValueError(f"{name} finds gradients before --fp16's scaler has unscaled them: use --bf16, or fp32")
+    if _replicated(args) and not reduces(config):
+        raise ValueError(
+            f"{name} does not run under DistributedDataParallel: its step needs whole gradients. Use FSDP2, or "
+            "leave out layerwise"
+        )
+    norm = args.max_grad_norm or 0.0
+    if in_hook and (norm or args.gradient_accumulation_steps > 1):
+        config = config.with_(layerwise=OFFLOAD)
+    if config.offloads:
+        logger.info("%s: whole gradients wait in host memory until the step (layerwise=offload)", name)
+    elif norm:
+        logger.info("max_grad_norm=%g clips by the norm of the projected gradients (projected_grad_norm)", norm)
     return config.with_(max_grad_norm=norm)
 
 

@@ -8,6 +8,10 @@ from hf_lowrank.methods import options as opt
 from hf_lowrank.methods.registry import TRANSPORTS
 
 
+OFFLOAD = "offload"
+"""The layerwise mode in which whole gradients wait in host memory."""
+
+
 @dataclass(frozen=True)
 class SharedOptions:
     """Options of every group."""
@@ -27,8 +31,15 @@ class SharedOptions:
         False, help="sharded weights: keep a piece of every basis on each process too, and gather it in the step"
     )
     dense_state_format: str = opt.choice("fp32", "8bit", help="number format of the moments of dense parameters")
-    layerwise: bool = opt.flag(False, help="free every gradient during backward; see LowRankOptimizer.train")
-    max_grad_norm: float = opt.number(0.0, help="clip by the global norm of the projected gradients; 0: off")
+    layerwise: bool | str = opt.switch(
+        False,
+        word=OFFLOAD,
+        help="free every gradient during backward; offload: let it wait in host memory for the step; see "
+        "LowRankOptimizer.train",
+    )
+    max_grad_norm: float = opt.number(
+        0.0, help="clip by the global norm of the projected gradients, or of whole ones with layerwise=offload; 0: off"
+    )
 
 
 @dataclass(frozen=True)
@@ -70,4 +81,7 @@ class LowRankOptions:
     stagger: bool | str = opt.switch(
         help="spread the refreshes of the matrices evenly over the interval; auto: on an accelerator, unless they "
         "cost nothing, and in the layerwise mode",
+    )
+    reduce_projected: bool = opt.flag(
+        False, help="under DistributedDataParallel, average projected gradients over the processes, not whole ones"
     )

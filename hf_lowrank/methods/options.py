@@ -70,9 +70,13 @@ def flag(default: bool, *, help: str) -> Any:
     return _option(default, _boolean, lambda v: True, "true or false", help)
 
 
-def switch(*, help: str) -> Any:
-    """Declare an option that is on, off or, by default, "auto"."""
-    return _option("auto", _switch, lambda v: True, "true, false or auto", help)
+def switch(default: bool | str = "auto", *, word: str = "auto", help: str) -> Any:
+    """Declare an option that is on, off or a third thing, which has a word of its own."""
+
+    def parse(value: Any) -> bool | str:
+        return word if str(value).lower() == word else _boolean(value)
+
+    return _option(default, parse, lambda v: True, f"true, false or {word}", help)
 
 
 def rank(default: float, *, help: str) -> Any:
@@ -97,10 +101,6 @@ def _boolean(value: Any) -> bool:
         return value
     words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
     return words[str(value).lower()]
-
-
-def _switch(value: Any) -> bool | str:
-    return "auto" if str(value).lower() == "auto" else _boolean(value)
 
 
 def _rank(value: Any) -> float | int:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hf_lowrank.methods import options as opt
-from hf_lowrank.methods.common import LowRankOptions, SharedOptions
+from hf_lowrank.methods.common import OFFLOAD, LowRankOptions, SharedOptions
 from hf_lowrank.methods.dense import MIXED, SAME, DenseOptions, SplitOptions
 from hf_lowrank.methods.registry import KINDS, Gauge, classes, prototype
 from hf_lowrank.methods.table import METHODS, Method
@@ -166,6 +166,16 @@ class Config:
         return self.low_rank and not self.parts.direct
 
     @property
+    def offloads(self) -> bool:
+        """Whether gradients wait in host memory."""
+        return bool(self.options["layerwise"] == OFFLOAD)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether the layerwise mode takes the gradients of these parameters during backward."""
+        return bool(self.options["layerwise"]) and (self.low_rank or self.parts.needs_gradient or self.offloads)
+
+    @property
     def facts(self) -> dict[str, str]:
         """The options that are a fact of the model or the run, and which."""
         found = _schema(_chosen_parts(self.method, self.options, self.method)[1], self.low_rank)
@@ -264,8 +274,13 @@ def _check_together(made: Parts, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    if made.needs_gradient and options["max_grad_norm"]:
+    if made.needs_gradient and options["max_grad_norm"] and options["layerwise"] != OFFLOAD:
         raise ValueError("it steps along the gradient itself, not along its projection alone: set max_grad_norm=0")
+    if made.needs_gradient and options.get("reduce_projected"):
+        raise ValueError(
+            "its step needs the gradient itself, not its projection alone, so whole gradients have to be averaged: "
+            "leave out reduce_projected"
+        )
     if (made.subspace.needs_momentum or made.reconstruction.needs_momentum) and not made.moments.keeps_momentum:
         raise ValueError("a part looks at the momentum, and these moments keep none: choose moments=momentum or adam")
     if "rank" in options:

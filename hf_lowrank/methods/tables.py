@@ -77,7 +77,7 @@ def _part_name(part: Any) -> str:
 
 def limits(config: Config) -> str:
     """Return what a method cannot do, in a line."""
-    in_hook = ["layerwise: no accumulation, no max_grad_norm"] if config.parts.needs_gradient else []
+    in_hook = ["no reduce_projected, no layerwise under DDP"] if config.parts.needs_gradient else []
     return "; ".join([*in_hook, *filter(None, [METHODS[config.method].limits])]) or "-"
 
 

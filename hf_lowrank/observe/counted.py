@@ -88,11 +88,11 @@ class SinceLog:
         seconds = self.optimizer.refresh_seconds - self.refresh_seconds
         self.refresh_seconds += seconds
         states = self.optimizer.state.values()
-        norm = self.optimizer.projected_grad_norm
+        norms = {"projected_grad_norm": self.optimizer.projected_grad_norm, "grad_norm": self.optimizer.grad_norm}
         return {
             "refreshes": self.refreshes,
             "refresh_ms": round(1e3 * seconds, 3),
             "skipped": sum(int(s["skipped"]) for s in states),
-            **({} if norm is None else {"projected_grad_norm": round(norm, 6)}),
+            **{key: round(norm, 6) for key, norm in norms.items() if norm is not None},
             "state_mib": round(sum(map(view.nbytes, states)) / MIB, 3),
         }

@@ -50,14 +50,15 @@ def gradient_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
     """Return the bytes of the gradients that are held at once, at most.
 
     All of them, at the end of the backward pass. In the layerwise mode a matrix leaves its projected gradient, and
-    nothing where the method updates in the hook; the largest gradient is there as well while it is projected.
+    nothing where the method updates in the hook or the gradient waits in host memory; the largest gradient is there as
+    well while it is taken.
     """
     held = largest = 0
     for _, p, config, plan in _trained(declared):
         whole = weight_bytes([p], size)
-        if config.options["layerwise"] and (config.low_rank or config.parts.needs_gradient):
+        if config.hooked:
             largest = max(largest, whole)
-            held += 0 if config.parts.needs_gradient else projected_bytes(plan, config)
+            held += 0 if config.parts.needs_gradient or config.offloads else projected_bytes(plan, config)
         else:
             held += whole
     return held + largest

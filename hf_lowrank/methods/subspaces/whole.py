@@ -55,8 +55,8 @@ class Whole(Fixed, key="whole"):
     References:
         none; LOMO, arXiv 2306.09782, for the step in the hook.
 
-    Differs from the authors' code: LOMO's ignores weight decay and clipping; here decay is applied and
-    clipping refused.
+    Differs from the authors' code: LOMO's ignores weight decay and clipping; here decay is applied, and
+    clipping needs layerwise=offload.
     """
 
     whole: ClassVar[bool] = True
