@@ -168,7 +168,7 @@ class MatrixStep(Unit):
             return self.basis
         products = self.config.options.get("products", "auto")
         basis = self.placed(self.config.parts.subspace.basis(self.view, self.context()).multiplied(products))
-        if self.view.plain:
+        if self.view.plain or not self.view.bases:
             self.basis = basis
         return basis
 
