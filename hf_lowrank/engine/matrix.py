@@ -186,7 +186,7 @@ class MatrixStep(Unit):
         products = self.config.options.get("products", "auto")
         s = self.view.with_(self.whole_bases()) if self.plan.pieces else self.view
         basis = self.placed(self.config.parts.subspace.basis(s, self.context()).multiplied(products))
-        if self.view.plain and not self.plan.pieces:
+        if (self.view.plain or not self.view.bases) and not self.plan.pieces:
             self.basis = basis
         return basis
 

@@ -14,6 +14,7 @@ from hf_lowrank.observe.first import COLUMNS
 from hf_lowrank.tensors import random
 from hf_lowrank.tensors.bases import Dense
 from hf_lowrank.tensors.layout import local
+from hf_lowrank.tensors.splits import Split, splits
 
 
 class UpdateRank:
@@ -36,7 +37,7 @@ class UpdateRank:
     def measure(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         """Return the effective rank by name; nothing for a matrix that is new or did not change.
 
-        Under FSDP2 this is a collective operation: every process calls it.
+        Where weights are split over processes this is a collective operation: every process calls it.
         """
         result = {}
         for name, p in weights:
@@ -50,19 +51,31 @@ class UpdateRank:
         return result
 
     def _sketch(self, p: Tensor) -> Tensor:
-        W = local(p.detach())
+        """Return D or D Omega for the rows that this process holds, in which all columns count."""
+        W, columns = local(p.detach()), _split(p, -1)
         if self.exact:
-            return W.to("cpu", copy=True)
-        return Dense(_gaussian(W.shape[-1]).to(W.device)).project(W.mT).mT.cpu()  # (..., rows, 32)
+            return columns.gathered(W, W.dim() - 1).to("cpu", copy=True)
+        Omega = _gaussian(p.shape[-1]).narrow(0, columns.start, columns.length).to(W.device)
+        Y = Dense(Omega).project(W.mT).mT  # (..., rows, 32)
+        if columns.team is not None:
+            (Y,) = collectives.sum_together([Y.contiguous()], columns.team.group)
+        return Y.cpu()
 
     def _gram(self, p: Tensor, D: Tensor) -> Tensor:
         """Return D^T D (..., k, k), or the smaller D D^T, summed over the processes that hold rows of the weight."""
-        rows_here = isinstance(p, DTensor) and p.dim() == 2
-        smaller = self.exact and D.shape[-2] < D.shape[-1] and not rows_here
+        team = _split(p, -2).team
+        smaller = self.exact and D.shape[-2] < D.shape[-1] and team is None
         K = D @ D.mT if smaller else D.mT @ D
-        if isinstance(p, DTensor) and rows_here:
-            (K,) = collectives.sum_together([K.to(local(p).device)], p.device_mesh.get_group())
+        if team is not None:
+            (K,) = collectives.sum_together([K.to(local(p).device)], team.group)
         return K
+
+
+def _split(p: Tensor, axis: int) -> Split:
+    """Return how an axis of a weight, counted from the last, is split over processes."""
+    axis += p.dim()
+    whole = Split(p.shape[axis])
+    return splits(p).get(axis, whole) if isinstance(p, DTensor) else whole
 
 
 @lru_cache

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
 from worker import STEPS, exact, main, same_everywhere, single, start  # noqa: E402
 
+from hf_lowrank.observe.update_rank import UpdateRank  # noqa: E402
+
 
 OVER_BOTH = {0: [_StridedShard(0, split_factor=2), Shard(0)], 1: [Shard(0), Shard(1)]}
 """Where FSDP2 over the first dimension of a mesh leaves what tensor parallel has split on an axis, over the second."""
@@ -92,6 +94,11 @@ class Placed:
             opt.step()
 
 
+def matrices(net):
+    """What metrics look at, but for stacks, of which a process sees its own."""
+    return [(name, p) for name, p in net.named_parameters() if p.dim() == 2 and "blocks" in name]
+
+
 def placed(case):
     """A run beside that of one process, and who has refreshed."""
     kind, name = case.split(":")
@@ -100,13 +107,18 @@ def placed(case):
     alone, reference = single(name, sizes=SIZES, **OPTIONS.get(name, {}))
     placed = Placed(kind, init_device_mesh("cpu", shape, mesh_dim_names=("data", "model")))
     opt = models.optimizer(placed.net, name, **exact(name), **OPTIONS.get(name, {}))
+    measured = [UpdateRank(exact=how) for how in (False, True) for _ in range(2)]
+    for one, net in zip(measured, (placed.net, models.model(**SIZES)) * 2, strict=True):
+        one.measure(matrices(net))
     placed.train(opt, STEPS)
+    ranks = [one.measure(matrices(net)) for one, net in zip(measured, (placed.net, alone) * 2, strict=True)]
     counts = torch.tensor([opt.refreshes_here])
     dist.all_reduce(counts)
     bases = [s["basis"] for s in opt.state.values() if "basis" in s and not hasattr(s["basis"], "placements")]
     return {
         "displacement": models.displacement(placed.whole(), list(alone.parameters()), start(**SIZES)),
         "same bases": same_everywhere(bases),
+        "ranks": [max(abs(here[key] / there[key] - 1) for key in there) for here, there in (ranks[:2], ranks[2:])],
         "refreshes": int(counts),
         "refreshes of one process": reference.refreshes_here,
         "most on one": opt.refreshes_here,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from hf_lowrank.tensors.bases import Basis, Dense
 
 
 KEPT = 4
-"""Sketches that stay in memory beside the state, so that an ordinary step draws none; a model has one per width."""
+"""Sketches that stay in memory whoever uses them: while bases change the same are looked at again and again."""
 
 
 class _Gaussian(Unstored):
@@ -41,7 +43,7 @@ class Sketch(_Gaussian, key="sketch"):
 
     It is a function of (seed, number of the refresh, m, r), drawn on the weight's device: state, none. The stream is
     the same on all processes, and after a resume, but not on another type of device. Matrices of one shape of P share
-    theirs, which has the right distribution for each of them; the last few are kept from step to step.
+    theirs, which has the right distribution for each of them, from one change of it to the next.
 
     References:
         APOLLO, arXiv 2412.05270, Algorithm 1.
@@ -66,7 +68,18 @@ class MomentumSketch(_Gaussian, key="momentum_sketch"):
     composable: ClassVar[bool] = False
 
 
+_in_use: MutableMapping[Any, Tensor] = WeakValueDictionary()
+"""Sketches that a matrix holds from step to step; those of one shape hold the same."""
+
+
 @lru_cache(maxsize=KEPT)
-def _drawn(seed: int, number: int, m: int, r: int, device: torch.device) -> Tensor:
+def _drawn(*key: Any) -> Tensor:
+    found = _in_use.get(key)
+    if found is None:
+        found = _in_use[key] = _draw(*key)
+    return found
+
+
+def _draw(seed: int, number: int, m: int, r: int, device: torch.device) -> Tensor:
     generator = random.generator(random.Stream.SKETCH, seed, number, m, r, device=device)
     return torch.randn(m, r, generator=generator, device=device, dtype=torch.float32).mul_(r**-0.5)
