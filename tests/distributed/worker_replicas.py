@@ -121,8 +121,10 @@ def goes_on(name, state, weights, wanted, **options):
     net, opt = built(name, **options)
     net.load_state_dict(weights)
     opt.load_state_dict(copy.deepcopy(state))
+    held = sum(view.nbytes(s) for s in opt.state.values())  # of what is loaded each process takes what it owns
     models.train(net, opt, HALF, start=HALF)
-    return equal(net.parameters(), wanted.parameters()) and same_everywhere(list(net.parameters()))
+    equals = equal(net.parameters(), wanted.parameters()) and same_everywhere(list(net.parameters()))
+    return equals and held == opt.declared_bytes()
 
 
 def zero(name):
