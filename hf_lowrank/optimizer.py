@@ -30,7 +30,7 @@ from hf_lowrank.engine.ownership import check_shardable
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.replicas import Replicas
 from hf_lowrank.engine.stacks import gathered
-from hf_lowrank.engine.step import Unit
+from hf_lowrank.engine.unit import Unit
 from hf_lowrank.engine.work import Declared, Work, declared, first_intervals, forget
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.resolve import Config, split
@@ -50,10 +50,10 @@ class LowRankOptimizer(Replicas):
         lr: learning rate; the matrices see lr x scale.
         betas, eps, weight_decay: as torch.optim.AdamW's, weight decay decoupled.
         seed: seed of the private generators; the global ones are never used.
-        share_refreshes: under DistributedDataParallel, let every refresh be computed on one process and sent to the
-            others. All processes must hold the same parameters in the same order.
+        share_refreshes: under DistributedDataParallel, compute every refresh on one process and send it to the others,
+            which must hold the same parameters in the same order.
         shard_state: under DistributedDataParallel, let one process keep the state of each parameter, refresh it and
-            step it, and send the weight to the others; see `consolidate_state_dict` for checkpoints.
+            step it, and send the weight to the others (`consolidate_state_dict`).
 
     Raises:
         ValueError: for an unknown method or option, a value that is not valid, or a parameter that cannot be trained.
@@ -88,11 +88,7 @@ class LowRankOptimizer(Replicas):
             warnings.warn(text, stacklevel=2)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LowRankOptimizer:
-        """Refuse two lots of parameters in a sentence.
-
-        Raises:
-            TypeError: where groups of one's own stand beside those that Trainer has split.
-        """
+        """Refuse, by a TypeError, groups of one's own beside those that Trainer has split."""
         if args and "params" in kwargs:
             raise TypeError(
                 "the parameters were given twice: get_optimizer_cls_and_kwargs(args, model) has split the model into "
@@ -168,7 +164,7 @@ class LowRankOptimizer(Replicas):
         return self._work.plans[p]
 
     def forget(self, params: Iterable[Tensor]) -> None:
-        """Drop the state of some parameters but for their counters: trained again, they get new moments and bases."""
+        """Drop the state of some parameters but for counters: trained again, they get new moments and bases."""
         self._work = None
         forget(self.state, self.declared(), params)
 

@@ -11,7 +11,7 @@ from hf_lowrank.state import view
 from hf_lowrank.state.formats import FORMATS
 from hf_lowrank.state.slots import Buffer, Slot
 from hf_lowrank.state.view import View
-from hf_lowrank.tensors.layout import chunks
+from hf_lowrank.tensors.splits import chunks
 
 
 def round_trip(name, values, x):

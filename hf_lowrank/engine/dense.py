@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from hf_lowrank.engine.matrix import context_of
 from hf_lowrank.engine.plan import Plan
-from hf_lowrank.engine.step import Reading, Unit, Work, asking, gradient_of, has_gradient
+from hf_lowrank.engine.unit import Reading, Unit, Work, asking, gradient_of, has_gradient
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state.slots import Stored

@@ -18,12 +18,13 @@ from hf_lowrank.engine.dense import DenseStep
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.offload import Offloaded
 from hf_lowrank.engine.sharding import check_replicas
+from hf_lowrank.engine.unit import Unit
 from hf_lowrank.methods.resolve import Config
 
 
 T = TypeVar("T")
 Take = Callable[[Tensor], None]
-Refresh = Callable[[Sequence[MatrixStep], Mapping[step.Unit, Sequence[bool]]], None]
+Refresh = Callable[[Sequence[MatrixStep], Mapping[Unit, Sequence[bool]]], None]
 _hooks: MutableMapping[Tensor, tuple[weakref.ref[Layerwise], Any]] = WeakIdKeyDictionary()
 """By parameter: (reference to the mode of an optimizer, handle) of the hook it has from us."""
 

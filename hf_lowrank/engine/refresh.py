@@ -13,7 +13,8 @@ from hf_lowrank.engine import step
 from hf_lowrank.engine.collectives import broadcast_
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.schedule import owners, refresh_cost, waves
-from hf_lowrank.engine.step import SYNC_ELEMENTS, Unit, Work, advance, asking
+from hf_lowrank.engine.step import SYNC_ELEMENTS, advance
+from hf_lowrank.engine.unit import Unit, Work, asking
 from hf_lowrank.methods.parts import Carried
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels, products

@@ -26,7 +26,8 @@ from hf_lowrank.observe import counting as bytes_of
 from hf_lowrank.observe.units import parse_bytes as parse_bytes
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.planning.activations import activation_bytes
-from hf_lowrank.planning.strategies import Tokens, Traffic, strategy_of
+from hf_lowrank.planning.strategies import strategy_of
+from hf_lowrank.planning.traffic import Tokens, Traffic
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,7 +55,7 @@ class MemoryEstimate:
         gpus, strategy: how many processes there are, and how the run is spread over them: all bytes are those of the
             process that holds most.
         gathered: DDP's buckets of gradients, or layers that FSDP2 has gathered, by a rule of thumb.
-        sent: bytes that a process sends in a training step (`strategies.Traffic`).
+        sent: bytes that a process sends in a training step (`traffic.Traffic`).
     """
 
     model: str

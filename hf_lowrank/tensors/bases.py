@@ -116,11 +116,7 @@ class Dense(Basis):
 
 @dataclass(frozen=True)
 class Identity(Basis):
-    """P = I: nothing is projected, and R is G (itself, where that is fp32).
-
-    Attributes:
-        m: rows.
-    """
+    """P = I (m, m): nothing is projected, and R is G (itself, where that is fp32)."""
 
     m: int
 

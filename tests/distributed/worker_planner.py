@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +20,15 @@ from hf_lowrank.observe import counting
 
 
 GAP = 4
+PLAN = {
+    "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+    **{f"model.layers.*.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
+    **{f"model.layers.*.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
+    "model.layers.*.self_attn.o_proj": RowwiseParallel(),
+    "model.layers.*.mlp.down_proj": RowwiseParallel(),
+    "lm_head": ColwiseParallel(output_layouts=Replicate()),
+}
+"""What LLaMA's own plan says, in torch's words."""
 ROUND = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}  # times a buffer goes round
 PASSED_ON = {"broadcast_", "gather_"}
 
@@ -38,7 +50,7 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket._qualified_op_name.removeprefix("c10d::")
         if op.namespace == "c10d" and name in {*ROUND, *PASSED_ON}:
-            w = dist.get_world_size()
+            w = next(dist.ProcessGroup.unbox(x).size() for x in args if isinstance(x, torch.ScriptObject))
             lists = [x if isinstance(x, (list, tuple)) else [x] for x in args[:2]]
             sizes = [x.nbytes for some in lists for x in some if isinstance(x, torch.Tensor)]
             self.bytes += ROUND[name] * (w - 1) / w * max(sizes) if name in ROUND else sizes[-1]
@@ -47,10 +59,15 @@ class Sent(TorchDispatchMode):
 
 def measured(name, strategy, *options):
     net = llama()
-    if strategy == "fsdp2":
+    if strategy in ("fsdp2", "hsdp"):
+        world = dist.get_world_size()
+        shape = (world,) if strategy == "fsdp2" else (2, world // 2)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
         for layer in net.model.layers:
-            fully_shard(layer)
-        fully_shard(net)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    elif strategy == "tp":
+        net = parallelize_module(net, init_device_mesh("cpu", (dist.get_world_size(),)), PLAN)
     run = DistributedDataParallel(net) if strategy.startswith("ddp") else net
     groups = param_groups(net, method=name, rank=8, update_proj_gap=GAP, **dict.fromkeys(options, True))
     opt = LowRankOptimizer(groups, name, share_refreshes=strategy == "ddp", shard_state=strategy == "ddp_sharded")
