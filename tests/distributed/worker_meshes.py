@@ -33,8 +33,10 @@ CUTS = {
 axis) in the order in which they are made."""
 
 SIZES = {"experts": 4}
-OPTIONS = {"galore_dominant_muon": {"orthogonalize": "polar_express"}}
-"""Here in fp32, but on the whole of R, which is put together from where its columns lie."""
+OPTIONS = {
+    "galore_dominant_muon": {"orthogonalize": "polar_express"},  # in fp32, on the whole of R, whose columns lie apart
+    "galore_dominant_adamw": {"max_grad_norm": 0.1},  # of which copies count once
+}
 
 
 def axis_of(name):
@@ -45,8 +47,9 @@ def axis_of(name):
 class Placed:
     """The model with every parameter placed by hand: any placement, any length, the gradients those of one process."""
 
-    def __init__(self, kind, mesh):
-        self.kind, self.mesh, self.plain, self.net = kind, mesh, models.model(**SIZES), models.model(**SIZES)
+    def __init__(self, kind, mesh, dtype=torch.float32):
+        self.kind, self.mesh = kind, mesh
+        self.plain, self.net = models.model(dtype, **SIZES), models.model(dtype, **SIZES)
         self.names = [name for name, _ in self.net.named_parameters()]
         with torch.no_grad():
             for name, p in list(self.net.named_parameters()):
@@ -122,7 +125,20 @@ def placed(case):
         "refreshes": int(counts),
         "refreshes of one process": reference.refreshes_here,
         "most on one": opt.refreshes_here,
+        "norm": abs((opt.projected_grad_norm or 1.0) / (reference.projected_grad_norm or 1.0) - 1),
     }
+
+
+def copies(name):
+    """Whether the copies of weights in bf16, whose roundings are drawn, stay the same."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "model"))
+    placed = Placed("hsdp", mesh, torch.bfloat16)
+    placed.train(models.optimizer(placed.net, name, stochastic_rounding=True), 3)
+    pieces = [p.detach().to_local().float().reshape(-1) for p in placed.net.parameters()]
+    flat = torch.cat(pieces)
+    both = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(both, flat, group=mesh.get_group("data"))
+    return torch.equal(*both)
 
 
 if __name__ == "__main__":
