@@ -50,8 +50,8 @@ def start():
     return [p.detach() for p in models.model(experts=2).parameters()]
 
 
-def sharded():
-    net = models.model(experts=2)
+def sharded(**sizes):
+    net = models.model(**{"experts": 2, **sizes})
     for block in net.blocks:
         fully_shard(block)
     return fully_shard(net)
