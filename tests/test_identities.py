@@ -23,6 +23,7 @@ from streams import (
 
 from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.methods import registry, resolve
+from hf_lowrank.tensors.bases import Blocks, SelectedRows
 
 
 GAP = 5
@@ -176,3 +177,12 @@ def test_a_run_repeats_bit_for_bit_and_its_seed_matters_only_to_what_is_drawn(na
     drawn = METHODS[name].subspace not in ("dominant",)
     if METHODS[name].subspace in ("dominant", "i3s", "uniform", "hybrid", "random"):
         assert torch.equal(train(0), train(1)) != drawn
+
+
+def test_a_piece_without_rows_or_matrices_projects_to_nothing():
+    """With more processes than rows, or than matrices of a stack, some hold none: their part of a sum is zero."""
+    empty = SelectedRows(torch.tensor([1, 3]), torch.ones(2)).rows(5, 0)
+    W = torch.zeros(0, 4)
+    assert torch.equal(empty.project(W), torch.zeros(2, 4))
+    empty.add_(W, torch.ones(2, 4), beta=1.0, alpha=1.0)
+    assert Blocks(6, 4, 1.0).fold(torch.zeros(0, 6, 3)).shape == (0, 2, 3)

@@ -154,9 +154,11 @@ class EightBit(Blockwise):
     def _codes(self, ratio: Tensor, buffer: Buffer) -> Tensor:
         """In front of every block of the kernel stands a 1, so that it has no scale of its own."""
         flat = ratio.reshape(-1)
-        rows = torch.ones(-(-len(flat) // 255), 256, device=flat.device)
         whole = len(flat) // 255
+        rows = flat.new_empty(-(-len(flat) // 255), 256)
+        rows[:, 0] = 1
         rows[:whole, 1:].copy_(flat[: whole * 255].view(-1, 255))
+        rows[whole:, 1:] = 0
         rows[whole:, 1 : len(flat) - whole * 255 + 1].copy_(flat[whole * 255 :])
         codes = _coded(rows.view(-1), 256, buffer)[0].view(-1, 256)[:, 1:]
         return buffer.laid(codes.reshape(-1)[: len(flat)])

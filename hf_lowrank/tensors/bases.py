@@ -219,10 +219,14 @@ class SelectedRows(Basis):
     def project(self, G: Tensor) -> Tensor:
         index = self.index.unsqueeze(-1).expand(*self.index.shape, G.shape[-1])
         unseen = kernels.sum_of_squares(G).mul_(0)  # NaN if a row that is not taken is bad
+        if not G.shape[-2]:  # a process may hold no row at all
+            G = G.new_zeros(*G.shape[:-2], 1, G.shape[-1])
         return G.gather(-2, index).to(self.scale.dtype).mul_(self.scale.unsqueeze(-1)).add_(unseen)
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
+        if not W.shape[-2]:
+            return
         index = self.index.unsqueeze(-1).expand(*self.index.shape, W.shape[-1])
         W.mul_(beta).scatter_add_(-2, index, Z * (alpha * self.scale).unsqueeze(-1))
 

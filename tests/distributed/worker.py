@@ -51,8 +51,8 @@ def start(**sizes):
     return [p.detach() for p in models.model(**(sizes or SIZES)).parameters()]
 
 
-def sharded():
-    net = models.model(experts=2)
+def sharded(**sizes):
+    net = models.model(**{"experts": 2, **sizes})
     for block in net.blocks:
         fully_shard(block)
     return fully_shard(net)

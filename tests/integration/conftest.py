@@ -20,6 +20,10 @@ hf_lowrank.register()
 OPTIONS = "rank=4,update_proj_gap=3"
 
 
+CODED = {"vocab_size": 512, "intermediate_size": 1100}
+"""Sizes of a tiny LLaMA of which some moments are large enough to be stored in 8 bits, at rank 4."""
+
+
 def tiny_llama(dtype=torch.float32, **overrides):
     torch.manual_seed(0)
     config = LlamaConfig(

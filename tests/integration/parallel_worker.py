@@ -19,7 +19,7 @@ from transformers import trainer as transformer_trainer
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import arguments, engine, tiny_data, tiny_llama  # noqa: E402
+from conftest import CODED, arguments, engine, tiny_data, tiny_llama  # noqa: E402
 
 
 STEPS = 6
@@ -78,7 +78,7 @@ def main():
             max_grad_norm=0.0,
             **overrides,
         )
-        trainer = trainer_class(tiny_llama(), args, train_dataset=tiny_data())
+        trainer = trainer_class(tiny_llama(**(CODED if "8bit" in optim else {})), args, train_dataset=tiny_data())
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -107,6 +107,7 @@ def main():
             "sharded": engine(first).shard_state,
             "states": len(engine(first).state),
             "logged": len(logged(first)),
+            "coded": sum(x.dtype == torch.uint8 for s in engine(first).state.values() for x in s.values()),
         }
         (Path(folder) / "report.json").write_text(json.dumps(report))
     torch.distributed.barrier()
