@@ -62,6 +62,7 @@ def _groups(model: nn.Module, args: TrainingArguments, matrix_rate: float) -> li
     for matrix in (True, False):
         for decays in (True, False):
             members = [(n, p) for n, p in trainable if (n in matrices) == matrix and (p.dim() > 1) == decays]
-            values = {"lr": matrix_rate if matrix else args.learning_rate}
-            groups.append({"params": members, **values, "weight_decay": args.weight_decay if decays else 0.0})
+            names, params = [n for n, _ in members], [p for _, p in members]
+            values = {"param_names": names, "lr": matrix_rate if matrix else args.learning_rate}
+            groups.append({"params": params, **values, "weight_decay": args.weight_decay if decays else 0.0})
     return [group for group in groups if group["params"]]

@@ -43,6 +43,7 @@ GROUPS = (
     "tests/integration/test_dense_groups.py::"
     "test_a_kind_with_a_rate_or_a_rule_has_a_group_of_its_own_and_nothing_else_has"
 )
+REPLICAS = "tests/distributed/test_replicas.py::"
 SUBSPACES, MOMENTS, STEPS = "methods/subspaces/", "methods/moments/", "methods/reconstructions/"
 
 ALICE = "tests/test_residuals.py::test_alices_options["
@@ -317,4 +318,14 @@ MUTANTS = [
            "tests/test_stacks.py::test_checkpoints_go_from_stacks_to_matrices_and_back"),
     Mutant("a wait for every tensor", "engine/step.py", "in torch.stack(together).tolist()]",
            "in map(float, together)]", "tests/recipes/test_launches.py::test_every_part_waits_once_a_step"),
+    # ---- replicas ---------------------------------------------------------------------------------------------------
+    Mutant("weights stay where they are", "engine/ownership.py", "broadcast_(bucket, owner, dist.group.WORLD)", "pass",
+           REPLICAS + "test_sharded_state_is_plain_ddp_bit_for_bit_and_every_parameter_has_one_owner[2]"),
+    Mutant("an owner's norm for all", "engine/ownership.py", "dist.all_reduce(total)", "pass",
+           REPLICAS + "test_processes_that_come_apart_are_told_so_together_and_nobody_waits"),
+    Mutant("weights not looked at", "engine/agreement.py", 'struct.pack(f"<{len(some)}d", *some)', 'b""',
+           REPLICAS + "test_processes_that_come_apart_are_told_so_together_and_nobody_waits"),
+    Mutant("streams of other parameters", "engine/known.py", "else [place[name] for name in here]",
+           "else [*range(first, first + len(here))]",
+           REPLICAS + "test_torchs_zero_redundancy_optimizer_around_ours_equals_one_process"),
 ]  # fmt: skip

@@ -178,7 +178,7 @@ def test_every_file_of_settings_is_read_by_transformers_and_by_its_optimizer(enc
         assert (glue.task, args.optim) == (file.stem, name)
         if name in hf_lowrank.METHODS:
             _, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-            projected = [pair for group in kwargs["params"] if "rank" in group for pair in group["params"]]
+            projected = [p for group in kwargs["params"] if "rank" in group for p in group["params"]]
             assert (
                 len(projected) == 6
             )  # query, key, value, two of the attention's and the layer's output, intermediate
