@@ -178,6 +178,11 @@ def test_factors_start_as_the_best_approximation():
         ({"baseline": "relora", "relora_warmup": 9, "relora_every": 9}, "--relora_warmup must be"),
         ({"baseline": "lora", "adapter_kind": "dola"}, "--adapter_kind must be one of lora, rslora, dora"),
         ({"baseline": "relora", "adapter_kind": "dora"}, "DoRA's norms would change"),
+        ({"baseline": "loar"}, "--baseline must be one of adamw, adamw_8bit, .*, not 'loar'"),
+        (
+            {"baseline": "lora", "adapter_kind": "olora", "adapter_rank": 17},
+            "has a short side of 16: --adapter_rank 17",
+        ),
         ({"baseline": "lora", "adapter_rank": 0}, "--adapter_rank must be at least 1, not 0"),
         ({"baseline": "lora", "adapter_targets": "qproj"}, "matches no trainable matrix"),
     ],

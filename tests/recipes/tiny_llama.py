@@ -43,7 +43,15 @@ def loaded(arguments, training_args):
 def options_of(baseline, **others):
     """Rank 2 and a merge every second step."""
     return BaselineArguments(
-        baseline, **{"adapter_rank": 2, "relora_every": 2, "relora_warmup": 1, "cola_links": 3, **others}
+        baseline,
+        **{
+            "adapter_rank": 2,
+            "relora_every": 2,
+            "relora_warmup": 1,
+            "cola_links": 3,
+            "welore_reduction": 0.7,
+            **others,
+        },
     )
 
 

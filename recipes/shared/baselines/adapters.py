@@ -56,6 +56,12 @@ def lora_(model: nn.Module, targets: list[str], args: BaselineArguments, *, also
     """Put adapters of `args.adapter_kind` into a model; the first factors are drawn by the global generator."""
     if args.adapter_kind not in KINDS:
         raise ValueError(f"--adapter_kind must be one of {', '.join(KINDS)}, not {args.adapter_kind!r}")
+    for name in targets if args.adapter_kind in ("pissa", "olora") else ():
+        if args.adapter_rank > (short := min(model.get_submodule(name).weight.shape)):
+            raise ValueError(
+                f"--adapter_kind {args.adapter_kind} starts from the matrix itself, and {name} has a short side of "
+                f"{short}: --adapter_rank {args.adapter_rank} must not be above it"
+            )
     add_lora_(model, targets, args, also_train=also_train)
 
 
