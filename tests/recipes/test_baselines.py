@@ -18,14 +18,18 @@ from recipes.shared.baselines.restarts import jagged, merge_and_restart_, reset_
 
 
 def test_relora_checkpoints_hold_the_merged_base(tmp_path):
-    trained(tmp_path, "relora", steps=4)
+    trained(tmp_path, "relora", steps=5)
     name = "model.layers.0.self_attn.q_proj.base_layer.weight"
     before = tiny().model.layers[0].self_attn.q_proj.weight
-    first, second, third = (load_file(tmp_path / f"checkpoint-{i}" / "model.safetensors") for i in (1, 2, 3))
+    first, second, third, fourth = (
+        load_file(tmp_path / f"checkpoint-{i}" / "model.safetensors") for i in (1, 2, 3, 4)
+    )
     assert torch.equal(first[name], before)  # frozen until the first merge
     assert not torch.equal(second[name], before)
     assert torch.equal(third[name], second[name])
     assert not second["model.layers.0.self_attn.q_proj.lora_B.default.weight"].any()
+    drawn = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    assert not torch.equal(second[drawn], fourth[drawn])  # two merges, two draws
 
 
 def test_a_merge_changes_nothing_that_the_model_computes():
@@ -178,6 +182,11 @@ def test_factors_start_as_the_best_approximation():
         ({"baseline": "relora", "relora_warmup": 9, "relora_every": 9}, "--relora_warmup must be"),
         ({"baseline": "lora", "adapter_kind": "dola"}, "--adapter_kind must be one of lora, rslora, dora"),
         ({"baseline": "relora", "adapter_kind": "dora"}, "DoRA's norms would change"),
+        ({"baseline": "loar"}, "--baseline must be one of adamw, adamw_8bit, .*, not 'loar'"),
+        (
+            {"baseline": "lora", "adapter_kind": "olora", "adapter_rank": 17},
+            "has a short side of 16: --adapter_rank 17",
+        ),
         ({"baseline": "lora", "adapter_rank": 0}, "--adapter_rank must be at least 1, not 0"),
         ({"baseline": "lora", "adapter_targets": "qproj"}, "matches no trainable matrix"),
     ],

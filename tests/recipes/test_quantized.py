@@ -7,7 +7,14 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from tiny_llama import options_of, tiny, trained
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils import is_torchao_available
 
 from recipes.shared.baselines import adapter_parameters, loading_kwargs, prepare_, to_plain_
@@ -36,6 +43,15 @@ def test_the_base_is_in_4_bits_and_the_head_trains(classifier):
     assert type(classifier.score) is torch.nn.Linear
     trainable = {name for name, p in classifier.named_parameters() if p.requires_grad}
     assert trainable == {*adapter_parameters(classifier), "score.weight"} and len(trainable) == 9
+
+
+def test_a_head_of_several_layers_is_not_quantized(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaForSequenceClassification(RobertaConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path)
+    kwargs = loading_kwargs(options_of("qlora"), arguments())
+    model = RobertaForSequenceClassification.from_pretrained(tmp_path, **kwargs)
+    assert isinstance(model.roberta.encoder.layer[0].output.dense, Linear4bit)
+    assert type(model.classifier.dense) is type(model.classifier.out_proj) is torch.nn.Linear
 
 
 def test_the_base_does_not_move_and_merges_as_it_is(tmp_path):

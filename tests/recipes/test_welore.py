@@ -56,7 +56,7 @@ def test_matrices_of_low_rank_train_as_factors_and_the_model_computes_the_same()
 def test_what_keeps_its_rank_freezes_even_where_all_else_trains():
     model = tiny()
     nn.init.zeros_(model.model.layers[0].mlp.up_proj.weight)
-    prepare_(model, options_of("welore"), TrainingArguments("unused", use_cpu=True))
+    prepare_(model, options_of("welore", welore_reduction=0.5), TrainingArguments("unused", use_cpu=True))
     dense = [m for n, m in model.named_modules() if n.endswith("_proj") and isinstance(m, nn.Linear)]
     assert dense and not any(p.requires_grad for module in dense for p in module.parameters())
     assert model.model.norm.weight.requires_grad and model.model.layers[0].mlp.up_proj.down_factor.weight.requires_grad

@@ -42,9 +42,8 @@ def loaded(arguments, training_args):
 
 def options_of(baseline, **others):
     """Rank 2 and a merge every second step."""
-    return BaselineArguments(
-        baseline, **{"adapter_rank": 2, "relora_every": 2, "relora_warmup": 1, "cola_links": 3, **others}
-    )
+    usual = {"adapter_rank": 2, "relora_every": 2, "relora_warmup": 1, "welore_reduction": 0.7}
+    return BaselineArguments(baseline, **usual | others)
 
 
 def trained(folder, baseline, *, resume=None, steps=6, optim="galore_i3s_adamw", **options):

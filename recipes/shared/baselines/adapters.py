@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, ShiraConfig, inject_adapter_in_model
+import peft
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,19 +22,23 @@ ADAPTER = "default"
 """peft's name of the one adapter there is."""
 
 
+def _newer(name: str, option: str) -> Any:
+    """Return a class that the oldest peft that is supported lacks."""
+    if not hasattr(peft, name):
+        raise ValueError(f"{option} needs a newer peft than {peft.__version__}: pip install -U peft")
+    return getattr(peft, name)
+
+
 def _velora(args: BaselineArguments) -> dict[str, Any]:
     """VeLoRA: of the input of A the backward pass keeps one number per group and token.
 
     The direction of the groups is the batch's mean at every step: peft does not save that the mean of the first batch
     has been taken, as the paper has it, and a resumed run would take another.
     """
-    try:
-        from peft import VeloraConfig
-    except ImportError:
-        raise ValueError("--adapter_kind velora needs a newer peft: pip install -U 'peft>=0.21'") from None
+    config = _newer("VeloraConfig", "--adapter_kind velora")
     if args.velora_groups < 1:
         raise ValueError(f"--velora_groups must be at least 1, not {args.velora_groups}")
-    return {"velora_config": VeloraConfig(num_groups=args.velora_groups, init_type="batch_average")}
+    return {"velora_config": config(num_groups=args.velora_groups, init_type="batch_average")}
 
 
 KINDS: dict[str, Callable[[BaselineArguments], dict[str, Any]]] = {
@@ -56,6 +61,12 @@ def lora_(model: nn.Module, targets: list[str], args: BaselineArguments, *, also
     """Put adapters of `args.adapter_kind` into a model; the first factors are drawn by the global generator."""
     if args.adapter_kind not in KINDS:
         raise ValueError(f"--adapter_kind must be one of {', '.join(KINDS)}, not {args.adapter_kind!r}")
+    for name in targets if args.adapter_kind in ("pissa", "olora") else ():
+        if args.adapter_rank > (short := min(model.get_submodule(name).weight.shape)):
+            raise ValueError(
+                f"--adapter_kind {args.adapter_kind} starts from the matrix itself, and {name} has a short side of "
+                f"{short}: --adapter_rank {args.adapter_rank} must not be above it"
+            )
     add_lora_(model, targets, args, also_train=also_train)
 
 
@@ -84,7 +95,7 @@ def sparse_(model: nn.Module, targets: list[str], args: BaselineArguments, *, al
                 f"--adapter_rank {args.adapter_rank} of sparse asks for {args.adapter_rank * (m + n):,} entries of "
                 f"{name}, which has {m * n:,}; {m * n // (m + n)} is the most"
             )
-    config = ShiraConfig(r=args.adapter_rank, random_seed=seed, target_modules=targets)
+    config = _newer("ShiraConfig", "--baseline sparse")(r=args.adapter_rank, random_seed=seed, target_modules=targets)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     freeze_outside_(model, also_train)
 

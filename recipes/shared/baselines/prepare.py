@@ -43,6 +43,8 @@ def prepare_(
     """
     if args.baseline is None:
         return []
+    if args.baseline not in BASELINES:
+        raise ValueError(f"--baseline must be one of {', '.join(BASELINES)}, not {args.baseline!r}")
     baseline = BASELINES[args.baseline]
     if stage and baseline.only_for not in (None, stage):
         raise ValueError(
