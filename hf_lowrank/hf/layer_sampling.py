@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch.distributed as dist
@@ -51,6 +51,7 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         self.rule = layer_sampling if isinstance(layer_sampling, Rule) else rule_of(layer_sampling, options)
         self.layers: Layers | None = None  # while a training runs
         self.shares: list[float] = []
+        self._undo: dict[str, Callable[[], None]] = {}  # what is to be taken off the model again
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the layers, and train those of the first step."""
@@ -62,7 +63,7 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
             self.shares = _shares(self.layers, args, state, model, kwargs["train_dataloader"])
         chosen = self._follow(args, state, model, optimizer)
         if state.is_world_process_zero:
-            logger.info("%s, of %d layers; now %s", self.rule, len(self.layers.members), chosen)
+            logger.info("%s: %d layers, of which %s train now", self.rule, len(self.layers.members), chosen)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Train other layers, if it is time: before the first micro-batch of a step."""
@@ -74,12 +75,14 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         self.wake()
 
     def wake(self) -> None:
-        """Have all that is trained require a gradient."""
+        """Have all that is trained require a gradient, and take the hooks off."""
+        while self._undo:
+            self._undo.popitem()[1]()
         if self.layers is not None:
             self.layers.wake_()
             self.layers = None
 
-    def _follow(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> list[int]:
+    def _follow(self, args: Any, state: Any, model: Any, optimizer: Any) -> list[int]:
         """Train the layers of this step, and return which they are."""
         assert self.layers is not None
         step = state.global_step
@@ -88,9 +91,12 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         if self.rule.restarts and step % self.rule.switch_every == 0:
             left = list({*left, *self.layers.inside})
         _forget(optimizer, left)
-        _let_inputs_require_gradients(model)
+        if "inputs" not in self._undo and _behind_frozen_embeddings(model):
+            model.enable_input_require_grads()
+            self._undo["inputs"] = model.disable_input_require_grads
         if _several_processes():
-            _reduce_what_trains(model)
+            self._undo.pop("buffers", lambda: None)()
+            self._undo["buffers"] = _reduce_what_trains(model)
         return chosen
 
 
@@ -115,22 +121,24 @@ def _forget(optimizer: Any, params: Collection[Tensor]) -> None:
         inner.state.pop(p, None)
 
 
-def _let_inputs_require_gradients(model: Any) -> None:
-    """Have the output of frozen embeddings require a gradient where reentrant checkpoints would else pass none on."""
+def _behind_frozen_embeddings(model: Any) -> bool:
+    """Tell whether reentrant checkpoints of activations would pass no gradient on, as their inputs require none."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None or any(p.requires_grad for p in embeddings.parameters()):
-        return
+        return False
     checkpoints = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
     reentrant = any(c is not None and getattr(c, "keywords", {}).get("use_reentrant", True) for c in checkpoints)
-    if reentrant and not getattr(model, "_require_grads_hook", None):
-        model.enable_input_require_grads()
+    return reentrant and not getattr(model, "_require_grads_hook", None)
 
 
-def _reduce_what_trains(model: nn.Module) -> None:
+def _reduce_what_trains(model: nn.Module) -> Callable[[], None]:
     """Have DistributedDataParallel reduce the gradients that there are now, and hold buffers for no others.
 
     It settles that when it is built, and when it is unpickled, which is what it is told to do here: right before it is
     called next, since nothing that a callback is given knows it.
+
+    Returns:
+        What calls that off.
     """
 
     def renew(module: nn.Module, inputs: Any) -> None:
@@ -139,6 +147,7 @@ def _reduce_what_trains(model: nn.Module) -> None:
             module.__setstate__(module.__getstate__())  # type: ignore[no-untyped-call]
 
     handle = register_module_forward_pre_hook(renew)
+    return handle.remove
 
 
 def _shares(layers: Layers, args: Any, state: Any, model: nn.Module, loader: Any) -> list[float]:

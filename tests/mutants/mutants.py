@@ -29,6 +29,7 @@ def run_of(name: str, shape: str = "wide") -> str:
 
 ADAM = "galore_dominant_adamw"
 SAMPLING = "tests/test_sampling.py::"
+LAYERS = "tests/integration/test_layer_sampling.py::"
 LAW = SAMPLING + "test_a_whole_step_samples_singular_vectors_by_the_law[galore_i3s_adamw-options0-law0]"
 OPTIONS = "tests/test_equations_of_options.py::"
 ROTATED, COMPLETED, RESET = (
@@ -81,6 +82,26 @@ MUTANTS = [
            "tests/test_forgetting.py::test_state_is_there_for_what_requires_a_gradient_alone[fira_adamw]"),
     Mutant("a visit that begins in the old interval", "engine/work.py", 's["refresh_at"].copy_(s["step"])', "pass",
            "tests/test_forgetting.py::test_the_interval_begins_with_the_visit[4]"),
+    Mutant("a step too early", "layer_sampling.py", "members), step // self", "members), (step + 1) // self",
+           LAYERS + "test_only_what_is_chosen_has_gradients_state_and_steps[badam-adamw_torch]"),
+    Mutant("layers of an order that never changes", "layer_sampling.py", "random.Stream.LAYERS, seed, turn)",
+           "random.Stream.LAYERS, seed)", "tests/test_which_layers_train.py::test_badams_orders"),
+    Mutant("layers that no seed chooses", "layer_sampling.py", "random.Stream.LAYERS, seed, interval)",
+           "random.Stream.LAYERS, interval)",
+           "tests/test_which_layers_train.py::test_the_choice_is_a_function_of_seed_and_step[lisa]"),
+    Mutant("a frozen head", "layer_sampling.py", "rule.train_outside or id(p) in new", "rule.train_outside",
+           LAYERS + "test_a_new_head_trains_always_and_keeps_its_state"),
+    Mutant("state of what has left", "hf/layer_sampling.py", "inner.state.pop(p, None)", "pass",
+           LAYERS + "test_only_what_is_chosen_has_gradients_state_and_steps[lisa-adamw_torch]"),
+    Mutant("moments of the interval before", "hf/layer_sampling.py", "if self.rule.restarts and", "if False and",
+           LAYERS + "test_badam_begins_every_interval_without_moments_and_lisa_goes_on[badam-2-adamw_torch]"),
+    Mutant("no gradient behind frozen embeddings", "hf/layer_sampling.py", "model.enable_input", "model.disable_input",
+           LAYERS + "test_checkpoints_of_activations_change_nothing[True]"),
+    Mutant("squares for norms", "hf/outliers.py", "squares[module].sqrt()", "squares[module]",
+           LAYERS + "test_shares_of_outliers_by_their_definition"),
+    Mutant("a plan of all layers", "planning/memory.py", "rule = layer_sampling.take(given)",
+           "layer_sampling.take(given); rule = None",
+           LAYERS + "test_the_plan_is_what_the_run_holds_at_most[badam-adamw_torch]"),
     Mutant("seed not used", "engine/matrix.py", 'key=(options["seed"], index)', "key=(0, index)",
            "tests/test_equations.py::test_another_seed_draws_something_else_and_still_equals_it[galore_random_adamw]"),
     Mutant("parameter not in the key", "engine/matrix.py", 'key=(options["seed"], index)', 'key=(options["seed"], 0)',

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,17 @@ def test_options_are_taken_out_of_those_of_the_optimizer():
     assert take(given) == BAdam(switch_every=7, layer_order="ascending")
     assert given == {"rank": "4"}
     assert take(given) is None
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_page_has_every_option_with_its_default(name):
+    page = (Path(__file__).parents[1] / "docs" / "layer-sampling.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:3] == "| `"]
+    column = 1 + list(RULES).index(name)
+    shown = {row[0].strip("`"): row[column] for row in rows if len(row) == 5}
+    own = {key: item.default for key, item in options.schema(RULES[name]).items()}
+    text = {key: f"{value:g}" if isinstance(value, float) else str(value).lower() for key, value in own.items()}
+    assert {key: value for key, value in shown.items() if value} == text
 
 
 def test_no_method_has_an_option_of_these_names():
