@@ -7,6 +7,7 @@ from streams import COVERING
 
 from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.engine import layerwise
+from hf_lowrank.engine.offload import Offloaded
 
 
 SOME = ["fira_adamw", "galore_i3s_adamw", "full_sgd"]
@@ -114,3 +115,12 @@ def test_all_groups_are_clipped_by_one_norm():
     opt = LowRankOptimizer(groups, "galore_dominant_adamw")
     with pytest.raises(ValueError, match="in all groups, or in none"):
         opt.step()
+
+
+def test_host_memory_is_kept_from_one_step_to_the_next():
+    """On an accelerator gradients are copied; here the copy is asked for by itself."""
+    weight, held = torch.nn.Parameter(torch.zeros(3, 4)), Offloaded()
+    first = held._moved(weight, torch.full((3, 4), 1.0))
+    assert torch.equal(first, torch.full((3, 4), 1.0))
+    again = held._moved(weight, torch.full((3, 4), 2.0))
+    assert again.data_ptr() == first.data_ptr() and torch.equal(again, torch.full((3, 4), 2.0))

@@ -104,6 +104,7 @@ BAD = [
     ("proj_type", "both", "std, paper, reverse_std, left, right"),
     ("on_refresh", "forget", "keep, rotate"),
     ("stagger", "perhaps", "true, false or auto"),
+    ("layerwise", "perhaps", "true, false or offload"),
     ("stagger", 2, "true, false or auto"),
     ("correct_bias", "maybe", "true or false"),
     ("seed", -1, "integer >= 0"),

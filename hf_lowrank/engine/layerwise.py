@@ -185,6 +185,7 @@ class Layerwise:
 
     def detach(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take the hooks off again, so that another optimizer finds the gradients."""
+        self.offloaded = Offloaded()
         for group in groups:
             for p in group["params"]:
                 owner, handle = _hooks.get(p, (None, None))

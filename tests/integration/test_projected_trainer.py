@@ -53,9 +53,9 @@ def test_offloaded_shards_accumulate_and_clip_as_the_plain_run(tmp_path):
     assert apart(figures["weights"], alone.model.parameters()) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["fira_adamw", "ldadam", "full_muon"])
+@pytest.mark.parametrize("name", ["fira_adamw", "ldadam", "full_adamw"])
 def test_offloading_accumulates_and_clips_as_the_plain_run(name, tmp_path):
-    options = options_for(name) if name == "full_muon" else options_for(name, stagger="false")
+    options = options_for(name) if name == "full_adamw" else options_for(name, stagger="false")
     plain = train(arguments(tmp_path / "plain", name, optim_args=options, **SETTING))
     offloaded = train(arguments(tmp_path / "offloaded", name + "_layerwise", optim_args=options, **SETTING))
     assert engine(offloaded).param_groups[0]["layerwise"] == "offload"
