@@ -8,8 +8,9 @@ import pytest
 import torch
 
 
-FSDP2 = {"fsdp", "pieces", "rules", "mixed", "resume", "begin", "pass", "end", "equal", "SHARDED_STATE_DICT"} | {
-    "FULL_STATE_DICT"
+FSDP2 = {
+    *("fsdp", "pieces", "rules", "mixed", "resume", "begin", "pass", "end", "equal"),
+    *("SHARDED_STATE_DICT", "FULL_STATE_DICT"),
 }
 """Arguments of the scripts that shard."""
 

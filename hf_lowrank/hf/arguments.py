@@ -198,8 +198,8 @@ def refuse_unsupported(args: TrainingArguments) -> None:
     if getattr(args, "deepspeed", None) or launched:
         raise ValueError(
             f"{name_of(args)} does not run under DeepSpeed: ZeRO flattens the matrices that are projected. Instead of "
-            "--deepspeed or accelerate launch --use_deepspeed use FSDP2 (--fsdp; names in _8bit and _layerwise work there "
-            "too) or DDP (torchrun; --optim_args shard_state=true shards the state as ZeRO-1 does)."
+            "--deepspeed or accelerate launch --use_deepspeed use FSDP2 (--fsdp; names in _8bit and _layerwise work "
+            "there too) or DDP (torchrun; --optim_args shard_state=true shards the state as ZeRO-1 does)."
         )
     if _fsdp_version(args) == 1:
         raise ValueError(
