@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-FSDP2 = {"fsdp", "rules", "mixed", "resume", "SHARDED_STATE_DICT", "FULL_STATE_DICT"}
+FSDP2 = {"fsdp", "rules", "mixed", "resume", "moves", "torch_plan", "SHARDED_STATE_DICT", "FULL_STATE_DICT"}
 """Arguments of the scripts that shard."""
 
 
