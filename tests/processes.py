@@ -9,7 +9,7 @@ import torch
 
 
 FSDP2 = {
-    *("fsdp", "pieces", "rules", "mixed", "resume", "begin", "pass", "end", "equal"),
+    *("fsdp", "pieces", "rules", "mixed", "resume", "begin", "pass", "end", "equal", "moves", "torch_plan"),
     *("SHARDED_STATE_DICT", "FULL_STATE_DICT"),
 }
 """Arguments of the scripts that shard."""

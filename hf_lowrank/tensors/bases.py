@@ -27,9 +27,9 @@ class Basis(ABC):
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
         """W <- beta W + alpha P Z for any columns of an fp32 matrix."""
 
-    @abstractmethod
     def rows(self, start: int, length: int) -> Basis:
-        """Return the same map onto some rows only."""
+        """Return the same map onto some rows only, for subspaces whose rows may be split."""
+        raise NotImplementedError
 
     def gram(self) -> Tensor:
         """Return P^T P (..., r, r)."""
@@ -292,12 +292,3 @@ class Blocks(Basis):
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
         W.mul_(beta).add_(self.repeat(Z), alpha=alpha * self.factor)
-
-    @override
-    def rows(self, start: int, length: int) -> Blocks:
-        """
-
-        Raises:
-            ValueError: always: a block could be cut.
-        """
-        raise ValueError("blocks of rows cannot be split over processes: leave out proj_type (the default is right)")
