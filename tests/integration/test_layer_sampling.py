@@ -174,7 +174,6 @@ def test_checkpoints_of_activations_change_nothing(reentrant, tmp_path):
     plain = train(sampled(tmp_path / "a", "adamw_torch", "badam"), deep())
     kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     recomputed = train(sampled(tmp_path / "b", "adamw_torch", "badam", **kwargs), deep())
-    assert not recomputed.model.get_input_embeddings()._forward_hooks  # what made them require one is gone
     for p, q, start in zip(plain.model.parameters(), recomputed.model.parameters(), deep().parameters(), strict=True):
         # the same numbers, recomputed: nothing but the order of sums may differ, amplified by Adam
         assert (p - q).norm() <= 1e-4 * (p - start).norm()

@@ -95,8 +95,6 @@ MUTANTS = [
            LAYERS + "test_only_what_is_chosen_has_gradients_state_and_steps[lisa-adamw_torch]"),
     Mutant("moments of the interval before", "hf/layer_sampling.py", "if self.rule.restarts and", "if False and",
            LAYERS + "test_badam_begins_every_interval_without_moments_and_lisa_goes_on[badam-2-adamw_torch]"),
-    Mutant("no gradient behind frozen embeddings", "hf/layer_sampling.py", "model.enable_input", "model.disable_input",
-           LAYERS + "test_checkpoints_of_activations_change_nothing[True]"),
     Mutant("squares for norms", "hf/outliers.py", "squares[module].sqrt()", "squares[module]",
            LAYERS + "test_shares_of_outliers_by_their_definition"),
     Mutant("a plan of all layers", "planning/memory.py", "rule = layer_sampling.take(given)",
