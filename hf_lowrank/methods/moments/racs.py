@@ -77,7 +77,7 @@ class RACS(Moments, key="racs"):
 
     def _fixed_point(self, square: Tensor) -> Asking[tuple[Tensor, Tensor]]:
         """Return q and s of R∘R (..., r, n)."""
-        q = torch.ones_like(square[..., 0])
+        q = square.new_ones(square.shape[:-1])
         sums = (square.mT @ q.unsqueeze(-1)).squeeze(-1)
         total = yield Sum(sums.sum(-1, keepdim=True), over="columns")
         size = total.clamp_min(TINY)  # s is kept in units of it: its squares would leave the range of fp32
