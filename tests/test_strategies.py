@@ -38,6 +38,16 @@ def test_replicas_hold_all_and_buckets_of_their_gradients():
     assert estimate(gpus=4) == four  # the usual one
 
 
+@pytest.mark.parametrize("options", [{"reduce_projected": True}, {"layerwise": True}], ids=str)
+def test_replicas_that_average_what_they_project_leave_the_rest_to_ddp(options):
+    plain, own = (estimate("ddp", 4, optim="galore_dominant_adamw", options=some) for some in ({}, options))
+    dense = sum(2 * p.numel() for name, p in llama().named_parameters() if "proj" not in name)
+    assert own.gathered == dense and own.sent.gradients == 2 * 3 / 4 * dense
+    columns = 2 * (2 * 120 + 120 + 48 * 4)  # the long sides of gate and up, down, q and o, k and v: of two layers
+    assert own.sent.step == 2 * 3 / 4 * 4 * 8 * columns
+    assert own.sent.refresh > plain.sent.refresh and own.sent.total < plain.sent.total
+
+
 @pytest.mark.parametrize("gpus", [2, 3, 5])
 def test_owners_keep_all_of_the_state_among_them(gpus):
     optimizer = build_optimizer(llama(), "fira_adamw", 8, {})

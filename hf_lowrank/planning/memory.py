@@ -246,7 +246,7 @@ def _check(dtype: str, counting: str, batch: int, seq: int) -> None:
         raise ValueError(f"batch and seq must be at least 1, got {batch} and {seq}")
 
 
-OF_THE_RUN = ("target_modules", "shard_state", "reduce_projected")
+OF_THE_RUN = ("target_modules", "shard_state")
 """Options that no group has."""
 
 

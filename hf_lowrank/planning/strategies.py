@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.engine.plan import Plan, projected_bytes
 from hf_lowrank.engine.schedule import owners
 from hf_lowrank.engine.work import Declared
@@ -107,14 +108,12 @@ class Alone(Strategy):
 
 @dataclass(frozen=True)
 class Replicated(Strategy):
-    """DistributedDataParallel: every process holds all; gradients are all-reduced, refreshes are shared out.
+    """DistributedDataParallel: every process holds all; refreshes are shared out.
 
-    Attributes:
-        projected: whether projected gradients are reduced in the place of those of the matrices.
+    Gradients are all-reduced, or what is projected of them (`reduce_projected`, layerwise).
     """
 
     gpus: int
-    projected: bool = False
 
     @property
     @override
@@ -129,15 +128,15 @@ class Replicated(Strategy):
     @override
     def traffic(self, net: nn.Module, declared: Sequence[Declared], size: Size, tokens: Tokens) -> Traffic:
         matrices = [one for one in declared if one.config.low_rank]
-        step, refresh = 0.0, sum(basis_bytes(one.plan) / gap_of(one) for one in matrices)
-        if self.projected:
-            step = reduced(sum(projected_bytes(one.plan, one.config) for one in matrices), self.gpus)
-            refresh += sum(reduced(weight_bytes([one.weight], size), self.gpus) / gap_of(one) for one in matrices)
+        refresh = sum(basis_bytes(one.plan) / gap_of(one) for one in matrices)
+        own = [one for one in matrices if reduces(one.config)]
+        step = reduced(sum(projected_bytes(one.plan, one.config) for one in own), self.gpus)
+        refresh += sum(reduced(weight_bytes([one.weight], size), self.gpus) / gap_of(one) for one in own)
         return Traffic(gradients=reduced(self._reduced(declared, size), self.gpus), step=step, refresh=refresh)
 
     def _reduced(self, declared: Sequence[Declared], size: Size) -> int:
         """Return the bytes of the gradients that DDP adds up."""
-        return weight_bytes([one.weight for one in declared if not (self.projected and one.config.low_rank)], size)
+        return weight_bytes([one.weight for one in declared if not reduces(one.config)], size)
 
 
 @dataclass(frozen=True)
@@ -265,7 +264,7 @@ def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]
         name: one of NAMES, or "" for the usual one.
         gpus: processes, of one device each.
         net: the model.
-        options: of the optimizer: `shard_state` and `reduce_projected` are looked at.
+        options: of the optimizer: `shard_state` is looked at.
 
     Raises:
         ValueError: for a name that is none of these, too few processes, or a model that has no plan for it.
@@ -291,4 +290,4 @@ def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]
             raise ValueError(f"{type(net).__name__} has no plan for tensor parallel training: take fsdp2 or ddp")
         return Tensors(gpus, dict(plan))
     owned = name == "ddp_sharded" or options.get("shard_state", False)
-    return (Owned if owned else Replicated)(gpus, bool(options.get("reduce_projected", False)))
+    return (Owned if owned else Replicated)(gpus)

@@ -26,6 +26,7 @@ from hf_lowrank.planning.strategies import NAMES  # noqa: E402
 BATCH, SEQ = 4, 2048
 LINK = 50e9
 """Bytes per second that one GPU sends: 400 Gb/s."""
+SHARDED = ("galore_i3s_adamw", "galore_i3s_adamw_8bit")
 FP64 = 10e12
 """Operations per second of a decomposition in fp64: an assumption, a seventh of an H100's data sheet."""
 
@@ -38,21 +39,37 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def strategies(model: str, rank: int, gpus: int) -> str:
     """Return what each strategy takes of one model."""
-    head = ["", "weights", "gradients", "state", "buckets, gathered layers", "activations", "in all", "sent in a step"]
+    head = ["", "strategy", "weights", "gradients", "state", "buckets, gathered layers", "activations", "in all"]
+    head += ["sent in a step"]
+    cases = [(optim, name) for optim in ("adamw_torch", "galore_i3s_adamw") for name in NAMES]
+    cases += [("galore_i3s_adamw reduce_projected", "ddp"), ("galore_i3s_adamw_layerwise", "ddp")]
+    cases += [(f"{optim} shard_basis", name) for optim in SHARDED for name in ("fsdp2", "hsdp")]
     rows = []
-    for optim, names in (("adamw_torch", NAMES), ("galore_i3s_adamw", NAMES), ("galore_i3s_adamw_8bit", NAMES)):
-        for name in names:
-            one = estimated(model, optim, rank, gpus, name)
-            numbers = (one.weights, one.gradients, one.state, one.gathered, one.activations, one.total, one.sent.total)
-            rows.append([f"`{optim}`, {name}", *(f"{x / 1e9:.1f}" for x in numbers)])
+    for optim, name in cases:
+        one = estimated(model, optim, rank, gpus, name)
+        numbers = (one.weights, one.gradients, one.state, one.gathered, one.activations, one.total, one.sent.total)
+        rows.append([shown(optim), name, *(f"{x / 1e9:.1f}" for x in numbers)])
     return table(head, rows)
 
 
-def estimated(model: str | nn.Module, optim: str, rank: int, gpus: int, strategy: str) -> MemoryEstimate:
-    """Return an estimate at the tables' batch, activations recomputed."""
-    ranked = {} if optim.startswith("adamw") else {"rank": rank}
+def shown(asked: str) -> str:
+    """Return a name and its options as text."""
+    return ", ".join(f"`{word}`" for word in asked.split())
+
+
+def estimated(model: str | nn.Module, asked: str, rank: int, gpus: int, strategy: str) -> MemoryEstimate:
+    """Return an estimate at the tables' batch, activations recomputed; `asked` is a name, and options that are on."""
+    optim, *options = asked.split()
     return estimate_memory(
-        model, optim, batch=BATCH, seq=SEQ, checkpointing=True, gpus=gpus, strategy=strategy, **ranked
+        model,
+        optim,
+        rank=None if optim.startswith("adamw") else rank,
+        batch=BATCH,
+        seq=SEQ,
+        checkpointing=True,
+        gpus=gpus,
+        strategy=strategy,
+        options=dict.fromkeys(options, True),
     )
 
 
@@ -76,10 +93,10 @@ def large(model: str, rank: int, optims: tuple[str, ...], counts: tuple[int, ...
         for gpus in counts:
             one = estimated(net, optim, rank, gpus, "fsdp2")
             mine = one.sent.step + one.sent.refresh
-            work = 0.0 if optim.startswith("adamw") else most_work(net, optim, rank, gpus)
+            work = 0.0 if optim.startswith("adamw") else most_work(net, optim.split()[0], rank, gpus)
             rows.append(
                 [
-                    f"`{optim}`",
+                    shown(optim),
                     f"{gpus}",
                     *(f"{x / 1e9:.1f}" for x in (one.weights + one.gradients, one.state, one.total)),
                     *(f"{x / 1e9:.1f}" for x in (one.sent.total - mine, mine)),
@@ -110,7 +127,12 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"7B at rank 1024 on 8 GPUs, bf16, {BATCH} x {SEQ} tokens on each, activations recomputed; GB\n")
     print(strategies("7b", 1024, 8))
-    methods = ("adamw_torch", "galore_i3s_adamw", "galore_i3s_adamw_8bit", "apollo_random_adamw")
+    methods = (
+        "adamw_torch",
+        "galore_i3s_adamw",
+        *(f"{optim} shard_basis" for optim in SHARDED),
+        "apollo_random_adamw",
+    )
     for model, rank in (("70b", 2048), ("405b", 4096)):
         rates = f"seconds at {LINK / 1e9:.0f} GB/s and {FP64 / 1e12:.0f} TFLOP/s"
         print(f"\n{model} at rank {rank}, FSDP2 over all GPUs; GB, {rates}\n")
