@@ -95,7 +95,7 @@ def test_options_stand_below_the_part_that_has_them(run):
     assert below("Subspace lazy", out)[:3] == ["queue_size", "threshold", "longest"]
     assert "threshold" not in below("Subspace grassmann", out) and "eta" in below("Subspace grassmann", out)
     state = next(line for line in out.splitlines() if line.startswith("apollo_random_adamw"))
-    assert "2nr + 1" in state and "no accumulation" in state
+    assert "2nr + 1" in state and "no reduce_projected" in state
 
 
 def test_of_a_method_without_a_subspace_targets_speaks_of_none(run):
@@ -121,7 +121,7 @@ def test_targets_says_what_would_be_projected_and_what_it_saves(run, tmp_path):
     assert code == 0
     assert (query["count"], query["shape"], query["rank"]) == (2, [16, 16], 4)
     # basis 16 x 4 and two moments 4 x 16, in fp32; five counters of 8 bytes, three numbers of the last refresh
-    assert query["state_bytes"] == 2 * (4 * (16 * 4 + 2 * 4 * 16) + 5 * 8 + 3 * 4)
+    assert query["state_bytes"] == 2 * (4 * (16 * 4 + 2 * 4 * 16) + 6 * 8 + 3 * 4)
     assert query["adamw_bytes"] == 2 * (8 * 16 * 16 + 4)
     assert rows["model.embed_tokens"]["rank"] is None and rows["lm_head"]["rank"] is None
     _, out, _ = run(*arguments)

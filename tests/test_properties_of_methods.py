@@ -11,7 +11,6 @@ from test_sampling import DRAWS, assert_follows, plackett_luce
 
 from hf_lowrank import METHODS
 from hf_lowrank.state.formats import FORMATS
-from hf_lowrank.state.slots import Buffer, Slot
 
 
 SHAPES = [WIDE, TALL, SQUARE, STACK]
@@ -135,7 +134,7 @@ def test_an_error_in_fewer_bits_loses_its_rounding_and_no_more(form, loss):
     for t in run(opt, p, stream):
         PM, E = (
             held(opt, p, "basis") @ held(opt, p, "exp_avg"),
-            FORMATS[form].decode(opt.state[p], "error", Buffer(Slot("m n"), shape)).double(),
+            FORMATS[form].decode(opt.state[p], "error", opt.plan(p).buffers["error"]).double(),
         )
         taken, seen, bound = taken + PM, seen + stream[t].double(), bound + loss * E.norm()
         lost = (taken + 0.8 / 0.2 * PM + E - seen).norm()

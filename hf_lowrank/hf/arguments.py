@@ -121,7 +121,7 @@ def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[ty
     keywords = _keywords(model, config, values, args.optim_target_modules)
     replicated = _replicated(args)
     if replicated and reduces(config):  # Trainer wraps the model after this
-        exclude_(model, {p for group in keywords["params"] if "rank" in group for _, p in group["params"]})
+        exclude_(model, {p for group in keywords["params"] if "rank" in group for p in group["params"]})
     return LowRankOptimizer, {**keywords, "share_refreshes": replicated, **(shared if replicated else {})}
 
 

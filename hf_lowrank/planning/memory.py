@@ -191,7 +191,8 @@ def estimate_memory(
         gpus=gpus,
         strategy=spread.name,
     )
-    tokens, rule = Tokens(batch, seq, _usual(net, size)), layer_sampling.take(given)
+    tokens = Tokens(batch, seq, _usual(net, size))
+    rule = layer_sampling.take(given)
     optimizer = None if optim in ADAMW else build_optimizer(net, optim, rank, given)
     trained = [(name, p) for name, p in modules.trainable(net)]
     with layer_sampling.at_most(net, [p for _, p in trained], rule):

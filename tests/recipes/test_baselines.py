@@ -58,7 +58,8 @@ def test_a_merge_resets_the_state_of_the_factors_alone(tmp_path, optim):
     names = {p: name for name, p in trainer.model.named_parameters()}
     saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt")["state"]
     order = [names[p] for group in trainer.optimizer.param_groups for p in group["params"]]
-    state = {order[number]: s for number, s in saved.items()}
+    inside = "__bnb_optimizer_quant_state__"  # where bitsandbytes saves what it keeps
+    state = {order[number]: {**s, **s.get(inside, {})} for number, s in saved.items()}
     factors = set(adapter_parameters(trainer.model))
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     keys = ("state1", "state2") if "8bit" in optim else ("exp_avg", "exp_avg_sq")

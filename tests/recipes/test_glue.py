@@ -170,7 +170,7 @@ def test_a_comparison_prints_the_tables_and_goes_on_where_it_stopped(encoder, da
 def test_every_file_of_settings_is_read_by_transformers_and_by_its_optimizer(encoder):
     model = AutoModelForSequenceClassification.from_pretrained(encoder)
     files = sorted((RECIPE / "configs").rglob("*.yaml"))
-    assert len(files) == 8 * 7
+    assert len(files) == 8 * 10
     for file in files:
         name = yaml.safe_load(file.read_text())["optim"]
         parser = HfArgumentParser((GlueArguments, BaselineArguments, TrainingArguments))
