@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import TrainingArguments
 
+from hf_lowrank.layer_sampling import RULES
 from recipes.glue.tasks import task_named
 from recipes.glue.training import GlueArguments
 from recipes.shared.baselines import BASELINES, BaselineArguments
@@ -66,7 +67,8 @@ def row_settings(row: str, task: str) -> list[str]:
     """Return the options of a row of the tables for a task.
 
     Args:
-        row: a folder of settings, below configs/ or a path; after a colon another optimizer or baseline for them.
+        row: a folder of settings, below configs/ or a path; after a colon another optimizer, a baseline or a rule of
+            layer sampling for them.
         task: a key of TASKS.
 
     Ends with one sentence if the row has no settings for the task.
@@ -76,5 +78,9 @@ def row_settings(row: str, task: str) -> list[str]:
     file = folder / f"{task}.yaml"
     if not file.is_file():
         stop(f"row {row!r}: there is no file {file}; rows are {', '.join(rows())}, or folders of your own")
+    options = settings(file)
+    if other in RULES:  # beside the options that the optimizer has
+        given = options[options.index("--optim_args") + 1] if "--optim_args" in options else ""
+        return [*options, "--optim_args", ",".join(filter(None, [given, f"layer_sampling={other}"]))]
     flag = "--baseline" if other in BASELINES else "--optim"
-    return [*settings(file), *([flag, other] if other else [])]
+    return [*options, *([flag, other] if other else [])]

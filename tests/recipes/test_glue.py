@@ -275,3 +275,10 @@ def assert_refused(capsys, sentence, words, folder):
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{name}: ")]
     assert ended.value.code == 2 and len(told) == 1 and sentence in told[0]
     assert not folder.exists()
+
+
+def test_a_row_with_a_rule_of_layer_sampling_keeps_the_options_of_its_optimizer():
+    plain, sampled = row_settings("galore_r8", "cola"), row_settings("galore_r8:owlore", "cola")
+    given = plain[plain.index("--optim_args") + 1]
+    assert sampled == [*plain, "--optim_args", f"{given},layer_sampling=owlore"]
+    assert row_settings("full:badam", "cola")[-2:] == ["--optim_args", "layer_sampling=badam"]
