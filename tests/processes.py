@@ -1,5 +1,6 @@
 """Scripts on several processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -27,3 +28,19 @@ def torchrun(processes, script, *arguments):
         text=True,
         timeout=600,
     )
+
+
+def reported(processes, script, output, *arguments, check=()):
+    """Run a script that writes what it finds to `output`; return that.
+
+    Args:
+        processes, script: see `torchrun`.
+        output: a JSON file, the second argument of the script, or the first where there is no check.
+        arguments: of the script, behind it.
+        check: its first argument.
+    """
+    output.unlink(missing_ok=True)
+    first = [check] if check else []
+    result = torchrun(processes, script, *first, output, *arguments)
+    assert output.exists(), result.stderr[-4000:]
+    return json.loads(output.read_text())

@@ -83,14 +83,6 @@ def gap_of(one: Declared) -> int:
     return int(one.config.options.get("update_proj_gap", 1))
 
 
-def splits_rows(one: Declared, split: Split | None) -> bool:
-    """Tell whether what is split of a matrix are its rows, seen wide: then R is a sum over processes."""
-    layout = one.plan.layout
-    if layout is None or split is None or (layout.batch and split.axis == 0):
-        return False
-    return (split.axis - len(layout.batch) == 0) is not layout.transposed
-
-
 def exchanged(one: Declared, split: Split | None) -> float:
     """Return what one process sends in an ordinary step of one parameter: R is scattered, Z gathered, and the basis
     where pieces of it are kept."""
@@ -98,7 +90,7 @@ def exchanged(one: Declared, split: Split | None) -> float:
     if split is None or layout is None or split.axis < len(layout.batch):
         return 0
     bases = passed(basis_bytes(one.plan), split.processes) if one.config.options.get("shard_basis") else 0.0
-    if not splits_rows(one, split):
+    if not layout.divided(*split).rows.split:  # then R is a sum over processes
         return bases
     norms = 4 * layout.n if one.config.parts.reconstruction.by_columns and one.config.parts.needs_gradient else 0
     return bases + 2 * passed(projected_bytes(one.plan, one.config) + norms, split.processes)

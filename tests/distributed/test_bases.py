@@ -1,10 +1,9 @@
 """Pieces of bases under FSDP2: what is kept changes, what is computed does not."""
 
-import json
 from pathlib import Path
 
 import pytest
-from processes import torchrun
+from processes import reported
 from streams import COVERING, PLAIN
 
 from hf_lowrank import METHODS
@@ -23,10 +22,7 @@ WORKER = Path(__file__).parent / "worker_bases.py"
     ],
 )
 def test_runs_are_bit_for_bit_those_with_whole_bases_and_resume(processes, names, tmp_path):
-    output = tmp_path / "bases.json"
-    result = torchrun(processes, WORKER, "pieces", output, *names)
-    assert output.exists(), result.stderr[-4000:]
-    for name, found in json.loads(output.read_text()).items():
+    for name, found in reported(processes, WORKER, tmp_path / "bases.json", *names, check="pieces").items():
         assert found["weights"] and found["state"] and found["sharded"] and found["full"], name
         assert found["layerwise"] < 1e-5, name  # norms are summed in another order there, which iterations feel
         assert found["bytes"] == found["declared"], name

@@ -1,10 +1,9 @@
 """DistributedDataParallel and FSDP2 on gloo: equal to one process, with the work shared as promised."""
 
-import json
 from pathlib import Path
 
 import pytest
-from processes import torchrun
+from processes import reported
 from streams import COVERING, PLAIN
 
 from hf_lowrank import METHODS
@@ -30,10 +29,7 @@ def tolerance(name):
 
 
 def launch(check, processes, names, tmp_path):
-    output = tmp_path / f"{check}-{processes}.json"
-    result = torchrun(processes, WORKER, check, output, *names)
-    assert output.exists(), result.stderr[-4000:]
-    results = json.loads(output.read_text())
+    results = reported(processes, WORKER, tmp_path / f"{check}-{processes}.json", *names, check=check)
     assert list(results) == list(names)
     return results
 

@@ -1,12 +1,11 @@
 """Meshes of more than FSDP2's one dimension on gloo: every placement of a weight gives the run of one process."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
 import pytest
-from processes import torchrun
+from processes import reported
 from streams import COVERING, PLAIN
 
 from hf_lowrank import METHODS
@@ -38,11 +37,7 @@ def has_plans():
 
 
 def launch(check, processes, names, folder, worker="worker_meshes.py"):
-    output = folder / f"{check}-{processes}.json"
-    output.unlink(missing_ok=True)
-    result = torchrun(processes, Path(__file__).parent / worker, check, output, *names)
-    assert output.exists(), result.stderr[-4000:]
-    return json.loads(output.read_text())
+    return reported(processes, Path(__file__).parent / worker, folder / f"{check}.json", *names, check=check)
 
 
 @pytest.mark.parametrize(

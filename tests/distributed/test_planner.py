@@ -1,10 +1,9 @@
 """What the planner says that each process holds and sends, against what it holds and sends on gloo."""
 
-import json
 from pathlib import Path
 
 import pytest
-from processes import torchrun
+from processes import reported
 
 from distributed.worker_planner import GAP, llama
 from hf_lowrank import estimate_memory
@@ -26,10 +25,7 @@ FOUR = ["hsdp", "ddp_sharded", "fsdp2"]
     ],
 )
 def test_bytes_of_each_process(processes, strategies, tmp_path):
-    output = tmp_path / "bytes.json"
-    result = torchrun(processes, WORKER, output, ",".join(strategies), *NAMES)
-    assert output.exists(), result.stderr[-4000:]
-    for name, found in json.loads(output.read_text()).items():
+    for name, found in reported(processes, WORKER, tmp_path / "bytes.json", ",".join(strategies), *NAMES).items():
         for strategy, one in found.items():
             kind, *options = strategy.split()
             said = estimate_memory(

@@ -1,11 +1,10 @@
 """Replicas that average projected gradients, and the layerwise mode on replicas: as plain DistributedDataParallel."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from processes import torchrun
+from processes import reported
 from streams import COVERING
 
 from hf_lowrank import METHODS, LowRankOptimizer
@@ -32,10 +31,7 @@ def tolerance(name):
 
 
 def launch(checks, processes, names, folder):
-    output = folder / f"{processes}.json"
-    result = torchrun(processes, WORKER, ",".join(checks), output, *names)
-    assert output.exists(), result.stderr[-4000:]
-    return json.loads(output.read_text())
+    return reported(processes, WORKER, folder / f"{processes}.json", *names, check=",".join(checks))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Sharded state under DistributedDataParallel, ZeroRedundancyOptimizer, and processes that come apart, on gloo."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from time import perf_counter
 
 import pytest
 import torch
-from processes import torchrun
+from processes import reported
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import METHODS, LowRankOptimizer, param_groups
@@ -31,10 +30,7 @@ UP = "blocks.0.up.weight"
 
 
 def launch(check, processes, names, tmp_path):
-    output = tmp_path / f"{check}-{processes}.json"
-    result = torchrun(processes, WORKER, check, output, *names)
-    assert output.exists(), result.stderr[-4000:]
-    results = json.loads(output.read_text())
+    results = reported(processes, WORKER, tmp_path / f"{check}-{processes}.json", *names, check=check)
     assert list(results) == list(names)
     return results
 
@@ -119,10 +115,7 @@ def test_under_fsdp2_a_missing_gradient_is_told_and_one_that_is_not_finite_is_sk
 
 
 def launch_apart(check, tmp_path):
-    output = tmp_path / "found.json"
-    result = torchrun(2, Path(__file__).parent / "worker_apart.py", check, output)
-    assert output.exists(), result.stderr[-4000:]
-    return json.loads(output.read_text())
+    return reported(2, Path(__file__).parent / "worker_apart.py", tmp_path / "found.json", check=check)
 
 
 @pytest.mark.parametrize("mode", ["shard_state", pytest.param("share_refreshes", marks=pytest.mark.full)])

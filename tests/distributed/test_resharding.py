@@ -1,10 +1,9 @@
 """FSDP2's state on another number of processes, and its codes beside those of one process: bit for bit."""
 
-import json
 from pathlib import Path
 
 import pytest
-from processes import torchrun
+from processes import reported
 
 from hf_lowrank import METHODS
 
@@ -19,10 +18,7 @@ ELEMENTWISE = ["full_adamw_8bit", "full_msgd_8bit", "grass_adamw_8bit"]
 
 
 def launch(stage, processes, names, folder):
-    output = folder / f"{stage}.json"
-    result = torchrun(processes, WORKER, stage, output, *names)
-    assert output.exists(), result.stderr[-4000:]
-    found = json.loads(output.read_text())
+    found = reported(processes, WORKER, folder / f"{stage}.json", *names, check=stage)
     assert list(found) == list(names)
     return found
 

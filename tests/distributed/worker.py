@@ -203,10 +203,15 @@ def same_state(a, b):
 
 def main(checks):
     check, output, *names = sys.argv[1:]
+    report(output, lambda: {name: checks[check](name) for name in names})
+
+
+def report(output, found, **keywords):
+    """Begin, write down what is found on process 0, and end."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {name: checks[check](name) for name in names}
+    dist.init_process_group("gloo", **keywords)
+    results = found()
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(results))
     dist.barrier()

@@ -4,10 +4,7 @@ torchrun --nproc_per_node 2 worker_apart.py apart|files|fsdp OUTPUT
 """
 
 import copy
-import json
-import os
 import sys
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
-from worker import same_everywhere  # noqa: E402
+from worker import report, same_everywhere  # noqa: E402
 
 from hf_lowrank import LowRankOptimizer  # noqa: E402
 
@@ -216,19 +213,5 @@ def fsdp():
     return {case: sharded(change) for case, change in changes.items()}
 
 
-def main():
-    check, output = sys.argv[1:]
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results = globals()[check]()
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes abort a normal exit
-
-
 if __name__ == "__main__":
-    main()
+    report(sys.argv[2], globals()[sys.argv[1]], timeout=timedelta(seconds=60))

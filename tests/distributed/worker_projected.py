@@ -4,10 +4,7 @@ torchrun --nproc_per_node N worker_projected.py CHECK,CHECK,... OUTPUT NAME ...
 """
 
 import copy
-import json
-import os
 import sys
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
-from worker import exact, same_everywhere, start, whole  # noqa: E402
+from worker import exact, report, same_everywhere, start, whole  # noqa: E402
 
 from hf_lowrank import LowRankOptimizer, exclude_from_ddp, param_groups  # noqa: E402
 from hf_lowrank.engine import layerwise  # noqa: E402
@@ -270,16 +267,7 @@ def refused(name):
 
 def main():
     checks, output, *names = sys.argv[1:]
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {check: {name: globals()[check](name) for name in names} for check in checks.split(",")}
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes abort a normal exit
+    report(output, lambda: {check: {name: globals()[check](name) for name in names} for check in checks.split(",")})
 
 
 if __name__ == "__main__":

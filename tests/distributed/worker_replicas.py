@@ -4,10 +4,7 @@ torchrun --nproc_per_node N worker_replicas.py CHECK OUTPUT METHOD...
 """
 
 import copy
-import json
-import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -18,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
-from worker import STEPS, same_everywhere, same_state  # noqa: E402
+from worker import STEPS, main, same_everywhere, same_state  # noqa: E402
 
 from hf_lowrank import LowRankOptimizer  # noqa: E402
 from hf_lowrank.engine import ownership  # noqa: E402
@@ -156,19 +153,5 @@ def train(net, opt):
         opt.step()
 
 
-def main():
-    check, output, *names = sys.argv[1:]
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {name: globals()[check](name) for name in names}
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes abort a normal exit
-
-
 if __name__ == "__main__":
-    main()
+    main(globals())

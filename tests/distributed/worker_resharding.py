@@ -7,10 +7,7 @@ train on, and compare with the run that was never stopped, of which `begin` has 
 holds what is handed on. A METHOD may end in @large: a model of which moments, embedding and head have codes.
 """
 
-import json
-import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -136,11 +133,7 @@ def end(name, size, folder):
     return found | {"displacement": models.displacement(worker.whole(net), kept["end"], kept["middle"])}
 
 
-def main():
-    stage, output, *names = sys.argv[1:]
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def staged(stage, output, names):
     results = {}
     for name in names:
         method, _, size = name.partition("@")
@@ -150,13 +143,9 @@ def main():
         dist.barrier()
         results[name] = {"equal": equal, "begin": begin, "pass": pass_on, "end": end}[stage](method, size, folder)
         dist.barrier()
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes abort a normal exit
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    stage, output, *names = sys.argv[1:]
+    worker.report(output, lambda: staged(stage, output, names))
