@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_lowrank.engine.checks import config_of
-from hf_lowrank.engine.collectives import mean_, replicas
+from hf_lowrank.engine.collectives import buckets, mean_, replicas
 from hf_lowrank.engine.matrix import MatrixStep, reduces
 from hf_lowrank.engine.step import SYNC_ELEMENTS
 
@@ -69,18 +69,13 @@ def average_gradients_(units: Sequence[MatrixStep]) -> None:
 
     A process without a gradient takes part with zeros. Where no process has one, none has one afterwards.
     """
-    bucket: list[MatrixStep] = []
-    for i, unit in enumerate(units, 1):
-        bucket.append(unit)
-        if sum(one.weight.numel() for one in bucket) < SYNC_ELEMENTS and i < len(units):
-            continue
-        here = [one.weight.grad is not None for one in bucket]
-        for one in bucket:
-            if one.weight.grad is None:
-                one.weight.grad = torch.zeros_like(one.weight)
-        grads = [one.weight.grad for one in bucket if one.weight.grad is not None]
-        for one, anywhere in zip(bucket, mean_(grads, here, replicas()), strict=True):
-            one.averaged = anywhere
+    for bucket in buckets(units, lambda unit: unit.weight.numel(), SYNC_ELEMENTS):
+        here = [unit.weight.grad is not None for unit in bucket]
+        for unit in bucket:
+            if unit.weight.grad is None:
+                unit.weight.grad = torch.zeros_like(unit.weight)
+        grads = [unit.weight.grad for unit in bucket if unit.weight.grad is not None]
+        for unit, anywhere in zip(bucket, mean_(grads, here, replicas()), strict=True):
+            unit.averaged = anywhere
             if not anywhere:
-                one.weight.grad = None
-        bucket = []
+                unit.weight.grad = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,26 @@ from torch import Tensor
 from hf_lowrank.tensors.sums import Max, Sum
 
 
+T = TypeVar("T")
+
+
 def replicas() -> Any:
     """Return the processes that train replicas of what is not split over a mesh, or None where there is one alone."""
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return dist.group.WORLD if together else None
+
+
+def buckets(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Split what is to travel into lists of at most `limit` in all, or of one."""
+    bucket, filled = list[T](), 0
+    for item in items:
+        if bucket and filled + size(item) > limit:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(item)
+        filled += size(item)
+    if bucket:
+        yield bucket
 
 
 def broadcast_(tensors: list[Tensor], owner: int, group: Any) -> None:

@@ -6,7 +6,7 @@ gradient decides nothing, and no process waits for another but for its weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_lowrank.engine.collectives import broadcast_, hand_over_
+from hf_lowrank.engine.collectives import broadcast_, buckets, hand_over_
 from hf_lowrank.engine.schedule import owners
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.state import view
@@ -67,7 +67,7 @@ class Owners:
         for p in weights:
             together.setdefault((self._owner[p], p.dtype, p.device), []).append(p.detach())
         for (owner, *_), some in together.items():
-            for bucket in _buckets(some):
+            for bucket in buckets(some, lambda p: p.numel() * p.element_size(), BUCKET_BYTES):
                 broadcast_(bucket, owner, dist.group.WORLD)
 
     def summed(self, part: float) -> float:
@@ -117,17 +117,3 @@ def check_shardable(groups: Sequence[Mapping[str, Any]]) -> None:
             "shard_state does not go together with reduce_projected, which needs every basis on every process: leave "
             "out one of them"
         )
-
-
-def _buckets(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Split tensors of one type into lists of BUCKET_BYTES at most, or of one."""
-    bucket, size = list[Tensor](), 0
-    for p in weights:
-        length = p.numel() * p.element_size()
-        if bucket and size + length > BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(p)
-        size += length
-    if bucket:
-        yield bucket
