@@ -32,7 +32,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from recipes.shared.common import require_at_least, stop  # noqa: E402
-from recipes.studies.compare_rows import ROWS, Point, Row, next_trial  # noqa: E402
+from recipes.studies.compare_rows import ROWS, START, Point, Row, next_trial  # noqa: E402
 from recipes.studies.compare_training import (  # noqa: E402
     SIZES,
     TUNING_SEED,
@@ -110,7 +110,7 @@ class Study:
         """Return the runs of a row that may start now: the next trial of its search, or after it all that score."""
         start = record.best(row, *self.start_from) if self.start_from else None
         trials = record.trials(row, self.size, self.steps)
-        point = next_trial(trials, row, start=start or Point(), trials=self.trials, most=self.most)
+        point = next_trial(trials, row, start=start or START, trials=self.trials, most=self.most)
         if point is not None:
             return [Run(row, point, self.size, self.steps, TUNING_SEED)]
         best, scored = record.best(row, self.size, self.steps), record.scores(row, self.size, self.steps)

@@ -126,6 +126,11 @@ class Point(NamedTuple):
                     yield near
 
 
+START = Point(others=2)
+"""Where a search begins that starts at no other study's best: the rate of embeddings, head and norms is that at which
+the first searches ended (AdamW, 8-bit AdamW and Muon, from the middle)."""
+
+
 def next_trial(losses: Mapping[Point, float], row: Row, *, start: Point, trials: int, most: int) -> Point | None:
     """Return the point that a search tries next, or None where it is over: the same rule for every row.
 
