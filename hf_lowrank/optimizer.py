@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.engine import refresh, step
+from hf_lowrank.engine.ahead import Ahead
 from hf_lowrank.engine.checkpoint import FORMAT_VERSION, check_checkpoint, load_states, merge_options, warn_changed
 from hf_lowrank.engine.checks import (
     TORCH_KEYS,
@@ -103,6 +104,7 @@ class LowRankOptimizer(Replicas):
         self.projected_grad_norm: float | None = None
         self.grad_norm: float | None = None  # of whole gradients, where those are clipped here
         self.layerwise = Layerwise()
+        self._ahead = Ahead()
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
         self._facts: dict[str, Any] = {}  # of the run, as they were told
         self._work: Work | None = None  # on the state and options as they are
@@ -165,6 +167,7 @@ class LowRankOptimizer(Replicas):
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """Drop the state of some parameters but for counters: trained again, they get new moments and bases."""
+        self._ahead.settle()
         self._work = None
         forget(self.state, self.declared(), params)
 
@@ -204,6 +207,7 @@ class LowRankOptimizer(Replicas):
             step.update_(gathered(units, work.stacks, flags), flags)
             self._agree_again(work)
             self._refresh([u for u in matrices if u.due(after=True)], flags)
+            self._ahead.adopt_(work.matrices)
             if self.owners is not None:
                 self.owners.send_(work.plans)
         self.layerwise.forget()
@@ -212,8 +216,10 @@ class LowRankOptimizer(Replicas):
     def _refresh(self, due: Sequence[MatrixStep], flags: Mapping[Unit, Sequence[bool]]) -> None:
         if due:
             start, share = perf_counter(), self.share_refreshes or any(unit.reduced for unit in due)
-            intervals = first_intervals(due, share=share or self.shard_state)
-            self.refreshes_here += refresh.refresh_(due, intervals, flags, share=share)
+            now = [unit for unit in due if not unit.ahead]
+            self.refreshes_here += self._ahead.begin_([unit for unit in due if unit.ahead], flags)
+            intervals = first_intervals(now, share=share or self.shard_state)
+            self.refreshes_here += refresh.refresh_(now, intervals, flags, share=share)
             self.refresh_seconds += perf_counter() - start
 
     @override
@@ -222,6 +228,7 @@ class LowRankOptimizer(Replicas):
         work = self._work
         changed = self._resolved.look(self.param_groups, {} if work is None else work.plans)
         if work is None or changed or not work.holds(self.state, work.plans if p is None else (p,)):
+            self._ahead.settle()
             self._work = None
             check_together(self.param_groups, self.configs)
             check_materialized(self.param_groups)
@@ -265,11 +272,6 @@ class LowRankOptimizer(Replicas):
             elif unit is not None:
                 self.layerwise.take_dense_(unit)
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Have GradScaler announce itself where it must be refused: it looks at gradients, one process for itself."""
-        return any(group["layerwise"] or group.get("reduce_projected") for group in self.param_groups)
-
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,6 +282,7 @@ class LowRankOptimizer(Replicas):
         Raises:
             ValueError: if the checkpoint does not fit; nothing has been changed then.
         """
+        self._ahead.settle()
         check_checkpoint(state_dict, self.param_groups)
         given = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         groups = [

@@ -88,7 +88,14 @@ class MatrixStep(Unit):
     def due(self, *, after: bool) -> bool:
         """Tell whether the subspace is to be refreshed before this step, or after it for the next."""
         late = self.config.parts.subspace.late and int(self.stored["refreshes"]) > 0
+        if self.ahead and int(self.stored["adopt_at"]):
+            return False
         return late is after and int(self.stored["step"]) >= int(self.stored["refresh_at"])
+
+    @property
+    def ahead(self) -> int:
+        """How many steps a basis is chosen before it is adopted; 0: the step waits for it, as for the first one."""
+        return int(self.config.options.get("async_refresh", 0) if self.stored["refreshes"] else 0)
 
     @override
     def step_(self) -> Work[None]:

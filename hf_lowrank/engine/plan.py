@@ -28,6 +28,23 @@ REFRESH: Slots = {
     "report": Slot("3", "gauge", "exact", shared=True),
 }
 
+NEXT = "next_"
+"""What the name of a basis begins with that has been chosen, and is not in use yet."""
+
+
+def ahead(bases: Slots) -> Slots:
+    """Declare what there is of bases that are chosen some steps before they are adopted (`async_refresh`).
+
+    `next_report` is `Refresh.choice`, `adopt_at` the step from which they are in use, 0 where none is on its way.
+    """
+    found = {
+        NEXT + key: replace(slot, lifetime="next", axes_first=False)
+        for key, slot in bases.items()
+        if slot.lifetime == "basis"
+    }
+    return {**found, "next_report": Slot("4", "next", "exact", shared=True), "adopt_at": counter()}
+
+
 _ATTENTION = re.compile(r"(^|\.)(q_proj|k_proj|query|key)\.weight$")
 
 
@@ -97,6 +114,7 @@ def _of_matrix(layout: Layout, config: Config, name: str) -> Plan:
         **moments,
         **parts.reconstruction.slots(),
         **{key: Slot("", "gauge", "exact") for key in config.gauges},
+        **(ahead(parts.subspace.slots()) if options.get("async_refresh") else {}),
         **COUNTERS,
         **REFRESH,
     }
@@ -105,7 +123,7 @@ def _of_matrix(layout: Layout, config: Config, name: str) -> Plan:
 
     def sized(key: str, slot: Slot, lengths: Mapping[str, int], stack: tuple[int, ...]) -> Buffer:
         across = "m" if slot.held and not layout.transposed else "n"
-        buffer = slot.sized(lengths, stack, "" if slot.lifetime == "basis" else across)
+        buffer = slot.sized(lengths, stack, "" if slot.of_basis else across)
         # moments of whole gradients lie as the weight does, with which they are read
         turned = parts.subspace.whole and layout.transposed and key in moments and slot.axes == "r n"
         return replace(buffer, turned=True) if turned else buffer

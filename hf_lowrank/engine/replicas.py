@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from hf_lowrank.engine.agreement import same_steps, same_weights
+from hf_lowrank.engine.ahead import Ahead
 from hf_lowrank.engine.ownership import Owners, check_shardable
 from hf_lowrank.engine.work import Declared, Work
 from hf_lowrank.state.slots import Stored
@@ -27,6 +28,7 @@ class Replicas(Optimizer):
 
     share_refreshes: bool = False
     owners: Owners | None = None
+    _ahead: Ahead  # the refreshes that go on beside the steps
     _compared = False  # whether the processes have been found to hold the same weights
     _whole: dict[Tensor, Stored] | None = None  # the state that was gathered here since the last step
 
@@ -43,6 +45,7 @@ class Replicas(Optimizer):
         self.owners = Owners() if state else None
 
     def __getstate__(self) -> dict[str, Any]:
+        self._ahead.settle()
         return {**super().__getstate__(), "share_refreshes": self.share_refreshes, "owners": self.owners}
 
     @property
@@ -89,6 +92,11 @@ class Replicas(Optimizer):
         if self.share_refreshes and any(u.config.low_rank and u.config.parts.subspace.late for u in work.units):
             same_steps(work, share=True)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Have GradScaler announce itself where it must be refused: it looks at gradients, one process for itself."""
+        return any(group["layerwise"] or group.get("reduce_projected") for group in self.param_groups)
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -108,6 +116,7 @@ class Replicas(Optimizer):
         if not 0 <= to < dist.get_world_size():
             raise ValueError(f"to must be a process from 0 to {dist.get_world_size() - 1}, got {to}")
         self._prepared()
+        self._ahead.settle()
         whole = self.owners.gathered(list(self.declared()), self.state, to)
         if whole is not None:
             self._whole = whole
@@ -119,6 +128,7 @@ class Replicas(Optimizer):
         Raises:
             RuntimeError: where the state has not been gathered on this process since the last step.
         """
+        self._ahead.settle()
         packed = super().state_dict()
         if self.owners is None or not self.owners.begun:
             return packed

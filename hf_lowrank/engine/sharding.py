@@ -78,6 +78,11 @@ def check_weight(name: str, weight: Tensor, config: Config) -> None:
             f"parameter {name} is split on another axis than its first ({tuple(weight.placements)}), across blocks of "
             "its 8-bit or 4-bit state: leave out _8bit, state_format and dense_state_format"
         )
+    if config.options.get("async_refresh"):
+        raise ValueError(
+            f"parameter {name} is sharded (FSDP2): its refreshes travel, so all processes wait for them; leave out "
+            "async_refresh"
+        )
     if config.options.get("shard_basis") and config.options.get("basis_format") in ("8bit", "4bit"):
         raise ValueError(
             f"shard_basis keeps pieces of bases as they are: leave out basis_format={config.options['basis_format']}, "

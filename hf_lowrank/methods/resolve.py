@@ -285,6 +285,11 @@ def _check_together(made: Parts, options: Mapping[str, Any]) -> None:
         raise ValueError("a part looks at the momentum, and these moments keep none: choose moments=momentum or adam")
     if "rank" in options:
         made.subspace.check_rank(options["rank"])
+    if ahead := options.get("async_refresh"):
+        if ahead >= (gap := options["update_proj_gap"]):
+            raise ValueError(f"async_refresh must be less than update_proj_gap, {gap}, got {ahead}")
+        if made.reconstruction.needs_momentum:
+            raise ValueError("a part looks at the gradient as bases are adopted: leave out async_refresh")
     how = options.get("on_refresh", "keep")
     if how not in made.moments.transports:
         valid = ", ".join(made.moments.transports)

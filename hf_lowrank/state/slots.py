@@ -23,8 +23,9 @@ class Slot:
     Attributes:
         axes: names of its axes, separated by blanks: "m r", "r n"; a number stands for itself; "" is a scalar. A stack
             of matrices has one such tensor for each of them.
-        lifetime: "step" for what changes at every step; "basis" for what changes at a refresh only; "gauge" for what
-            is kept for the log alone, and is not counted in the table of methods.
+        lifetime: "step" for what changes at every step; "basis" for what changes at a refresh only; "next" for a basis
+            that waits to be adopted; "gauge" for what is kept for the log alone, and is not counted in the table of
+            methods.
         values: "signed" or "positive" (never negative, and divided by): number formats may encode them; "exact" is
             kept as declared in every format.
         held: whether it lies as the gradient does where that is split over processes; else as the projected gradient.
@@ -36,7 +37,7 @@ class Slot:
     """
 
     axes: str
-    lifetime: Literal["step", "basis", "gauge"] = "step"
+    lifetime: Literal["step", "basis", "next", "gauge"] = "step"
     values: Literal["signed", "positive", "exact"] = "signed"
     held: bool = False
     shared: bool = False
@@ -44,6 +45,11 @@ class Slot:
     axes_first: bool = False
     dtype: torch.dtype = torch.float32
     encoding: str = ""
+
+    @property
+    def of_basis(self) -> bool:
+        """Whether it belongs to a basis, in use or to come."""
+        return self.lifetime in ("basis", "next")
 
     def sized(self, lengths: Mapping[str, int], stack: tuple[int, ...] = (), split: str = "") -> Buffer:
         """Return the tensor for these lengths of the axes, for a stack of matrices; `split` see Buffer."""

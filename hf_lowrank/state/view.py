@@ -37,7 +37,7 @@ def encodings(buffers: Buffers, *, basis: str = "fp32", moments: str = "fp32") -
         basis: name of the format of what changes at refreshes.
         moments: name of the format of what changes at every step.
     """
-    chosen = {"basis": basis, "step": moments}
+    chosen = {"basis": basis, "next": basis, "step": moments}
     return {name: _encoding(buffer, chosen.get(buffer.slot.lifetime, "fp32")) for name, buffer in buffers.items()}
 
 
@@ -48,7 +48,7 @@ def _encoding(buffer: Buffer, name: str) -> Encoding:
     if slot.dtype != torch.float32:
         return FORMATS["fp32"]
     if name in ("8bit", "4bit"):
-        counted = buffer.shape[1:] if slot.lifetime == "basis" and len(buffer.shape) > 2 else buffer.shape
+        counted = buffer.shape[1:] if slot.of_basis and len(buffer.shape) > 2 else buffer.shape
         if prod(counted) < SMALLEST_QUANTIZED or buffer.sides[1] < SHORTEST_LINE:
             return FORMATS["fp32"]
     return FORMATS[name]

@@ -270,7 +270,12 @@ def check_resume(bench: Bench) -> dict[str, Any]:
 
 def check_identities(bench: Bench) -> dict[str, Any]:
     """Run the tests of identities and references with their weights on the device."""
-    tests = ["tests/test_identities.py", "tests/test_equations.py", "tests/test_stacks.py"]
+    tests = [
+        "tests/test_identities.py",
+        "tests/test_equations.py",
+        "tests/test_stacks.py",
+        "tests/test_async_refresh.py",
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not full", *(tests[:1] if bench.quick else tests)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "HF_LOWRANK_DEVICE": bench.device.type}, capture_output=True, text=True

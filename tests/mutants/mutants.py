@@ -347,4 +347,15 @@ MUTANTS = [
     Mutant("streams of other parameters", "engine/known.py", "else [place[name] for name in here]",
            "else [*range(first, first + len(here))]",
            REPLICAS + "test_torchs_zero_redundancy_optimizer_around_ours_equals_one_process"),
+    # ---- bases ahead ------------------------------------------------------------------------------------------------
+    Mutant("adopted a step early", "engine/ahead.py", 'unit.stored["step"] + unit.ahead', 'unit.stored["step"] + 1',
+           "tests/test_async_refresh.py::test_a_run_equals_the_equations"),
+    Mutant("gradient not kept", "engine/ahead.py", "refresh.gradient = refresh.gradient.clone()", "pass",
+           "tests/test_async_refresh.py::test_what_is_chosen_does_not_depend_on_how_long_it_takes"),
+    Mutant("checkpoint before the end", "engine/ahead.py", "self._wait([*self._going_on])", "pass",
+           "tests/test_async_refresh.py::test_a_checkpoint_waits_for_what_goes_on"),
+    Mutant("what an earlier refresh left", "engine/ahead.py", 'unit.stored["next_report"].zero_()', "pass",
+           "tests/test_async_refresh.py::test_what_fails_in_the_thread_is_raised"),
+    Mutant("begun again", "engine/matrix.py", 'if self.ahead and int(self.stored["adopt_at"]):', "if False:",
+           "tests/test_async_refresh.py::test_a_run_equals_the_equations"),
 ]  # fmt: skip

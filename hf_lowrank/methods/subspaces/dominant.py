@@ -9,13 +9,13 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice
-from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.methods.subspaces.decomposed import Decomposed, spectrum
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels
 
 
 @dataclass(frozen=True)
-class Dominant(Subspace, key="dominant"):
+class Dominant(Decomposed, key="dominant"):
     """P = U[:, :r], the r leading left singular vectors of the gradient at the refresh.
 
     References:
@@ -54,5 +54,5 @@ def dominant(G: Tensor, P: Tensor, refresh: str, ctx: Context) -> tuple[Tensor, 
         return kernels.range_finder(G, r, ctx.generator())
     if refresh == "power" and ctx.number:
         return kernels.power_step(G, P)
-    U, sigma = kernels.svd_basis(G) if refresh == "svd" else kernels.gram_basis(G)
+    U, sigma = spectrum(G, refresh)
     return U[..., :r], sigma

@@ -10,14 +10,14 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, integer, number
-from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.methods.subspaces.decomposed import EXACT, Decomposed
 from hf_lowrank.methods.subspaces.dominant import dominant
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import random
 
 
 @dataclass(frozen=True)
-class GoLore(Subspace, key="golore"):
+class GoLore(Decomposed, key="golore"):
     """P = U[:, :r] up to the share `switch_at` of the run, then uniform on the Stiefel manifold.
 
     The leading singular vectors of a noisy gradient are those of its noise once the signal is small; a random basis
@@ -33,7 +33,7 @@ class GoLore(Subspace, key="golore"):
 
     on_refresh: ClassVar[str] = "rotate"
 
-    refresh: str = choice("gram", "svd", help="how the leading vectors are found, both in float64")
+    refresh: str = choice(*EXACT, help="how the leading vectors are found, both in float64")
     switch_at: float = number(0.8, help="GoLore: share of the steps after which bases are random; 1 or more: never")
     total_steps: int | None = integer(
         None, minimum=1, help="GoLore: steps of the whole run; Trainer sets it", fact="total_steps"

@@ -11,26 +11,21 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, integer
-from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.methods.subspaces.decomposed import EXACT, Decomposed, spectrum
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels, random
 
 
 def _spectrum_option() -> Any:
     return choice(
-        "gram",
-        "svd",
+        *EXACT,
         help="gram: eigenvectors of G G^T in float64; svd: full SVD in float64. Both give the whole "
         "spectrum, which sampling needs; 'randomized' and 'power' do not",
     )
 
 
-def _spectrum(G: Tensor, refresh: str) -> tuple[Tensor, Tensor]:
-    return kernels.svd_basis(G) if refresh == "svd" else kernels.gram_basis(G)
-
-
 @dataclass(frozen=True)
-class I3S(Subspace, key="i3s"):
+class I3S(Decomposed, key="i3s"):
     """P = U[:, I], I = r indices drawn without replacement with weight sigma_i, sorted ascending.
 
     References:
@@ -44,12 +39,12 @@ class I3S(Subspace, key="i3s"):
 
     @override
     def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        U, sigma = _spectrum(G, self.refresh)
+        U, sigma = spectrum(G, self.refresh)
         return kernels.take_columns(U, random.gumbel_top_r(sigma, s["basis"].shape[-1], ctx.generator())), sigma
 
 
 @dataclass(frozen=True)
-class Hybrid(Subspace, key="hybrid"):
+class Hybrid(Decomposed, key="hybrid"):
     """P = [U[:, :r0], U[:, J]], J = r - r0 indices drawn uniformly without replacement from the others, sorted.
 
     r0 = 0 is the uniform rule, r0 = r the dominant one.
@@ -68,7 +63,7 @@ class Hybrid(Subspace, key="hybrid"):
 
     @override
     def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        U, sigma = _spectrum(G, self.refresh)
+        U, sigma = spectrum(G, self.refresh)
         r = s["basis"].shape[-1]
         r0 = r // 2 if self.r0 is None else min(self.r0, r)
         drawn = _uniform_indices(sigma[..., r0:], r - r0, ctx) + r0
@@ -77,7 +72,7 @@ class Hybrid(Subspace, key="hybrid"):
 
 
 @dataclass(frozen=True)
-class Uniform(Subspace, key="uniform"):
+class Uniform(Decomposed, key="uniform"):
     """P = U[:, J], J = r indices drawn uniformly without replacement, sorted.
 
     References:
@@ -90,7 +85,7 @@ class Uniform(Subspace, key="uniform"):
 
     @override
     def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        U, sigma = _spectrum(G, self.refresh)
+        U, sigma = spectrum(G, self.refresh)
         return kernels.take_columns(U, _uniform_indices(sigma, s["basis"].shape[-1], ctx)), sigma
 
 

@@ -10,13 +10,13 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, integer, number
-from hf_lowrank.methods.parts import Subspace
+from hf_lowrank.methods.subspaces.decomposed import Decomposed
 from hf_lowrank.methods.subspaces.dominant import dominant
 from hf_lowrank.state.slots import Slot, Slots, State, counter
 
 
 @dataclass(frozen=True)
-class Lazy(Subspace, key="lazy"):
+class Lazy(Decomposed, key="lazy"):
     """P = U[:, :r], at intervals of its own for every matrix.
 
     When the last `queue_size` overlaps ||P_old^T P_new||^2 / r have a mean of at least `threshold` the interval
