@@ -1,0 +1,48 @@
+"""The study of subspaces: what its numbers are, and that a finished run is not run again."""
+
+import json
+from math import sqrt
+
+import pytest
+import torch
+
+from recipes.studies import subspaces
+
+
+def test_shared_directions_are_counted():
+    Q = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    assert subspaces.shared([Q[:, :4]], [Q[:, 2:6]]) == pytest.approx(2)
+    tilted = (Q[:, :1] + Q[:, 8:9]) / sqrt(2)  # at 45 degrees
+    assert subspaces.shared([Q[:, :4]], [tilted]) == pytest.approx(0.5)
+
+
+def test_a_spike_is_above_what_came_before_and_a_falling_loss_has_none():
+    falling = [5 - 0.01 * i + 0.02 * (i % 3) for i in range(60)]
+    assert subspaces.spikes(falling) == []
+    falling[40] += 1
+    assert subspaces.spikes(falling) == [40]
+
+
+def test_thirds_cover_everything_once():
+    values = [*range(11)]
+    assert [x for i in range(3) for x in subspaces.third(values, i)] == values
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch, capsys):
+    """All rows, one seed; the tiny model has one layer of width 16, so ranks are 4."""
+    file = tmp_path / "subspaces.jsonl"
+    command = ["subspaces.py", "--size", "tiny", "--steps", "101", "--seeds", "1", "--file", str(file)]
+    monkeypatch.setattr("sys.argv", command)
+    subspaces.main()
+    runs = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [run["method"] for run in runs] == [*subspaces.METHODS]
+    for run in runs:
+        assert len(run["overlaps"]) == (0 if run["method"] == "full_adamw" else 4)
+        assert all(0 < x < 1.0001 for x in run["overlaps"]) and 0 < run["effective_rank"] < 1
+        assert 0 < run["same"][0][1] <= 4
+    # the first probe comes before any step: the same for all
+    assert len({tuple(run["same"][0]) for run in runs}) == 1
+    first = capsys.readouterr().out
+    monkeypatch.setattr(subspaces, "train", None)
+    subspaces.main()
+    assert capsys.readouterr().out == first and first.count("galore_i3s_adamw") == 2
