@@ -31,7 +31,7 @@ ADAM = [n for n in COVERING if METHODS[n].moments == "adam"]
 BY_AXIS = [  # rules that tell outputs from inputs
     n
     for n in NAMES
-    if METHODS[n].moments in ("adam_mini", "normuon", "racs", "sinkhorn")
+    if METHODS[n].moments in ("adam_mini", "normuon", "racs", "rmnp", "sinkhorn")
     or METHODS[n].subspace in ("haar", "fold")
     or n == "scale_sgd"
 ]

@@ -44,6 +44,7 @@ WHOLE = {
     "sm3": lambda m, n, r: m * n + m + n,
     "muon": lambda m, n, r: m * n,
     "normuon": lambda m, n, r: m * n + n,
+    "rmnp": lambda m, n, r: m * n,
     "racs": lambda m, n, r: m + n + 1,
     "sinkhorn": lambda m, n, r: 0,
     "whitened": lambda m, n, r: 0,

@@ -48,10 +48,21 @@ def test_the_size_of_the_gradient_does_not_matter(name, factor):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # the factor rounds every entry
 
 
+@pytest.mark.parametrize("name, size", [("scale_sgd", 1.0), ("rmnp", 0.2)])
 @pytest.mark.parametrize("shape", [WIDE, TALL])
-def test_scales_outputs_have_unit_rms(shape):
-    step, _ = first_step("scale_sgd", shape)
-    torch.testing.assert_close(step.square().mean(0).sqrt(), torch.ones(shape[0]).double(), rtol=1e-5, atol=0)
+def test_outputs_have_one_rms(shape, name, size):
+    step, _ = first_step(name, shape)
+    torch.testing.assert_close(step.square().mean(0).sqrt(), size * torch.ones(shape[0]).double(), rtol=1e-5, atol=0)
+
+
+def test_rmnp_is_muons_step_where_outputs_are_orthogonal():
+    U = torch.linalg.qr(torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    G = (U * torch.arange(1.0, 7)).mT.float()  # (outputs, inputs), outputs of different sizes
+    p, q = weight((6, 9)), weight((6, 9))
+    a = finish(optimizer(p, "rmnp", weight_decay=0.0), p, [G])
+    b = finish(optimizer(q, "full_muon", weight_decay=0.0, orthogonalize="exact"), q, [G])
+    # both have outputs of norm 0.2 sqrt(9), the longer side
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL])
@@ -62,7 +73,7 @@ def test_sinkgd_converges_to_rows_and_columns_of_unit_rms(shape):
         torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)  # its convergence is linear
 
 
-@pytest.mark.parametrize("name", ["racs", "sinkgd", "swan", "full_muon", "full_normuon", "full_sm3"])
+@pytest.mark.parametrize("name", ["racs", "rmnp", "sinkgd", "swan", "full_muon", "full_normuon", "full_sm3"])
 def test_rows_and_columns_of_zeros_stay_so_and_harm_nothing(name):
     G = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     G[2], G[:, 3] = 0, 0

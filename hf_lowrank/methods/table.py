@@ -213,6 +213,14 @@ METHODS: dict[str, Method] = {
     ),
     "full_muon": Method("whole", "muon", "project", "Muon: orthogonalised momentum", "arXiv 2502.16982", _MUON),
     "full_normuon": Method("whole", "normuon", "project", "NorMuon: Muon with neurons of one size", _NORMUON, _MUON),
+    "rmnp": Method(
+        "whole",
+        "rmnp",
+        "project",
+        "RMNP: momentum with outputs of one size, Muon's step without its products",
+        "arXiv 2603.20527",
+        {**_WHOLE, "nesterov": True},
+    ),
     "racs": Method(
         "whole", "racs", "project", "RACS: rows and columns scaled by a fixed point", _ALICE, {**_WHOLE, "scale": 0.05}
     ),

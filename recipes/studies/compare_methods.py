@@ -229,16 +229,25 @@ def add_study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
     parser.add_argument("--steps", type=int, default=1000, help="of a training; 1024 tokens each")
     parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; default: all")
+    parser.add_argument(
+        "--own",
+        action="store_true",
+        help="embeddings, head and norms as each method has them; rows where that differs",
+    )
     parser.add_argument("--bytes", type=float, help="ranks such that the state of matrices has this size per element")
 
 
 def rows_of(args: argparse.Namespace) -> tuple[Row, ...]:
-    """Return the rows that are asked for, with --bytes at the rank that fits; those that do not fit are left out."""
+    """Return the rows that are asked for: with --own those that have embeddings and head of their own, with --bytes at
+    the rank that fits those that do.
+    """
     names = args.rows.split(",")
     for name in names:
         if name not in ROWS:
             stop(f"--rows: there is no row {name}; valid are {', '.join(ROWS)}")
     rows = [ROWS[name] for name in names]
+    if args.own:
+        rows = [own for row in rows if (own := row.own)]
     if args.bytes is not None:
         rows = [fit for row in rows if (fit := at_bytes(row, args.size, args.bytes))]
     return tuple(rows)

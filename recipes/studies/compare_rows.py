@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from hf_lowrank import METHODS
-from hf_lowrank.methods.resolve import split
+from hf_lowrank.methods.dense import KINDS, MIXED
+from hf_lowrank.methods.moments.adam import Adam
+from hf_lowrank.methods.resolve import Config, split
 
 
 LONG_MEMORY = ((0.9, 0.9), (0.9, 0.99), (0.9, 0.999))
@@ -31,6 +33,7 @@ class Row:
         options: its options; a rank that is not among them is a quarter of the width, if it has one.
         betas: the decays of moments that are tried.
         unit: the learning rate of matrices is rate / unit. Default: the method's scale.
+        fixed: whether embeddings, head and norms are as FIXED says; else as the method has them.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     betas: tuple[tuple[float, float], ...] = LONG_MEMORY
     unit: float | None = None
+    fixed: bool = True
 
     @property
     def ranked(self) -> bool:
@@ -48,6 +52,17 @@ class Row:
     def defaults(self) -> Mapping[str, Any]:
         """What its line in the package's table sets."""
         return {} if self.method == LORA else METHODS[split(self.method)[0]].defaults
+
+    @property
+    def own(self) -> Row | None:
+        """The row with embeddings, head and norms as the method has them; None where that is the same."""
+        if self.method == LORA:
+            return None
+        config = Config.of(self.method, self.options, model=True)
+        dense = [config.dense(kind) for kind in (MIXED, *KINDS)]
+        if all(isinstance(d.dense_rule, Adam) and d.options["dense_state_format"] == "fp32" for d in dense):
+            return None
+        return replace(self, name=f"{self.name}, own dense", fixed=False)
 
 
 def _muon(name: str, method: str, **options: Any) -> Row:
@@ -63,6 +78,7 @@ ROWS = {
         _muon("full_muon_8bit", "full_muon", state_format="8bit"),
         _muon("full_muon_4bit", "full_muon", state_format="4bit"),
         _muon("full_normuon", "full_normuon"),
+        _muon("rmnp", "rmnp"),
         Row("scale_sgd", "scale_sgd", betas=((0.9, 0.999),)),
         Row("racs", "racs", betas=MOMENTUM),
         Row("galore_dominant_adamw", "galore_dominant_adamw"),

@@ -90,7 +90,7 @@ def options(row: Row, size: str) -> dict[str, Any]:
         return {**rank, **row.options}
     has_gap = "update_proj_gap" in Config.of(row.method, row.options, model=True).options
     gap = {"update_proj_gap": GAP} if has_gap and "update_proj_gap" not in row.defaults else {}  # LDAdam's is 1
-    return {**FIXED, **rank, **gap, **row.options}
+    return {**(FIXED if row.fixed else {}), **rank, **gap, **row.options}
 
 
 def train(run: Run, text: Text) -> dict[str, Any]:

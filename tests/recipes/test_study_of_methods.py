@@ -246,3 +246,22 @@ def test_the_command_that_is_killed_leaves_nothing_running_and_runs_each_run_onc
     tables.main()
     printed = capsys.readouterr().out
     assert printed.count("\n") == 4 and "galore_i3s_adamw" in printed
+
+
+def test_rows_with_embeddings_and_head_of_their_own_are_those_whose_state_differs(text):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(training.llama_config(training.SIZES["tiny"], text.tokenizer, training.BLOCK))
+
+    def dense_state(row):
+        run = training.Run(row, Point(), "tiny", 2, 2)
+        optimizer, matrices = training.optimizer_of(run, model)
+        kept = {id(p) for p in matrices}
+        return {name: sorted(plan.kept) for name, p, _, plan in optimizer.declared() if id(p) not in kept}
+
+    fixed = dense_state(ROWS[BASELINE])
+    own = {name: row.own for name, row in ROWS.items() if row.own}
+    assert own.keys() == {"full_adamw_8bit", "scale_sgd"}
+    for name, row in own.items():
+        assert dense_state(ROWS[name]) == fixed and row.name == f"{name}, own dense"
+    assert "exp_avg" not in dense_state(own["scale_sgd"])["model.embed_tokens.weight"]
+    assert training.options(own["scale_sgd"], "tiny").keys().isdisjoint(training.FIXED)

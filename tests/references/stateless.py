@@ -1,4 +1,5 @@
-"""SinkGD (arXiv 2502.06742, Algorithm 3) and SWAN (arXiv 2412.13148): what can be done with one gradient."""
+"""SinkGD (arXiv 2502.06742, Algorithm 3) and SWAN (arXiv 2412.13148): what can be done with one gradient, or with a
+momentum in its place."""
 
 from __future__ import annotations
 
@@ -46,6 +47,31 @@ class Whitened(Sinkhorn):
         return 0.2 * sqrt(max(h.W.shape)) * white, 1.0
 
 
+class RMNP:
+    """RMNP (arXiv 2603.20527): every column of the momentum to an RMS of 0.2."""
+
+    M: Any = 0.0
+
+    def __init__(self, nesterov: bool) -> None:
+        self.nesterov = nesterov
+
+    def update(self, R: Tensor, h: Any) -> tuple[Tensor, float]:
+        self.M = h.beta1 * self.M + (1 - h.beta1) * R
+        X = h.beta1 * self.M + (1 - h.beta1) * R if self.nesterov else self.M
+        return 0.2 * X / X.square().mean(0, keepdim=True).sqrt(), 1.0
+
+    def mean(self, h: Any) -> Tensor:
+        return self.M
+
+    def transport(self, how: str, C: Tensor, h: Any) -> None:
+        if how != "keep":
+            self.M = C @ self.M
+
+
+def rmnp(case: Case) -> dict[str, Any]:
+    return {"moments": RMNP(case.options["nesterov"])}
+
+
 def whitened(case: Case) -> dict[str, Any]:
     return {"moments": Whitened(case.options["orthogonalize"], case.options["ns_steps"])}
 
@@ -57,5 +83,6 @@ def tolerance(case: Case) -> float:
 
 REFERENCES = {
     ("moments", "sinkhorn"): Entry(fields=lambda case: {"moments": Sinkhorn(case.options["iterations"])}),
+    ("moments", "rmnp"): Entry(fields=rmnp),
     ("moments", "whitened"): Entry(fields=whitened, tolerance=tolerance),
 }
