@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,28 +26,43 @@ import hf_lowrank
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.glue.comparison import Cell, Ledger, run_missing  # noqa: E402
 from recipes.glue.settings import parse  # noqa: E402
-from recipes.glue.tables import markdown, spread  # noqa: E402
+from recipes.glue.tables import markdown  # noqa: E402
 from recipes.glue.tasks import TASKS  # noqa: E402
 from recipes.glue.training import train  # noqa: E402
 from recipes.shared.common import machine  # noqa: E402
+from recipes.studies.compare_tables import interval  # noqa: E402
 
 
 FILE = Path(__file__).resolve().parent / "minilm_study.jsonl"
 
-_LOW_RANK = "--optim_args rank=8,update_proj_gap=100,scale=2 "
-_LOW_RANK += "--optim_target_modules query,key,value,intermediate.dense,output.dense --optim "
-_LORA = "--optim adamw_torch --baseline lora --adapter_rank 8 --adapter_alpha 8 --adapter_dropout 0 --adapter_targets "
+_TARGETS = "--optim_target_modules query,key,value,intermediate.dense,output.dense"
+_RATES = (1e-4, 2e-4, 4e-4)
+
+
+def _low_rank(method: str, rank: int = 8) -> tuple[str, tuple[float, ...]]:
+    return f"--optim_args rank={rank},update_proj_gap=100,scale=2 {_TARGETS} --optim {method}", _RATES
+
+
+def _lora(rank: int = 8) -> tuple[str, tuple[float, ...]]:
+    adapters = f"--adapter_rank {rank} --adapter_alpha {rank} --adapter_dropout 0 --adapter_targets query,value"
+    return f"--optim adamw_torch --baseline lora {adapters}", (1e-3, 2e-3, 4e-3)
+
 
 ROWS = {
-    "full fine-tuning": ("--optim adamw_torch", (1e-4, 2e-4, 4e-4)),
-    "LoRA": (_LORA + "query,value", (1e-3, 2e-3, 4e-3)),
-    "galore_dominant_adamw": (_LOW_RANK + "galore_dominant_adamw", (1e-4, 2e-4, 4e-4)),
-    "galore_i3s_adamw": (_LOW_RANK + "galore_i3s_adamw", (1e-4, 2e-4, 4e-4)),
-    "fira_adamw": (_LOW_RANK + "fira_adamw", (1e-4, 2e-4, 4e-4)),
-    "subtrack_adamw": (_LOW_RANK + "subtrack_adamw", (1e-4, 2e-4, 4e-4)),
+    "full fine-tuning": ("--optim adamw_torch", _RATES),
+    "full_muon, 4 bits": (f"--optim_args state_format=4bit {_TARGETS} --optim full_muon", _RATES),
+    "LoRA": _lora(),
+    "LoRA, rank 4": _lora(4),
+    "galore_dominant_adamw": _low_rank("galore_dominant_adamw"),
+    "subtrack_adamw": _low_rank("subtrack_adamw"),
+    **{
+        f"{method}{'' if rank == 8 else f', rank {rank}'}": _low_rank(method, rank)
+        for method in ("galore_i3s_adamw", "fira_adamw", "subtrack_pp_adamw", "alice_adamw")
+        for rank in (8, 4)
+    },
 }
-"""Options of a method, and the learning rates that are tried. SubTrack has its default step: one on the scale of the
-gradient does not carry over to another model."""
+"""Options of a method, and the learning rates that are tried. Ranks are 8 where the name says nothing. SubTrack has
+its default step: one on the scale of the gradient does not carry over to another model."""
 
 BUDGET = {
     "cola": "--num_train_epochs 3 --per_device_train_batch_size 32",
@@ -71,7 +87,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder that bert_to_roberta.py made")
     parser.add_argument("--data_dir", help="folder with cola, rte and sst2")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="methods to run; default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--file", type=Path, default=FILE, help="where results are recorded")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/minilm_study"), help="folder of the trainings")
     parser.add_argument("--print", action="store_true", help="run nothing, print the tables")
@@ -145,7 +161,7 @@ def main_score(result: dict[str, Any], task: str) -> float:
 
 
 def results_table(ledger: Ledger, seeds: list[int]) -> str:
-    """Return scores by method and task, mean and spread over seeds, as Markdown."""
+    """Return scores by method and task, means over seeds with 95 % intervals by Student's t, as Markdown."""
     head = ["", "lr", *(f"{TASKS[task].title} {TASKS[task].metrics[0].split('_')[0]}" for task in BUDGET)]
     head += ["mean", "seeds", "optimizer state, MiB"]
     lines = []
@@ -159,9 +175,17 @@ def results_table(ledger: Ledger, seeds: list[int]) -> str:
         whole = f"{mean(map(mean, scores.values())):.1f}" if all(scores.values()) else "-"
         state = max(result["state_mib"] for result in ledger.results if result["row"] == row)
         counts = "/".join(str(len(values)) for values in scores.values())
-        cells = [spread(values, "{:.1f}") for values in scores.values()]
+        cells = [interval_text(values) for values in scores.values()]
         lines.append([row, f"{rate:g}", *cells, whole, counts, f"{state:.1f}"])
     return markdown(head, lines)
+
+
+def interval_text(values: list[float]) -> str:
+    """Return a mean with half of its interval; of one value the value, of none a dash."""
+    if not values:
+        return "-"
+    middle, half = interval(values)
+    return f"{middle:.1f}" + (f" ± {half:.1f}" if half < inf else "")
 
 
 def grid_table(ledger: Ledger) -> str:
