@@ -13,11 +13,12 @@ from hf_lowrank.engine.sharding import adopt, allocate, whole_if_needed
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state import view
-from hf_lowrank.state.former import from_one_line
+from hf_lowrank.state.former import from_even_levels, from_one_line
 
 
-FORMAT_VERSION = 2
-"""Version of the layout of `optimizer.state_dict()`; stored in every group. In 1 blocks of codes crossed columns."""
+FORMAT_VERSION = 3
+"""Version of the layout of `optimizer.state_dict()`; stored in every group. In 1 blocks of codes crossed columns; up
+to 2 the levels of 4-bit moments were evenly spaced."""
 
 RUN_OPTIONS = ("layerwise", "max_grad_norm", "stagger", "reduce_projected")
 """How a run is run, not what it computes: the caller's value holds, not the checkpoint's. So do the options that are a
@@ -89,6 +90,9 @@ def load_states(
         saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
         if version < 2:
             saved = from_one_line(saved, plan.whole, plan.encodings)
+        if version < 3:
+            pieces = any(isinstance(value, DTensor) for value in saved.values())
+            saved = from_even_levels(saved, plan.buffers if pieces else plan.whole, plan.encodings)
         trained = not (saved and saved.keys() <= plan.lasting.keys())
         fresh = allocate(p, plan, trained=trained)
         for key, buffer in plan.lasting.items():  # an older checkpoint may lack what is kept for the log alone

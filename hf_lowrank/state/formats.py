@@ -171,16 +171,23 @@ class EightBit(Blockwise):
 
 
 class FourBit(Blockwise):
-    """Block-wise linear 4-bit, two codes of a line to a byte, one absmax per 128 elements of a line.
+    """Block-wise 4-bit, two codes of a line to a byte, one absmax per 128 elements of a line.
 
-    Signed values take the 15 levels -7/7 .. 7/7, which hold zero exactly and do not collapse on a block of one sign. A
-    second moment takes 1/16 .. 16/16: zero is left out, since it would be divided by.
+    Signed values take 15 levels, which hold zero exactly and do not collapse on a block of one sign: of a basis x =
+    -7/7 .. 7/7, of a moment 0.7 x + 0.3 x^4 with the sign of x. These lie within 0.02 of the levels with the least
+    mean square error for 128 Gaussians in units of their absmax. A second moment takes 1/16 .. 16/16: zero is left
+    out, since it would be divided by.
 
     References:
-        Memory-efficient optimizers with 4-bit states, arXiv 2309.01507 (the second moment without a zero point).
+        Memory-efficient optimizers with 4-bit states, arXiv 2309.01507 (levels that lie closer at zero for the first
+        moment; the second moment without a zero point).
     """
 
     block = 128
+
+    def curved(self, buffer: Buffer) -> bool:
+        """Tell whether levels lie closer at zero."""
+        return buffer.slot.values == "signed" and not buffer.slot.of_basis
 
     @override
     def _declare(self, buffer: Buffer) -> Buffer:
@@ -190,7 +197,10 @@ class FourBit(Blockwise):
     @override
     def _codes(self, ratio: Tensor, buffer: Buffer) -> Tensor:
         positive = buffer.slot.values == "positive"
-        codes = (ratio * 16).round().sub(1).clamp_(0, 15) if positive else (ratio * 7).round().add(7)
+        if self.curved(buffer):
+            codes = torch.bucketize(ratio.contiguous(), _between(ratio.device), out_int32=True)
+        else:
+            codes = (ratio * 16).round().sub(1).clamp_(0, 15) if positive else (ratio * 7).round().add(7)
         pairs = _padded(codes.to(torch.uint8), 2)
         return (pairs[:, ::2] | pairs[:, 1::2] << 4).view(self._declare(buffer).shape)
 
@@ -199,7 +209,22 @@ class FourBit(Blockwise):
         before, line, after = buffer.sides
         packed = codes.reshape(before, -1, after)
         levels = torch.stack([packed & 15, packed >> 4], 2).view(before, -1, after)[:, :line].float().contiguous()
-        return (levels + 1) / 16 if buffer.slot.values == "positive" else (levels - 7) / 7
+        if buffer.slot.values == "positive":
+            return (levels + 1) / 16
+        even = levels.sub_(7).div_(7)
+        return _bent(even) if self.curved(buffer) else even
+
+
+def _bent(x: Tensor) -> Tensor:
+    """Return 0.7 x + 0.3 x^4 with the sign of x."""
+    return x.abs().pow_(3).mul_(0.3).add_(0.7).mul_(x)
+
+
+@lru_cache
+def _between(device: torch.device) -> Tensor:
+    """Return the 14 numbers halfway between the levels of a moment; one tensor per device serves all."""
+    levels = _bent(torch.arange(-7, 8) / 7)
+    return ((levels[1:] + levels[:-1]) / 2).to(device)
 
 
 FORMATS: dict[str, Encoding] = {"fp32": Plain(), "bf16": BFloat16(), "8bit": EightBit(), "4bit": FourBit()}

@@ -83,7 +83,7 @@ def test_the_checkpoint_loads_with_weights_only(tmp_path):
     assert all(isinstance(v, torch.Tensor) for s in saved["state"].values() for v in s.values())
     plain = (str, int, float, bool, type(None))
     for group in saved["param_groups"]:
-        assert group["format"] == 2
+        assert group["format"] == 3
         assert all(isinstance(v, (*plain, list, tuple)) for v in group.values())
 
 

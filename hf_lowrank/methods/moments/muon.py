@@ -52,6 +52,9 @@ ORTHOGONALIZE: Any = choice(
 )
 STEPS: Any = integer(5, minimum=1, help="Muon: iterations of newton_schulz and polar_express")
 NESTEROV: Any = flag(False, help="Muon: orthogonalise b1 M + (1 - b1) R instead of M")
+ROW_SCALES: Any = flag(
+    False, help="Muon: keep the rows of M in units of their size, which codes of few bits hold better"
+)
 ADJUST_LR: Any = choice(
     "match_rms_adamw",
     "original",
@@ -67,6 +70,7 @@ class Orthogonalised(Moments):
     orthogonalize: str = again(ORTHOGONALIZE)
     ns_steps: int = again(STEPS)
     nesterov: bool = again(NESTEROV)
+    row_scales: bool = again(ROW_SCALES)
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
@@ -77,17 +81,35 @@ class Orthogonalised(Moments):
 
     @override
     def slots(self, columns: Columns) -> Slots:
-        return {"exp_avg": Slot("r n")}
+        return {"exp_avg": Slot("r n"), **({"row_scale": Slot("r", values="exact")} if self.row_scales else {})}
 
     def orthogonal(self, s: State, R: Tensor, ctx: Context, factor: float = 1.0) -> Asking[Tensor]:
         """Take R into M and return `factor` times the polar factor, for this process's columns (a new tensor)."""
-        M = s["exp_avg"].lerp_(R, 1 - ctx.beta1)
+        M = s["exp_avg"]
+        if self.row_scales:
+            M.mul_(s["row_scale"].unsqueeze(-1))
+        M.lerp_(R, 1 - ctx.beta1)
         X = torch.lerp(R, M, ctx.beta1) if self.nesterov else M
         polar = yield from orthogonal(X, self.orthogonalize, self.ns_steps, ctx.columns, factor)
+        if self.row_scales:
+            yield from self._scale_rows_(s, ctx)
         return polar
+
+    def _scale_rows_(self, s: State, ctx: Context) -> Asking[None]:
+        """Bring the rows of M to unit RMS, and keep what they had."""
+        squares = yield Sum(s["exp_avg"].square().sum(-1), over="columns")
+        scale = s["row_scale"].copy_((squares / ctx.columns.n).sqrt_())
+        s["exp_avg"].div_(torch.where(scale > 0, scale, 1.0).unsqueeze(-1))
+
+    @override
+    def momentum(self, s: State, ctx: Context) -> Tensor:
+        return s["exp_avg"] * s["row_scale"].unsqueeze(-1) if self.row_scales else s["exp_avg"]
 
     @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        if self.row_scales:  # of the rows before; the next step scales those of now
+            s["exp_avg"].mul_(s["row_scale"].unsqueeze(-1))
+            s["row_scale"].fill_(1.0)
         s["exp_avg"].copy_(C @ s["exp_avg"])
 
 
