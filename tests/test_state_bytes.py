@@ -50,6 +50,7 @@ WHOLE = {
     "whitened": lambda m, n, r: 0,
 }
 NUMBERS |= {name: WHOLE[row.moments] for name, row in METHODS.items() if row.subspace == "whole"}
+NUMBERS["muon_4bit"] = lambda m, n, r: m * n / 8 + m  # in fp32 numbers, as all of them
 FIRA = [name for name, row in METHODS.items() if row.reconstruction == "fira"]
 NUMBERS |= {name: lambda m, n, r, rest=NUMBERS[name]: rest(m, n, r) + 1 for name in FIRA}
 ALICE = ("alice_adamw", "alice_muon")
@@ -102,7 +103,8 @@ def test_declared_bytes_are_those_of_the_formula(name, shape):
         numbers += m * r / 128  # a scale for every block
     wide_index = 4 * r if name == "grass_adamw" else 0
     counters = DIRECT if opt.configs[0].parts.direct else COUNTERS
-    assert opt.declared_bytes() == 4 * numbers + counters + OWN.get(name, 0) + wide_index + gauges(opt)
+    scales = 4 * n if name == "muon_4bit" else 0  # one for each column
+    assert opt.declared_bytes() == 4 * numbers + counters + OWN.get(name, 0) + wide_index + gauges(opt) + scales
     finish(opt, p, gradients(shape, 1) if m < 100 else [torch.randn(shape)])
     assert sum(x.numel() * x.element_size() for x in opt.state[p].values()) == opt.declared_bytes()
 

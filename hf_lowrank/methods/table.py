@@ -213,6 +213,14 @@ METHODS: dict[str, Method] = {
     ),
     "full_muon": Method("whole", "muon", "project", "Muon: orthogonalised momentum", "arXiv 2502.16982", _MUON),
     "full_normuon": Method("whole", "normuon", "project", "NorMuon: Muon with neurons of one size", _NORMUON, _MUON),
+    "muon_4bit": Method(
+        "whole",
+        "muon",
+        "project",
+        "Muon with its momentum in four bits, rows in units of their size: a sixteenth of AdamW's state",
+        "arXiv 2502.16982",
+        {**_MUON, "state_format": "4bit", "row_scales": True},
+    ),
     "rmnp": Method(
         "whole",
         "rmnp",

@@ -1,7 +1,7 @@
 """Which optimizer should I use? Train every row of compare_rows.py at equal trials, and record every run.
 
     python recipes/studies/compare_methods.py                       # the first pass: small model, 1000 steps
-    python recipes/studies/compare_methods.py --size large --steps 1200 --rows full_adamw,full_muon_4bit
+    python recipes/studies/compare_methods.py --size large --steps 1200 --rows full_adamw,muon_4bit
     python recipes/studies/compare_tables.py                        # tables and figure, from what is recorded
 
 Each row is tuned on one seed by the rule of `compare_rows.next_trial`, and scored with its best point on other seeds.

@@ -76,7 +76,7 @@ ROWS = {
         Row("full_adamw_8bit", "full_adamw_8bit"),
         _muon("full_muon", "full_muon"),
         _muon("full_muon_8bit", "full_muon", state_format="8bit"),
-        _muon("full_muon_4bit", "full_muon", state_format="4bit"),
+        _muon("muon_4bit", "muon_4bit"),
         _muon("full_normuon", "full_normuon"),
         _muon("rmnp", "rmnp"),
         Row("scale_sgd", "scale_sgd", betas=((0.9, 0.999),)),

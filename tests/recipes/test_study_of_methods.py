@@ -52,7 +52,7 @@ def test_the_search_finds_the_bottom_of_a_bowl_beyond_every_edge(bottom):
     assert settled(tried, ROWS[BASELINE])
 
 
-@pytest.mark.parametrize("name", ["full_adamw", "full_muon_4bit", "scale_sgd", "lora"])
+@pytest.mark.parametrize("name", ["full_adamw", "muon_4bit", "scale_sgd", "lora"])
 def test_every_row_has_the_same_number_of_trials_and_more_only_while_its_best_is_at_an_edge(name):
     row = ROWS[name]
     settled_early = search(bowl(0, 0, 0, 0), row, trials=12, most=20)
@@ -157,7 +157,7 @@ def test_a_study_goes_on_where_it_stopped_and_gives_the_same(text, tmp_path):
 
 
 def test_scores_are_at_the_best_point_of_the_tuning_text_and_of_other_seeds(text, tmp_path):
-    record, row = study.Record(tmp_path / "runs.jsonl"), ROWS["full_muon_4bit"]
+    record, row = study.Record(tmp_path / "runs.jsonl"), ROWS["muon_4bit"]
     study.alone(small(row.name), record)
     trials, scores = record.trials(row, "tiny", 2), record.scores(row, "tiny", 2)
     assert 3 <= len(trials) <= 4 and set(scores) == {2, 3}
