@@ -43,6 +43,7 @@ TITLES = {
     "2510.01878": "Randomized Gradient Subspaces for Efficient Large Language Model Training",
     "2510.05491": "NorMuon: Making Muon More Efficient and Scalable",
     "2512.07112": "FOAM: Folded Optimizer with Approximate Moment",
+    "2603.20527": "RMNP: Row-Momentum Normalized Preconditioning for Scalable Matrix-Based Optimization",
 }
 """Titles by arXiv number. A paper that is not here is cited by its number."""
 
