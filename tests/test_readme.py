@@ -31,9 +31,9 @@ def test_the_examples_run_as_they_are_pasted(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "first" / "hf_lowrank.json").exists()
 
 
-def test_nine_names_with_the_state_that_their_parts_declare():
+def test_ten_names_with_the_state_that_their_parts_declare():
     rows = dict(re.findall(r"^\| `(\w+)` \| .* \| ([^|]+) \|$", README, re.M))
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert rows == {name: tables.state(resolve.Config.of(name, {})) for name in rows}
 
 
