@@ -10,6 +10,7 @@
 | `refresh` | each way to a basis by size of the matrix: milliseconds, peak bytes, whether vectors are right |
 | `steps` | ordinary step of ours beside galore-torch, apollo-torch, fused AdamW, 60M to 7B with a few layers |
 | `training` | a plain LLaMA of 1B: tokens per second, and the optimizer's share with refreshes amortised |
+| `ahead` | whole steps of 1B with refreshes every 20 steps: waited for, and beside the steps (`async_refresh`) |
 | `memory` | peak bytes of training steps beside the estimate |
 | `resume` | bit for bit: resume, layerwise against plain, the same run twice |
 | `identities` | the package's identity tests with weights on the device |
@@ -185,23 +186,43 @@ def measure_training(bench: Bench) -> dict[str, Any]:
         micro_batches(bench, model, count, tokens)
         first = bench.milliseconds(optimizer.step, repeats=1)
         optimizer.zero_grad()
-        start = time.perf_counter()
-        seconds = 0.0
-        for _ in range(2 if bench.quick else 10):
-            micro_batches(bench, model, count, tokens)
-            bench.synchronize()
-            before = time.perf_counter()
-            optimizer.step()
-            bench.synchronize()
-            seconds += time.perf_counter() - before
-            optimizer.zero_grad()
-        whole = time.perf_counter() - start
         steps = 2 if bench.quick else 10
+        whole, seconds = train(bench, model, optimizer, steps, count, tokens)
         found[name] = {
             "tokens per second": steps * count * tokens / whole,
             "optimizer, share": seconds / whole,
             "a step after the first, ms": first,
         }
+        del model, optimizer
+    return found
+
+
+def train(bench: Bench, model: PlainLlama, optimizer: Any, steps: int, count: int, tokens: int) -> tuple[float, float]:
+    """Train for some steps; return the seconds of all and those of the optimizer, for which the host waits."""
+    start, seconds = time.perf_counter(), 0.0
+    for _ in range(steps):
+        micro_batches(bench, model, count, tokens)
+        bench.synchronize()
+        before = time.perf_counter()
+        optimizer.step()
+        bench.synchronize()
+        seconds += time.perf_counter() - before
+        optimizer.zero_grad()
+    return time.perf_counter() - start, seconds
+
+
+def measure_ahead(bench: Bench) -> dict[str, Any]:
+    """Time training with all refreshes of two intervals, waited for and beside the steps (async_refresh)."""
+    size, tokens, rank, gap = ("tiny", 16, 8, 4) if bench.quick else ("1b", 2048, 512, 20)
+    found: dict[str, Any] = {}
+    for ahead in (0, gap // 2):
+        model = model_of(bench, size, torch.bfloat16)
+        groups = param_groups(model, method=NAMES[0], rank=rank, update_proj_gap=gap, async_refresh=ahead)
+        optimizer = LowRankOptimizer(groups, NAMES[0], lr=1e-5)
+        train(bench, model, optimizer, 1, 1, tokens)  # the first bases are waited for
+        whole, _ = train(bench, model, optimizer, 2 * gap, 1, tokens)
+        found[f"async_refresh={ahead}"] = {"ms a step": 1e3 * whole / (2 * gap)}
+        optimizer.state_dict()  # so that nothing goes on
         del model, optimizer
     return found
 
@@ -288,6 +309,7 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "refresh": measure_refresh,
     "steps": measure_steps,
     "training": measure_training,
+    "ahead": measure_ahead,
     "memory": measure_memory,
     "resume": check_resume,
     "identities": check_identities,
