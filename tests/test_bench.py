@@ -88,7 +88,7 @@ def test_mistakes_are_named():
 
 def test_the_script_for_a_gpu_runs_every_section_that_needs_no_time(tmp_path):
     script = RUN.with_name("gpu.py")
-    sections = ["kernels", "refresh", "steps", "memory"]
+    sections = ["kernels", "refresh", "steps", "ahead", "memory"]
     command = [sys.executable, str(script), "--out", str(tmp_path), "--device", "cpu", "--quick"]
     done = subprocess.run([*command, "--sections", ",".join(sections)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
