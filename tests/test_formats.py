@@ -49,9 +49,7 @@ def test_a_format_keeps_values_to_its_precision(name, values, error):
 def test_any_size_is_stored_whole(name, size):
     x = torch.linspace(-1, 1, size)
     y, raw = round_trip(name, "signed", x)
-    assert (
-        y.shape == x.shape and (x - y).abs().max() <= 0.14
-    )  # half of the largest step of the coarser, 1 - 0.741
+    assert y.shape == x.shape and (x - y).abs().max() <= 0.14  # half of the largest step of the coarser, 1 - 0.741
     assert sum(v.numel() * v.element_size() for v in raw.values()) <= size * (1.02 if name == "8bit" else 0.55)
 
 

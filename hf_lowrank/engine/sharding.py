@@ -41,7 +41,11 @@ def adopt(saved: Tensor, fresh: Tensor) -> Tensor:
         return fresh
     # the device that trains has no room for two of them: what lies there already is taken over
     tensor = saved.detach().to(fresh.device, copy=saved.device.type == "cpu")
-    return tensor if tensor.stride() == fresh.stride() or isinstance(fresh, DTensor) else fresh.copy_(tensor)
+    here, wanted = local(tensor), local(fresh)
+    if here.stride() == wanted.stride() or here.shape != wanted.shape:
+        return tensor
+    wanted.copy_(here)  # sums over what lies in another order would differ in their last bits
+    return fresh
 
 
 def whole_if_needed(saved: Any, weight: Tensor) -> Any:
