@@ -51,7 +51,6 @@ class Ahead:
             refresh.gradient = refresh.gradient.clone()  # the next backward may write in it
             unit.stored["next_report"].zero_()
             unit.stored["adopt_at"].copy_(unit.stored["step"] + unit.ahead)
-            unit.refreshed = True
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, "hf_lowrank refresh")
             stream = self._stream(unit.device)
@@ -74,7 +73,6 @@ class Ahead:
                 refresh.new = {name: unit.view[NEXT + name].clone() for name in unit.view.bases}
                 unit.view.forget()
                 refresh.adopt_(overlap, None)
-                unit.refreshed = False
 
     def settle(self) -> None:
         """Wait for all that goes on: then the state says everything."""

@@ -12,6 +12,7 @@ from typing_extensions import override
 from hf_lowrank.state.formats import FORMATS, Blockwise, FourBit
 from hf_lowrank.state.slots import Buffer, Buffers, Stored
 from hf_lowrank.state.view import Encodings
+from hf_lowrank.tensors.layout import local
 
 
 class EvenFourBit(FourBit):
@@ -39,7 +40,7 @@ def from_even_levels(saved: Mapping[str, Tensor], buffers: Buffers, chosen: Enco
         if not (isinstance(form, FourBit) and form.curved(buffer) and name in saved):
             continue
         keys = form.buffers(name, buffer).keys()
-        here = {key: _piece(saved[key]).clone() for key in keys}
+        here = {key: local(saved[key]).clone() for key in keys}
         form.encode_(here, name, buffer, EVEN.decode(here, name, buffer))
         for key, now in here.items():
             was = saved[key]
@@ -51,10 +52,6 @@ def from_even_levels(saved: Mapping[str, Tensor], buffers: Buffers, chosen: Enco
                 )
             )
     return found
-
-
-def _piece(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def from_one_line(saved: Mapping[str, Tensor], buffers: Buffers, chosen: Encodings) -> Stored:

@@ -50,7 +50,7 @@ def _lora(rank: int = 8) -> tuple[str, tuple[float, ...]]:
 
 ROWS = {
     "full fine-tuning": ("--optim adamw_torch", _RATES),
-    "full_muon, 4 bits": (f"--optim_args state_format=4bit {_TARGETS} --optim full_muon", _RATES),
+    "muon_4bit": (f"{_TARGETS} --optim muon_4bit", _RATES),
     "LoRA": _lora(),
     "LoRA, rank 4": _lora(4),
     "galore_dominant_adamw": _low_rank("galore_dominant_adamw"),
