@@ -64,13 +64,10 @@ ADJUST_LR: Any = choice(
 
 
 @dataclass(frozen=True)
-class Orthogonalised(Moments):
-    """M <- b1 M + (1 - b1) R, and a rule that takes its polar factor further; dense parameters take Adam."""
+class OneMoment(Moments):
+    """M <- b1 M + (1 - b1) R, and a rule that brings it to one size; dense parameters take Adam."""
 
-    orthogonalize: str = again(ORTHOGONALIZE)
-    ns_steps: int = again(STEPS)
     nesterov: bool = again(NESTEROV)
-    row_scales: bool = again(ROW_SCALES)
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
 
@@ -81,15 +78,36 @@ class Orthogonalised(Moments):
 
     @override
     def slots(self, columns: Columns) -> Slots:
-        return {"exp_avg": Slot("r n"), **({"row_scale": Slot("r", values="exact")} if self.row_scales else {})}
+        return {"exp_avg": Slot("r n")}
+
+    def taken(self, M: Tensor, R: Tensor, ctx: Context) -> Tensor:
+        """Take R into M, in place, and return M, or with `nesterov` b1 M + (1 - b1) R."""
+        M.lerp_(R, 1 - ctx.beta1)
+        return torch.lerp(R, M, ctx.beta1) if self.nesterov else M
+
+    @override
+    def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
+        s["exp_avg"].copy_(C @ s["exp_avg"])
+
+
+@dataclass(frozen=True)
+class Orthogonalised(OneMoment):
+    """A rule that takes the polar factor of the momentum further."""
+
+    orthogonalize: str = again(ORTHOGONALIZE)
+    ns_steps: int = again(STEPS)
+    row_scales: bool = again(ROW_SCALES)
+
+    @override
+    def slots(self, columns: Columns) -> Slots:
+        return {**super().slots(columns), **({"row_scale": Slot("r", values="exact")} if self.row_scales else {})}
 
     def orthogonal(self, s: State, R: Tensor, ctx: Context, factor: float = 1.0) -> Asking[Tensor]:
         """Take R into M and return `factor` times the polar factor, for this process's columns (a new tensor)."""
         M = s["exp_avg"]
         if self.row_scales:
             M.mul_(s["row_scale"].unsqueeze(-1))
-        M.lerp_(R, 1 - ctx.beta1)
-        X = torch.lerp(R, M, ctx.beta1) if self.nesterov else M
+        X = self.taken(M, R, ctx)
         polar = yield from orthogonal(X, self.orthogonalize, self.ns_steps, ctx.columns, factor)
         if self.row_scales:
             yield from self._scale_rows_(s, ctx)
@@ -110,7 +128,7 @@ class Orthogonalised(Moments):
         if self.row_scales:  # of the rows before; the next step scales those of now
             s["exp_avg"].mul_(s["row_scale"].unsqueeze(-1))
             s["row_scale"].fill_(1.0)
-        s["exp_avg"].copy_(C @ s["exp_avg"])
+        super().rotate_(s, C, how, ctx)
 
 
 @dataclass(frozen=True)
