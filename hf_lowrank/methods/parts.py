@@ -258,6 +258,10 @@ class Reconstruction(Part, ABC):
         """Declare the state; the default is none."""
         return {}
 
+    def rate(self, scale: float) -> float:
+        """Return what the learning rate is multiplied by for the option `scale`."""
+        return scale
+
     def absorb(self, s: State, G: Tensor, ctx: Context) -> Rule[tuple[Tensor, dict[str, Tensor]]]:
         """Return what takes the place of this process's piece of the gradient, and new values of slots.
 

@@ -78,8 +78,10 @@ def summary(optimizer: LowRankOptimizer) -> str:
     place = "stepped whole" if whole else f"at rank {_span(ranks)}"
     text = f"{optimizer.defaults['method']}: {len(matrices)} matrices {place}"
     if matrices:
-        scale = matrices[0].config.options["scale"]
-        text += f", lr {lr * scale:g} ({lr:g} x scale {scale:g})"
+        config = matrices[0].config
+        scale = config.options["scale"]
+        rate = config.parts.reconstruction.rate(scale)
+        text += f", lr {lr * rate:.3g} ({lr:g} x {'scale' if rate == scale else 'root of scale'} {scale:g})"
     text += f"; {len(everything) - len(matrices)} dense parameters, lr {lr:g}{_apart(optimizer, lr)}"
     here = " on this process" if optimizer.shard_state else ""
     return text + f"; state {declared / MIB:.1f} MiB{here} (AdamW: {adamw / MIB:.1f} MiB)"

@@ -50,8 +50,12 @@ class ScaledGradient(Reconstruction, key="scaled_gradient"):
         return {"norm": Slot("", values="exact")}
 
     @override
+    def rate(self, scale: float) -> float:
+        return sqrt(scale)
+
+    @override
     def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Asking[Update]:
-        factor = sqrt(ctx.scale)
+        factor = self.rate(ctx.scale)
         before = factor if self.limit == "back" else 1.0
         g_squared = norms.gradient()  # (..., n)
         if self.scaling == "channel":
