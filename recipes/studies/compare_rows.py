@@ -99,6 +99,7 @@ ROWS = {
         ),
         _muon("galore_dominant_muon", "galore_dominant_muon"),
         Row("frugal_adamw", "frugal_adamw"),
+        Row("frugal_adamw_4bit", "frugal_adamw", {"state_format": "4bit"}),
         Row(LORA, LORA),
     )
 }
