@@ -149,6 +149,15 @@ def test_targets_and_memory_take_rates_and_rules_by_kind(run, tmp_path):
         assert code == 0 and (command == "memory" or "dense, sgd" in out)
 
 
+def test_memory_counts_torchs_adamw_by_the_trainers_name(run):
+    code, out, _ = run("memory", "60m", "--optim", "adamw_torch", "--json")
+    (found,) = json.loads(out)
+    counts = found["dense_state"] - 2 * found["weights"]  # beside two moments in the weights' own type
+    assert code == 0 and 0 < counts < 1000 and counts % 4 == 0
+    code, _, err = run("memory", "60m", "--optim", "adamw_torch", "--budget", "1GB")
+    assert code == 2 and "unknown method 'adamw_torch'" in err
+
+
 def test_memory_prints_every_part_and_what_fits_a_budget(run):
     code, out, _ = run("memory", "60m", "--rank", 128)
     assert code == 0 and "58.1 M parameters" in out and "total" in out

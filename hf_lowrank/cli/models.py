@@ -95,11 +95,13 @@ def memory(
     options = split_assignments(optim_args)
     if rank and "rank" in options:
         raise ValueError(f"the rank is given twice: --rank {rank:g} and rank={options['rank']} in --optim-args")
-    resolve.split(optim)
-    check_within_reach(model)
     from hf_lowrank.planning.budget import fit_budget
-    from hf_lowrank.planning.memory import estimate_memory
+    from hf_lowrank.planning.memory import ADAMW, estimate_memory
     from hf_lowrank.planning.strategies import NAMES
+
+    if budget or optim not in ADAMW:
+        resolve.split(optim)
+    check_within_reach(model)
 
     shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options, "gpus": gpus}
     if strategy == "all" and gpus == 1:
