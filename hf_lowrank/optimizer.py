@@ -16,6 +16,7 @@ from hf_lowrank.engine.ahead import Ahead
 from hf_lowrank.engine.checkpoint import FORMAT_VERSION, check_checkpoint, load_states, merge_options, warn_changed
 from hf_lowrank.engine.checks import (
     TORCH_KEYS,
+    check_given_once,
     check_materialized,
     check_numbers,
     check_parameters,
@@ -90,11 +91,7 @@ class LowRankOptimizer(Replicas):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LowRankOptimizer:
         """Refuse, by a TypeError, groups of one's own beside those that Trainer has split."""
-        if args and "params" in kwargs:
-            raise TypeError(
-                "the parameters were given twice: get_optimizer_cls_and_kwargs(args, model) has split the model into "
-                "groups already, so build the optimizer as cls(**kwargs), without groups of your own"
-            )
+        check_given_once(args, kwargs)
         return super().__new__(cls)
 
     def _begin(self) -> None:
@@ -194,7 +191,7 @@ class LowRankOptimizer(Replicas):
         work, self._whole = self._prepared(), None
         self._agree(work)
         max_norm = max((group["max_grad_norm"] for group in self.param_groups), default=0.0)
-        with torch.autocast(work.units[0].device.type if work.units else "cpu", enabled=False):
+        with work.stepping(self.layerwise):
             self.grad_norm = self.layerwise.step_offloaded_(work.offloaded, self._refresh, max_norm)
             self.layerwise.average_due_(work.matrices, self._refresh)
             units = sorted((unit for unit in work.units if unit.ready), key=lambda unit: unit.local)
@@ -210,7 +207,6 @@ class LowRankOptimizer(Replicas):
             self._ahead.adopt_(work.matrices)
             if self.owners is not None:
                 self.owners.send_(work.plans)
-        self.layerwise.forget()
         return loss
 
     def _refresh(self, due: Sequence[MatrixStep], flags: Mapping[Unit, Sequence[bool]]) -> None:
@@ -240,7 +236,7 @@ class LowRankOptimizer(Replicas):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard all gradients, also those that the layerwise mode has projected; what it has stepped stays so."""
         super().zero_grad(set_to_none)
-        self.layerwise.forget()
+        self.layerwise.forget(self._work.units if self._work else ())
 
     def train(self) -> None:
         """Register the hooks of the layerwise mode; Trainer calls it before every step, in your own loop call it once.

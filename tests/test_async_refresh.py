@@ -16,8 +16,9 @@ from torch import Tensor
 from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.engine import ahead
 from hf_lowrank.methods import registry, resolve
+from hf_lowrank.methods.moments.adam import Adam
 from hf_lowrank.methods.subspaces.decomposed import Decomposed
-from hf_lowrank.tensors import kernels
+from hf_lowrank.tensors import kernels, products
 
 
 GAP, WAIT, STEPS = 5, 2, 17
@@ -248,3 +249,21 @@ def test_what_fails_in_the_thread_is_raised(monkeypatch):
 def test_what_cannot_go_on_beside_the_steps_is_refused(name, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         resolve.complete(name, {"update_proj_gap": GAP, "async_refresh": WAIT, **options})
+
+
+def test_moments_are_carried_over_in_full_precision(monkeypatch):
+    """Whatever torch's flag for TF32 says, as at a refresh that is waited for."""
+    flags, seen = torch.backends.cuda.matmul, []
+    rotate = Adam.rotate_
+
+    def looked(self, *args):
+        seen.append(flags.fp32_precision if hasattr(flags, "fp32_precision") else flags.allow_tf32)
+        rotate(self, *args)
+
+    monkeypatch.setattr(Adam, "rotate_", looked)
+    with products.precision("tf32"):
+        for wait in (0, WAIT):
+            p = weight(WIDE)
+            opt = made("galore_dominant_adamw", p, async_refresh=wait, on_refresh="rotate")
+            steps_(opt, p, gradients(WIDE, STEPS))
+    assert len(seen) > 4 and set(seen) <= {"ieee", False}

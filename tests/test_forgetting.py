@@ -11,7 +11,7 @@ from streams import COVERING, NAMES, WIDE, finish, gradients, optimizer, weight
 from hf_lowrank.state import view
 
 
-COUNTERS = {"step", "moment_step", "skipped", "refreshes", "refresh_at", "earlier"}
+COUNTERS = {"step", "moment_step", "skipped", "refreshes", "refresh_at", "earlier", "dropped_at"}
 RANDOM = ("golore_adamw", "galore_i3s_adamw", "grass_adamw", "apollo_random_adamw", "flora_adafactor")
 GAP = 3
 
@@ -22,16 +22,29 @@ def short(name, p, **options):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_forgotten_and_trained_again_is_a_fresh_run(name):
-    """Bit for bit, once the counters that make its random numbers others than before are set back."""
+    """Bit for bit, once the counters by which its random numbers are others than before are set back."""
     p, stream = weight(WIDE), gradients(WIDE, 12)
     opt = short(name, p)
     finish(opt, p, stream[:5])
     q = torch.nn.Parameter(p.detach().clone())
     opt.forget([p])
-    for key in ("step", "refresh_at", "earlier"):
-        if key in opt.state[p]:
-            opt.state[p][key].zero_()
+    if "earlier" in opt.state[p]:
+        opt.state[p]["earlier"].zero_()
+    if name in ("flora_adafactor", "golore_adamw", "golore_msgd"):  # which look at the step of the run
+        opt.state[p]["step"].zero_()
+        opt.state[p]["refresh_at"].zero_()
     assert torch.equal(finish(opt, p, stream[5:]), finish(short(name, q), q, stream[5:]))
+
+
+def test_stable_spam_begins_anew_with_the_visit():
+    """Its means are corrected for their start at zero by the steps since then: a first step is along the gradient."""
+    p, stream = weight(WIDE), gradients(WIDE, 30)
+    opt = optimizer(p, "full_msgd", stable_spam=True, betas=(0.0, 0.999), lr=1.0)
+    finish(opt, p, stream[:-1])
+    opt.forget([p])
+    before = p.detach().clone()
+    moved = before - finish(opt, p, stream[-1:])
+    assert torch.cosine_similarity(moved.flatten(), stream[-1].flatten(), dim=0) > 1 - 1e-6
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -127,7 +140,7 @@ def test_a_checkpoint_from_before_bases_were_counted_loads():
     opt = short("galore_i3s_adamw", p)
     finish(opt, p, stream[:4])
     saved, q = copy.deepcopy(opt.state_dict()), torch.nn.Parameter(p.detach().clone())
-    del saved["state"][0]["earlier"]
+    del saved["state"][0]["earlier"], saved["state"][0]["dropped_at"]
     resumed = short("galore_i3s_adamw", q)
     resumed.load_state_dict(saved)
     assert torch.equal(finish(opt, p, stream[4:]), finish(resumed, q, stream[4:]))

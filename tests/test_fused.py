@@ -8,6 +8,7 @@ from math import sqrt
 
 import pytest
 import torch
+from streams import gradients, optimizer
 
 from hf_lowrank.tensors import fused, rounding
 
@@ -111,3 +112,19 @@ def test_it_compiles_for_the_gpus_of_2020_and_2022_without_one(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["True"] * 4, done.stderr
+
+
+@pytest.mark.parametrize("name", ["full_muon", "full_came", "racs", "rmnp", "full_adafactor", "fira_adamw"])
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (1, 12), (12, 1)])
+def test_whatever_way_a_step_lies_it_is_written_to_the_weight(name, shape, monkeypatch):
+    """As torch's own operations write it; a step is computed in whichever order its products come."""
+    ends = []
+    for fuses in (False, True):
+        monkeypatch.setattr(fused, "runs_on", lambda device, fuses=fuses: fuses)
+        p = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+        opt = optimizer(p, name, rank=1 if 1 in shape else 3, lr=1e-2, stochastic_rounding=True)
+        p.grad = gradients(shape, 1)[0].bfloat16()
+        opt.step()
+        ends.append(p.detach().float())
+    assert ends[0].norm() > 0
+    torch.testing.assert_close(*ends, rtol=2.0**-7, atol=0)  # each rounded its own way, to a neighbour

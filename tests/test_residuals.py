@@ -136,6 +136,24 @@ def test_a_walk_turns_a_basis_by_its_angle_and_no_more(angle):
     torch.testing.assert_close(before.T @ before, torch.eye(6).double(), rtol=0, atol=1e-6)  # after 40 steps
 
 
+def test_the_bases_of_both_sides_go_their_own_ways():
+    """A draw that looks at no gradient is another on the other side; the right basis walks where the left is whole."""
+    p = weight((8, 8))
+    opt = optimizer(p, "galore_random_adamw", rank=3, proj_type="full")
+    finish(opt, p, gradients((8, 8), 1))
+    left, right = opt.state[p]["basis"], opt.state[p]["right_basis"]
+    assert (left - right).norm() > 0.1 * left.norm()
+    p = weight((4, 8))
+    opt = optimizer(p, "lowrank", rank=4, subspace="grass_walk", proj_type="full", update_proj_gap=1, angle=0.3)
+    before = None
+    for _ in run(opt, p, gradients((4, 8), 4)):
+        Q = opt.state[p]["right_basis"].double().clone()
+        if before is not None:
+            angle = torch.linalg.svdvals(before.T @ Q)[-1].clamp(max=1).acos()
+            assert abs(float(angle) - 0.3) < 1e-3
+        before = Q
+
+
 # ---- spikes ---------------------------------------------------------------------------------------------------------
 
 

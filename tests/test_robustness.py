@@ -10,6 +10,7 @@ from streams import COVERING
 from torch import nn
 
 from hf_lowrank import LowRankOptimizer
+from hf_lowrank.engine import step as engine_step
 from hf_lowrank.tensors import kernels
 
 
@@ -107,6 +108,42 @@ def test_clipping_leaves_a_bad_gradient_out_of_the_norm():
         if seed == 2:
             assert not torch.equal(before, w)  # the matrix was stepped, by a gradient of its own norm
     assert int(opt.state[b]["skipped"]) == 1 and int(opt.state[w]["skipped"]) == 0 and finite(opt)
+
+
+@pytest.mark.parametrize("dropped", ["by zero_grad", "by hand"])
+def test_a_step_that_an_error_ends_leaves_nothing_for_the_next(dropped, monkeypatch):
+    """What was clipped and waits to be stepped goes with its gradient."""
+    opt, w, b = pair("galore_dominant_adamw", max_grad_norm=0.5)
+    fresh, v, c = pair("galore_dominant_adamw", max_grad_norm=0.5)
+    for one, x, y in ((opt, w, b), (fresh, v, c)):
+        give(x, y, 0)
+        one.step()
+    give(w, b, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_step, "update_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+    if dropped == "by zero_grad":
+        opt.zero_grad()
+    for one, x, y in ((opt, w, b), (fresh, v, c)):
+        give(x, y, 2)
+        one.step()
+    assert torch.equal(w, v) and torch.equal(b, c)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"layerwise": "offload"}, "layerwise=offload, where gradients wait"),
+    ({"async_refresh": 1}, "async_refresh: every process"),
+])  # fmt: skip
+def test_what_reduce_projected_does_not_go_together_with_is_refused(options, words):
+    with pytest.raises(ValueError, match=f"reduce_projected does not go together with {words}"):
+        opt, w, b = pair(reduce_projected=True, **options)
+        give(w, b, 0)
+        opt.step()
 
 
 def test_a_step_without_gradients_changes_nothing():

@@ -9,8 +9,8 @@ import torch
 from fitting import fitting
 from streams import COVERING, gradients, weight
 
-from hf_lowrank import LowRankOptimizer
-from hf_lowrank.engine import stacks, step
+from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank.engine import refresh, stacks, step
 from hf_lowrank.methods import resolve
 
 
@@ -20,7 +20,8 @@ STEPS, GAP = 12, 5
 
 def may_be_stacked(name):
     parts = resolve.parts(name, {})
-    return parts.reconstruction.by_columns and not parts.subspace.needs_gradient
+    counts = METHODS[name].moments == "natural_adam"  # of what is in its window
+    return parts.reconstruction.by_columns and not parts.subspace.needs_gradient and not counts
 
 
 STACKED = [name for name in COVERING if may_be_stacked(name)]
@@ -177,3 +178,73 @@ def test_refreshes_are_spread_by_default_where_somebody_would_wait_for_them(name
     due = [int(opt.state[p]["refresh_at"]) for p in params[:-1]]
     spread = "layerwise" in name or (accelerated and "apollo" not in name)  # a sketch is drawn in no time
     assert (len(set(due)) > 4) == spread
+
+
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "galore_i3s_msgd", "subtrack_adamw"])
+def test_gradients_are_clipped_before_they_step_as_one(name, monkeypatch):
+    """By the norm of the projected ones; none is read twice, or left over for the next step."""
+    norm = 0.5  # every gradient is several times larger
+    plain = model()
+    expected = train(optimizer(name, plain, max_grad_norm=norm), plain, range(STEPS))
+    unclipped = model()
+    free = train(optimizer(name, unclipped), unclipped, range(STEPS))
+    monkeypatch.setattr(step, "at_once", lambda device: True)
+    params = model()
+    opt = optimizer(name, params, max_grad_norm=norm)
+    for t in range(STEPS):
+        train(opt, params, [t])
+        assert all(unit.started is None for unit in opt._work.units)
+    same(expected, [p.detach() for p in params], exact=False)
+    assert not torch.allclose(free[0], expected[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["natural_galore_adamw", "galore_dominant_came"])
+def test_every_matrix_counts_for_itself(name, at_once):
+    params = model()
+    opt = optimizer(name, params)
+    train(opt, params, range(STEPS), missing=UNEVEN)
+    again = model()
+    other = optimizer(name, again)
+    for i in range(len(params)):  # alone, each in its turn
+        for t in range(STEPS):
+            for p in again:
+                p.grad = None
+            what = UNEVEN.get((t, i), "good")
+            if what != "none":
+                again[i].grad = stream(again[i].shape, i)[t].clone()
+                if what == "bad":
+                    again[i].grad.view(-1)[0] = torch.nan
+                if what == "zeros":
+                    again[i].grad.zero_()
+            other.step()
+    same([p.detach() for p in params], [p.detach() for p in again], exact=False)
+
+
+@pytest.mark.parametrize("name", ["galore_dominant_adamw_layerwise", "fira_adamw_layerwise", "frugal_adamw_layerwise"])
+def test_layerwise_skips_what_is_not_finite(name, at_once):
+    """Also where a basis would be chosen from it, and decomposed, which raises."""
+    params = model()
+    opt = optimizer(name.removesuffix("_layerwise"), params, layerwise=True, update_proj_gap=1)
+    opt.train()
+    for bad in (True, False, True):
+        for i, p in enumerate(params):
+            G = stream(p.shape, i)[0]
+            (p * (G * torch.nan if bad else G)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    assert all(p.isfinite().all() for p in params)
+    assert [int(opt.state[p]["skipped"]) for p in params[:-1]] == [2] * (len(params) - 1)
+
+
+def test_a_wave_of_refreshes_holds_no_more_than_a_bucket(at_once):
+    """Of rules that put a matrix of its size in the place of the gradient, not only of bases."""
+    wide, counted = (64, 4096), {}
+    for name in ("galore_dominant_adamw", "ldadam"):
+        opt = LowRankOptimizer([{"params": [weight(wide)], "rank": 2}], name)
+        opt.param_groups[0]["params"][0].grad = torch.ones(wide)
+        opt.step()
+        counted[name] = refresh.wave_size(opt._work.matrices)
+    assert counted == {
+        "galore_dominant_adamw": step.SYNC_ELEMENTS // 128,
+        "ldadam": step.SYNC_ELEMENTS // (64 * 4096 + 2 * 4096),
+    }

@@ -21,6 +21,7 @@ from hf_lowrank.engine.plan import NEXT
 from hf_lowrank.engine.refresh import Refresh
 from hf_lowrank.engine.unit import Unit
 from hf_lowrank.state.view import View
+from hf_lowrank.tensors import products
 
 
 class Ahead:
@@ -49,6 +50,7 @@ class Ahead:
             step.advance([refresh.collect_()], [None])
             assert refresh.gradient is not None
             refresh.gradient = refresh.gradient.clone()  # the next backward may write in it
+            refresh.old = {name: tensor.clone() for name, tensor in refresh.new.items()}  # and the next step drop this
             unit.stored["next_report"].zero_()
             unit.stored["adopt_at"].copy_(unit.stored["step"] + unit.ahead)
             if self._thread is None:
@@ -58,6 +60,7 @@ class Ahead:
             self._going_on[unit.weight] = self._thread.submit(_choose, refresh, stream, ready)
         return len(good)
 
+    @products.precision("ieee")
     def adopt_(self, units: Sequence[MatrixStep]) -> None:
         """Adopt the bases whose step has come; the host waits for those that are not there yet."""
         due = [unit for unit in units if unit.ahead and 0 < int(unit.stored["adopt_at"]) <= int(unit.stored["step"])]
@@ -103,7 +106,7 @@ def _choose(refresh: Refresh, stream: Any, ready: Any) -> None:
         stream: where the work goes; None: where the device's other work is.
         ready: the event after which all is there that the refresh looks at.
     """
-    unit = refresh.unit
+    unit, _kept = refresh.unit, refresh.gradient  # till the stream is done with it
     with torch.no_grad(), _on(stream, unit.device):
         if stream is not None:
             stream.wait_event(ready)

@@ -96,7 +96,7 @@ def load_states(
         trained = not (saved and saved.keys() <= plan.lasting.keys())
         fresh = allocate(p, plan, trained=trained)
         for key, buffer in plan.lasting.items():  # an older checkpoint may lack what is kept for the log alone
-            if (buffer.slot.lifetime == "gauge" or key == "earlier") and saved:
+            if (buffer.slot.lifetime == "gauge" or key in ("earlier", "dropped_at")) and saved:
                 saved.setdefault(key, fresh[key])
         if difference := view.mismatch(fresh, saved):
             what = name or f"parameter {saved_id}"

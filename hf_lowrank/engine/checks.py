@@ -73,6 +73,19 @@ def check_materialized(groups: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
+def check_given_once(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse groups of one's own beside those that Trainer has split.
+
+    Raises:
+        TypeError: always the same.
+    """
+    if args and "params" in kwargs:
+        raise TypeError(
+            "the parameters were given twice: get_optimizer_cls_and_kwargs(args, model) has split the model into "
+            "groups already, so build the optimizer as cls(**kwargs), without groups of your own"
+        )
+
+
 def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> None:
     """Refuse groups that do not go together.
 
@@ -85,6 +98,17 @@ def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config
     whole = [config.offloads for config in configs]
     if norms and any(whole) and not all(whole):
         raise ValueError("layerwise=offload clips by the norm of whole gradients: set it in all groups, or in none")
+    for config in configs:
+        options = config.options
+        if config.low_rank and options.get("reduce_projected") and config.offloads:
+            raise ValueError(
+                "reduce_projected does not go together with layerwise=offload, where gradients wait as they are: "
+                "leave out one of them"
+            )
+        if config.low_rank and options.get("reduce_projected") and options.get("async_refresh"):
+            raise ValueError(
+                "reduce_projected does not go together with async_refresh: every process would choose bases of its own"
+            )
     along = [config.method for config in configs if config.low_rank and config.parts.needs_gradient]
     if norms and along and not all(whole):
         raise ValueError(f"{along[0]} steps along the gradient itself, which is not clipped: set max_grad_norm=0")

@@ -107,6 +107,8 @@ class DenseStep(Unit):
     def _step_in_blocks(self, i: int) -> None:
         """Step a tensor of low precision or with encoded state: cast, step, round, some rows at a time if possible."""
         rule, W, G, ctx = self.rule, self._here(self.weights[i]), self._grad(i), self._context(i)
+        if not W.numel():  # this process has nothing of it
+            return
         rounding = ctx.rounding(W.device)
         if not W.is_contiguous() or not W.dim():
             image = W.float()
@@ -119,7 +121,8 @@ class DenseStep(Unit):
             image = W.narrow(0, start, length).float()
             with self.views[i].narrow(start, length).writing() as s:
                 rule.dense_step_([image], [G.narrow(0, start, length).float()], [s], [ctx])
-            rounding.store_(W.narrow(0, start, length).view(-1), image.view(-1), start * row)
+            if W.dtype != torch.float32:  # an image of its own
+                rounding.store_(W.narrow(0, start, length).view(-1), image.view(-1), start * row)
 
     def _here(self, tensor: Tensor) -> Tensor:
         """Return this process's piece."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -42,9 +42,9 @@ class Layerwise:
         self.stepped: set[Tensor] = set()
         self.offloaded = Offloaded()
 
-    def forget(self) -> None:
-        """Drop what was taken."""
-        for unit in self.waiting.values():
+    def forget(self, units: Iterable[Unit] = ()) -> None:
+        """Drop what was taken, and steps of other units that were started."""
+        for unit in (*self.waiting.values(), *units):
             unit.started = None
         self.waiting.clear()
         self.stepped.clear()
@@ -65,12 +65,13 @@ class Layerwise:
         due, first = unit.due(after=False), unit.stored["refreshes"] == 0
         if due and not first and not in_hook:
             return
+        flags = step.foreseen([unit]) if due or in_hook else {}
         if due and unit.started is None:  # the first basis comes from the first gradient there is
-            refresh_([unit], {})
+            refresh_([unit], flags)
         if in_hook:
-            step.update_([unit], {})
+            step.update_([unit], flags)
             if unit.due(after=True):
-                refresh_([unit], {})
+                refresh_([unit], flags)
         else:
             before, unit.started = unit.started, None
             reading = step.start([unit])

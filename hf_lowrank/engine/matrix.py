@@ -269,5 +269,6 @@ def context_of(
         columns=columns,
         key=(options["seed"], index),
         earlier=int(s.get("earlier", 0)),
+        dropped_at=int(s.get("dropped_at", 0)),
         **place,
     )

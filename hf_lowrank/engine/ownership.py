@@ -87,16 +87,23 @@ class Owners:
             to: the process that is to have it.
         """
         whole, rank = dict[Tensor, Stored](), dist.get_rank()
-        for _, p, _, plan in known:
+        for (_, p, _, plan), asleep in zip(known, self._asleep(known, state), strict=True):
             owner = self._owner[p]
             if rank == to:
-                whole[p] = view.allocate(plan.buffers, plan.encodings, torch.empty(0))
+                whole[p] = view.allocate(plan.lasting if asleep else plan.buffers, plan.encodings, torch.empty(0))
             if owner == rank == to:
                 for name, tensor in state[p].items():
                     whole[p][name].copy_(tensor)
             elif rank in (owner, to):
                 hand_over_([*(state if rank == owner else whole)[p].values()], owner, to, p.device)
         return whole if rank == to else None
+
+    def _asleep(self, known: Sequence[Declared], state: Mapping[Tensor, Stored]) -> list[bool]:
+        """Tell of all parameters which have counters alone, because they are not trained: what their owners say."""
+        here = [p in state and state[p].keys() <= plan.lasting.keys() for _, p, _, plan in known]
+        flags = torch.tensor(here, dtype=torch.int32, device=next(iter(self._owner)).device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
 
 
 def check_shardable(groups: Sequence[Mapping[str, Any]]) -> None:

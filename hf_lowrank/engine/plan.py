@@ -24,6 +24,7 @@ REFRESH: Slots = {
     "refreshes": counter(),
     "refresh_at": counter(),
     "earlier": counter(),  # refreshes before the state was last dropped
+    "dropped_at": counter(),  # steps before that
     # of the last refresh: overlap with the basis before, captured energy, stable rank
     "report": Slot("3", "gauge", "exact", shared=True),
 }

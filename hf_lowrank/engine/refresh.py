@@ -72,8 +72,15 @@ def wave_size(units: Sequence[MatrixStep]) -> int:
     """Return how many bases one process chooses before the host looks at the outcome: one on the CPU."""
     if not units or not step.at_once(units[0].device):
         return 1
-    largest = max(unit.layout.m * unit.plan.r if unit.view.bases else 1 for unit in units)
-    return max(1, SYNC_ELEMENTS // largest)
+    return max(1, SYNC_ELEMENTS // max(_held(unit) for unit in units))
+
+
+def _held(unit: MatrixStep) -> int:
+    """Return the elements that a refresh keeps of one matrix until it is adopted: the basis, and what takes the place
+    of the gradient or is gathered of it."""
+    basis = unit.layout.m * unit.plan.r if unit.view.bases else 1
+    gathered = 0 if unit.mesh is None else unit.layout.m * unit.layout.n
+    return max(basis, gathered, unit.transient if unit.config.parts.needs_gradient else 0)
 
 
 def team(mesh: Any, *, share: bool) -> tuple[int, int]:

@@ -48,10 +48,11 @@ class Stack(MatrixStep):
         return len(self.members) * super().transient
 
     def agrees(self, flags: Mapping[Unit, Sequence[bool]]) -> bool:
-        """Tell whether all of them have a finite gradient and have had as many steps."""
+        """Tell whether all of them have a finite gradient, that none has begun to step, and have had as many steps."""
         first = self.members[0].stored
         return all(
-            all(flags.get(member, (False,)))
+            member.started is None
+            and all(flags.get(member, (False,)))
             and member.stored["step"] == first["step"]
             and member.stored["moment_step"] == first["moment_step"]
             for member in self.members
@@ -110,7 +111,8 @@ def stacked(units: Iterable[MatrixStep]) -> list[Stack]:
 
 
 def stackable(unit: MatrixStep) -> bool:
-    """Tell whether a matrix may step with others: no part looks at more of its gradient than the norms of columns."""
+    """Tell whether a matrix may step with others: no part looks at more of its gradient than the norms of columns, or
+    counts steps by itself."""
     parts, layout = unit.config.parts, unit.layout
     return (
         step.at_once(unit.device)
@@ -122,6 +124,10 @@ def stackable(unit: MatrixStep) -> bool:
         and parts.reconstruction.by_columns
         and not parts.moments.needs_weight
         and not parts.subspace.needs_gradient
+        and not any(
+            slot.shared
+            for slot in (*parts.moments.slots(unit.plan.columns).values(), *parts.reconstruction.slots().values())
+        )
     )
 
 

@@ -180,8 +180,9 @@ def clip_(work: Sequence[Unit], max_norm: float, summed: Callable[[float], float
         total += float(share)
         readings += some
     norm: float = summed(total) ** 0.5
-    for x in readings:
-        x.mul_(min(1.0, max_norm / (norm + 1e-6)))
+    factor = min(1.0, max_norm / (norm + 1e-6))
+    for x in readings if factor < 1.0 else ():
+        x.mul_(factor)
     return norm
 
 
@@ -196,14 +197,16 @@ def _buckets(work: Sequence[Unit]) -> Iterator[list[Unit]]:
     host wait or processes talk. What replicas average has buckets of its own, the same on all of them.
     """
     bucket: list[Unit] = []
+    size = 0
     for unit in work:
         if bucket and (unit.mesh, unit.local) != (bucket[0].mesh, bucket[0].local):
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(unit)
+        size += unit.transient
         alone = unit.mesh is None and not unit.local and not at_once(unit.device)
-        if alone or sum(x.transient for x in bucket) >= SYNC_ELEMENTS:
+        if alone or size >= SYNC_ELEMENTS:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
     if bucket:
         yield bucket

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_lowrank.engine import step
@@ -24,6 +26,7 @@ from hf_lowrank.tensors.splits import team_of
 
 
 if TYPE_CHECKING:
+    from hf_lowrank.engine.layerwise import Layerwise
     from hf_lowrank.engine.ownership import Owners
 
 
@@ -122,6 +125,15 @@ class Work:
         """What has its gradients in host memory, by weight."""
         return {weight: unit for weight, unit in self.by_weight.items() if unit.config.offloads}
 
+    @contextmanager
+    def stepping(self, layerwise: Layerwise) -> Iterator[None]:
+        """Let steps be made without autocast; whatever happens, nothing that was read of gradients outlives them."""
+        try:
+            with torch.autocast(self.units[0].device.type if self.units else "cpu", enabled=False):
+                yield
+        finally:
+            layerwise.forget(self.units)
+
     def holds(self, state: Mapping[Tensor, Any], some: Iterable[Tensor]) -> bool:
         """Tell whether the state of some parameters is what is stepped; it may have been moved, dropped or missed."""
         for p in some:
@@ -153,6 +165,7 @@ def forget(state: MutableMapping[Tensor, Any], known: Iterable[Declared], params
                 s["earlier"].add_(s["refreshes"])
                 s["refreshes"].zero_()
                 s["refresh_at"].copy_(s["step"])
+                s["dropped_at"].copy_(s["step"])
 
 
 def spreads(unit: MatrixStep) -> bool:

@@ -40,7 +40,7 @@ class Context(NamedTuple):
         written: whether the weight has been written in this step: a late refresh looks at the gradient again.
         moment_step: t of the bias correction: updates of the moments, this one included.
         number: which basis is in use or being chosen: 0 is the first.
-        earlier: bases that were chosen before the state was last dropped.
+        earlier, dropped_at: bases that were chosen, and updates, before the state was last dropped.
         lr, beta1, beta2, eps, weight_decay: the group's values at this step.
         initial_lr: the learning rate that the schedule multiplies.
         scale: the factor alpha on the low-rank update.
@@ -54,6 +54,7 @@ class Context(NamedTuple):
         place: which piece of the weight this process holds, counted from 0.
         device: where the weight is.
         weight: the parameter, which no rule writes; a DTensor where it is split over processes.
+        right: whether it is the basis of the other side that is chosen (`proj_type=full`), m being n then.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Context(NamedTuple):
     moment_step: int
     number: int
     earlier: int
+    dropped_at: int
     lr: float
     beta1: float
     beta2: float
@@ -79,15 +81,27 @@ class Context(NamedTuple):
     place: int
     device: torch.device
     weight: torch.Tensor
+    right: bool = False
 
     @property
     def drawn(self) -> int:
         """The number of this basis among all that the parameter has had."""
         return self.earlier + self.number
 
-    def generator(self) -> torch.Generator:
-        """Return the generator of this basis, keyed by (seed, parameter, `drawn`), on the device."""
-        return random.generator(Stream.SUBSPACE, *self.key, self.drawn, device=random.with_float64(self.device))
+    @property
+    def age(self) -> int:
+        """Updates before this one that the state has seen."""
+        return self.step - self.dropped_at
+
+    def generator(self, *, paired: bool = True) -> torch.Generator:
+        """Return the generator of this basis, keyed by (seed, parameter, `drawn`), on the device.
+
+        Args:
+            paired: whether the bases of both sides are drawn alike, as singular vectors are; else each for itself.
+        """
+        side = (1,) if self.right and not paired else ()
+        key = (*self.key, self.drawn, *side)
+        return random.generator(Stream.SUBSPACE, *key, device=random.with_float64(self.device))
 
     def rounding(self, device: torch.device) -> Rounding:
         """Return how this step writes a weight of low precision, keyed by (seed, parameter, step)."""

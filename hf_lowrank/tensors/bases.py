@@ -65,6 +65,11 @@ class Basis(ABC):
         self.add_(X, whole, beta=1.0, alpha=alpha)
 
 
+def _scaled_(W: Tensor, beta: float) -> Tensor:
+    """W <- beta W, which is nothing to do where weights do not decay."""
+    return W if beta == 1.0 else W.mul_(beta)
+
+
 @dataclass(frozen=True)
 class Dense(Basis):
     """A matrix P (..., m, r).
@@ -126,9 +131,7 @@ class Identity(Basis):
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        if beta != 1.0:
-            W.mul_(beta)
-        W.add_(Z, alpha=alpha)
+        _scaled_(W, beta).add_(Z, alpha=alpha)
 
     @override
     def expand(self, Z: Tensor, like: Tensor) -> Tensor:
@@ -158,7 +161,7 @@ class SomeRows(Basis):
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        W.mul_(beta).add_(Z.narrow(-2, self.start, self.length), alpha=alpha)
+        _scaled_(W, beta).add_(Z.narrow(-2, self.start, self.length), alpha=alpha)
 
     @override
     def rows(self, start: int, length: int) -> SomeRows:
@@ -228,7 +231,7 @@ class SelectedRows(Basis):
         if not W.shape[-2]:
             return
         index = self.index.unsqueeze(-1).expand(*self.index.shape, W.shape[-1])
-        W.mul_(beta).scatter_add_(-2, index, Z * (alpha * self.scale).unsqueeze(-1))
+        _scaled_(W, beta).scatter_add_(-2, index, Z * (alpha * self.scale).unsqueeze(-1))
 
     @override
     def rows(self, start: int, length: int) -> SelectedRows:
@@ -291,4 +294,4 @@ class Blocks(Basis):
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        W.mul_(beta).add_(self.repeat(Z), alpha=alpha * self.factor)
+        _scaled_(W, beta).add_(self.repeat(Z), alpha=alpha * self.factor)

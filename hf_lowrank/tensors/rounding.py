@@ -52,8 +52,9 @@ class Rounding:
     ) -> None:
         """W <- beta W + alpha U + gamma G diag(d), in one kernel. See `fused.rewrite_`."""
         assert self.key is not None
-        if G is not None and G.stride() != W.stride():
-            G = torch.empty_like(W, dtype=G.dtype).copy_(G)
+        U, G = (
+            X if X is None or X.stride() == W.stride() else torch.empty_like(W, dtype=X.dtype).copy_(X) for X in (U, G)
+        )
         fused.rewrite_(W, beta, U, alpha, G, d, gamma, random.seed(*self.key, start))
 
 

@@ -1,5 +1,7 @@
 """DistributedDataParallel and FSDP2 on gloo: equal to one process, with the work shared as promised."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,12 @@ def test_rules_and_rates_of_dense_parameters_are_those_of_one_process(tmp_path):
         assert figures["displacement"] < tolerance("galore_dominant_adamw"), rule
         assert figures["resumed"], rule
         assert set(figures["rates"]) == {1e-2, 3e-2, 5e-3, 2e-2}, rule
+
+
+def test_a_process_that_holds_nothing_of_a_head_steps_with_the_others():
+    """In every way in which dense parameters are stepped: fp32, low precision, encoded state."""
+    done = subprocess.run([sys.executable, str(WORKER.with_name("worker_empty.py"))], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "2", "2"], done.stderr[-2000:]
 
 
 def expected(wide, along_gradient):

@@ -18,7 +18,7 @@ from hf_lowrank.tensors.sums import Asking, Sum
 @dataclass(frozen=True)
 class NorMuon(Orthogonalised, key="normuon"):
     """O = U V^T of the momentum as in Muon;  v_j <- b2 v_j + (1 - b2) mean_i O_ij^2 for every column;
-    O^_ij = O_ij / (sqrt(v_j) + eps);  N = 0.2 sqrt(m n) O^ / ||O^||_F.
+    O^_ij = O_ij / (sqrt(v_j) + eps);  N = 0.2 sqrt(r n) O^ / ||O^||_F.
 
     The columns are the outputs (neurons) where the weight is tall, square or seen whole; inputs where a wide one is
     projected. Dense parameters take Adam.

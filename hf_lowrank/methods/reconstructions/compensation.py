@@ -62,7 +62,7 @@ class Compensation(Reconstruction, key="compensation"):
             return Update(N, ctx.scale)
         c = outside(norms, R)  # (..., n)
         p = s["residual_sq"].lerp_(c, 1 - ctx.beta1)
-        start = 1 - ctx.beta1 ** (ctx.step + 1) if ctx.correct_bias else 1.0
+        start = 1 - ctx.beta1 ** (ctx.age + 1) if ctx.correct_bias else 1.0
         d = torch.where((c > 0) & (p > 0), p, torch.inf).rsqrt_().mul_(sqrt((ctx.m - ctx.r) * start))
         total = yield Sum((d * c.sqrt()).square().sum(-1), over="columns")
         d *= (self.compensation / c_t / limit_(s, "residual_norm", total.sqrt(), self.limiter, 1e-8)).unsqueeze(-1)

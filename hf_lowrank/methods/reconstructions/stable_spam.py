@@ -62,7 +62,7 @@ class StableSpam(Reconstruction):
 
     @override
     def absorb(self, s: State, G: Tensor, ctx: Context) -> Asking[tuple[Tensor, dict[str, Tensor]]]:
-        X, t = G.float(), ctx.step + (0 if ctx.written else 1)
+        X, t = G.float(), ctx.age + (0 if ctx.written else 1)
         new = 0.0 if ctx.written else 1.0  # this gradient is in the means already
         size = X.abs()
         largest = yield from _over_all(Max, size.amax((-2, -1)) if size.numel() else size.sum((-2, -1)))

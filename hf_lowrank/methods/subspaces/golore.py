@@ -51,7 +51,7 @@ class GoLore(Decomposed, key="golore"):
                 "golore switches at a share of the run: set total_steps=<optimizer steps of the whole run>"
             )
         if self.switch_at < 1 and ctx.step >= self.switch_at * (self.total_steps or 0):
-            return random.uniform_stiefel(s["basis"].shape, ctx.generator(), random.with_float64(ctx.device)).to(
-                s["basis"]
-            ), None
+            return random.uniform_stiefel(
+                s["basis"].shape, ctx.generator(paired=False), random.with_float64(ctx.device)
+            ).to(s["basis"]), None
         return dominant(G, s["basis"], self.refresh, ctx)

@@ -45,7 +45,7 @@ class GrassWalk(Subspace, key="grass_walk"):
         if ctx.r == ctx.m:  # there is nowhere to go
             return s["basis"], None
         S, where = s["basis"], random.with_float64(ctx.device)
-        X = torch.randn(S.shape, generator=ctx.generator(), dtype=torch.float32, device=where).double()
+        X = torch.randn(S.shape, generator=ctx.generator(paired=False), dtype=torch.float32, device=where).double()
         wide = S.to(X)
         T = X - wide @ (wide.mT @ X)
         squares, V = torch.linalg.eigh(T.mT @ T)  # sigma^2, ascending

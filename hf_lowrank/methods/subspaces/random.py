@@ -26,6 +26,6 @@ class Random(Subspace, key="random"):
 
     @override
     def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        return random.uniform_stiefel(s["basis"].shape, ctx.generator(), random.with_float64(ctx.device)).to(
-            s["basis"]
-        ), None
+        return random.uniform_stiefel(
+            s["basis"].shape, ctx.generator(paired=False), random.with_float64(ctx.device)
+        ).to(s["basis"]), None

@@ -53,9 +53,8 @@ class BothSides(Subspace):
 
     @override
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
-        """One key for both sides, so that sampled singular vectors come in pairs."""
         sigma = self.inner.refresh_(s, G, ctx)
-        self.inner.refresh_({**s, "basis": s["right_basis"]}, G.mT, ctx)
+        self.inner.refresh_({**s, "basis": s["right_basis"]}, G.mT, ctx._replace(m=G.shape[-1], right=True))
         return sigma
 
     @override
