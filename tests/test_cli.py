@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -122,8 +123,8 @@ def test_targets_says_what_would_be_projected_and_what_it_saves(run, tmp_path):
     query = rows["model.layers.*.self_attn.q_proj"]
     assert code == 0
     assert (query["count"], query["shape"], query["rank"]) == (2, [16, 16], 4)
-    # basis 16 x 4 and two moments 4 x 16, in fp32; five counters of 8 bytes, three numbers of the last refresh
-    assert query["state_bytes"] == 2 * (4 * (16 * 4 + 2 * 4 * 16) + 6 * 8 + 3 * 4)
+    # basis 16 x 4 and two moments 4 x 16, in fp32; seven counters of 8 bytes, three numbers of the last refresh
+    assert query["state_bytes"] == 2 * (4 * (16 * 4 + 2 * 4 * 16) + 7 * 8 + 3 * 4)
     assert query["adamw_bytes"] == 2 * (8 * 16 * 16 + 4)
     assert rows["model.embed_tokens"]["rank"] is None and rows["lm_head"]["rank"] is None
     _, out, _ = run(*arguments)
@@ -156,6 +157,27 @@ def test_memory_counts_torchs_adamw_by_the_trainers_name(run):
     assert code == 0 and 0 < counts < 1000 and counts % 4 == 0
     code, _, err = run("memory", "60m", "--optim", "adamw_torch", "--budget", "1GB")
     assert code == 2 and "unknown method 'adamw_torch'" in err
+
+
+def test_targets_takes_what_the_trainer_takes(run):
+    asked = "rank=128,layer_sampling=lisa,switch_every=5,shard_state=true"
+    code, out, _ = run("targets", "60m", "--optim-args", asked, "--json")
+    assert (code, out) == (0, run("targets", "60m", "--optim-args", "rank=128", "--json")[1])
+
+
+def test_the_columns_of_memory_add_up_to_its_total(run):
+    for options in ("layer_sampling=lisa", "rank=64"):  # the workspace is the larger one, or the activations are
+        _, out, _ = run("memory", "60m", "--optim-args", options)
+        *parts, total = map(float, re.findall(r"\d+\.\d\d", out.strip().splitlines()[-1]))
+        assert abs(sum(parts) - total) < 0.031  # six numbers of two digits
+
+
+def test_a_budget_takes_any_rank_and_the_plain_name(run):
+    code, out, _ = run("memory", "60m", "--rank", 0.25, "--budget", "1GB", "--json")
+    assert code == 0 and {row["rank"] for row in json.loads(out)} == {0.25}
+    for asked in (["--optim", "galore_i3s_adamw_8bit_layerwise"], ["--checkpointing"]):
+        code, _, err = run("memory", "60m", "--budget", "1GB", *asked)
+        assert code == 2 and "give it galore_i3s_adamw alone" in err
 
 
 def test_memory_prints_every_part_and_what_fits_a_budget(run):

@@ -11,7 +11,9 @@ import typer
 from rich.markup import escape
 
 from hf_lowrank.cli.printing import AsJson, show, table
+from hf_lowrank.methods import options as opt
 from hf_lowrank.methods import resolve
+from hf_lowrank.methods.common import ReplicaOptions
 from hf_lowrank.methods.dense import SAME
 from hf_lowrank.methods.options import split_assignments
 from hf_lowrank.observe.units import MIB, parse_bytes
@@ -40,6 +42,10 @@ def targets(
     options: dict[str, Any] = split_assignments(optim_args)
     resolve.split(optim)
     check_within_reach(model)  # before torch is imported
+    from hf_lowrank import layer_sampling
+
+    layer_sampling.take(options)  # what the Trainer takes, and what changes nothing here
+    options = {key: value for key, value in options.items() if key not in opt.schema(ReplicaOptions)}
     resolve.Config.of(optim, options, model=True)  # refuse what is wrong before looking at the model
     from hf_lowrank.hf.models import load_model
     from hf_lowrank.planning.targets import plan
@@ -90,7 +96,8 @@ def memory(
     """Count the bytes of a training run before it starts, on each of some GPUs, or say what fits into a budget.
 
     Weights, gradients and optimizer state are exact; activations follow a rule of thumb, and the accelerator's own
-    context (about 0.5 GB under CUDA) is not counted.
+    context (about 0.5 GB under CUDA) is not counted. Activations are gone when a step needs its workspace: the larger
+    of the two counts.
     """
     options = split_assignments(optim_args)
     if rank and "rank" in options:
@@ -99,8 +106,9 @@ def memory(
     from hf_lowrank.planning.memory import ADAMW, estimate_memory
     from hf_lowrank.planning.strategies import NAMES
 
-    if budget or optim not in ADAMW:
-        resolve.split(optim)
+    row = optim if optim in ADAMW and not budget else resolve.split(optim)[0]
+    if budget and (checkpointing or row != optim):
+        raise ValueError(f"--budget tries 8-bit state, layerwise and checkpointing by itself: give it {row} alone")
     check_within_reach(model)
 
     shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options, "gpus": gpus}
@@ -109,7 +117,7 @@ def memory(
     found = []
     for one in NAMES if strategy == "all" else (strategy,):
         if budget:
-            ranks = [int(rank)] if rank else None
+            ranks = [int(rank) if rank >= 1 else rank] if rank else None
             found += fit_budget(model, parse_bytes(budget), optim, ranks=ranks, strategy=one, **shared)
         else:
             kwargs = {"rank": rank or None, "checkpointing": checkpointing, "strategy": one, **shared}
@@ -125,8 +133,8 @@ def memory(
 
 def _print_memory(found: list[Any]) -> None:
     """Print estimates side by side: GB, that is 10^9 bytes."""
-    columns = ["weights", "gradients", "low_rank_state", "dense_state", "activations"]
-    heads = ["weights", "gradients", "matrices' state", "dense state", "activations"]
+    columns = ["weights", "gradients", "low_rank_state", "dense_state", "passing"]
+    heads = ["weights", "gradients", "matrices' state", "dense state", "activations or step"]
     one = found[0]
     if one.gpus > 1:
         columns, heads = [*columns, "gathered"], [*heads, "gathered"]

@@ -181,6 +181,7 @@ _TRAINING_ARGUMENTS = {
     "weight_decay": "weight_decay",
     "target_modules": "optim_target_modules",
     "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
     "total_steps": "max_steps or num_train_epochs",
     "args": "optim",
     "model": "optim",
@@ -209,7 +210,10 @@ def refuse_unsupported(args: TrainingArguments) -> None:
 
 
 def hold_clipping(args: TrainingArguments) -> None:
-    """Keep Trainer from clipping in this step; its argument lies beside it, also where the step ends in an error."""
+    """Keep Trainer from clipping in this step; its argument lies beside it, also where the step ends in an error or
+    never comes, as at the end of an epoch of unknown length."""
+    if "_held_max_grad_norm" in vars(args):
+        return
     args._held_max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
 

@@ -66,6 +66,8 @@ def naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, checkpoint)
         if fault := checkpoint_fault(Path(checkpoint)):
             raise ValueError(f"cannot resume from {checkpoint}: {fault}. Name an earlier checkpoint.")
+        if weights_only(Path(checkpoint)):
+            logger.warning("%s holds weights alone (save_only_model): moments and subspaces start anew", checkpoint)
         try:
             return original(self, checkpoint)
         except pickle.UnpicklingError as error:
@@ -115,11 +117,18 @@ def checkpoint_fault(path: Path) -> str | None:
         json.loads((path / trainer.TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError) as error:
         return f"{trainer.TRAINER_STATE_NAME} is missing or unreadable ({type(error).__name__})"
+    if weights_only(path):
+        return None
     files = path / trainer.OPTIMIZER_NAME, path / trainer.OPTIMIZER_NAME_BIN  # the second is FSDP's full state dict
     sharded = any((folder / ".metadata").exists() for folder in path.glob("optimizer_*"))  # FSDP's own format
     if not sharded and not any(file.exists() and zipfile.is_zipfile(file) for file in files):
         return f"{trainer.OPTIMIZER_NAME} is missing or unreadable"
     return next(_faults(path), None)
+
+
+def weights_only(path: Path) -> bool:
+    """Tell whether a checkpoint was saved with save_only_model; what else there is comes before the trainer state."""
+    return not any(file for pattern in (*ARCHIVES, "optimizer*") for file in path.glob(pattern))
 
 
 def _faults(path: Path) -> Iterator[str]:

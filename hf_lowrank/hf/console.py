@@ -65,4 +65,5 @@ def show_messages() -> None:
         handler.setFormatter(logging.Formatter("[hf_lowrank] %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    if logger.level == logging.NOTSET:  # a level that the user has set stays
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

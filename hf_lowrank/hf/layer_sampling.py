@@ -48,6 +48,7 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, layer_sampling: str | Rule, **options: Any) -> None:
+        self.by_arguments = False  # whether optim_args have asked for it, for one training
         self.rule = layer_sampling if isinstance(layer_sampling, Rule) else rule_of(layer_sampling, options)
         self.layers: Layers | None = None  # while a training runs
         self.shares: list[float] = []
@@ -184,16 +185,19 @@ def sample_layers(trainer: Any) -> None:
     callbacks = trainer.callback_handler.callbacks
     present = [callback.rule for callback in callbacks if isinstance(callback, LayerSampling)]
     if not present:
-        callbacks.insert(1, LayerSampling(rule))  # behind what steers the loop, before all that report
+        callbacks.insert(1, asked := LayerSampling(rule))  # behind what steers the loop, before all that report
+        asked.by_arguments = True
     elif present != [rule]:
         raise ValueError(f"{OPTION} is given twice, by optim_args and by a callback: leave out one of them")
 
 
 def wake_layers(trainer: Any) -> None:
-    """Undo what a training that ended in an error has frozen."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, LayerSampling):
-            callback.wake()
+    """Undo what a training that ended in an error has frozen, and what its arguments have added."""
+    callbacks = trainer.callback_handler.callbacks
+    for callback in [callback for callback in callbacks if isinstance(callback, LayerSampling)]:
+        callback.wake()
+        if callback.by_arguments:
+            callbacks.remove(callback)
 
 
 def for_any_optimizer(args: TrainingArguments) -> TrainingArguments:

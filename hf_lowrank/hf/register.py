@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,10 +13,10 @@ from transformers.training_args import OptimizerNames as OptimizerNames
 from hf_lowrank.hf import checkpoints, console, names
 from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
-from hf_lowrank.hf.layer_sampling import for_any_optimizer, sample_layers, wake_layers
+from hf_lowrank.hf.layer_sampling import for_any_optimizer
 from hf_lowrank.hf.model_card import describe_optimizer
+from hf_lowrank.hf.training import around_training
 from hf_lowrank.methods import resolve
-from hf_lowrank.observe import folder
 from hf_lowrank.optimizer import LowRankOptimizer
 
 
@@ -42,7 +41,7 @@ def register() -> None:
     loading, saving = Trainer._load_optimizer_and_scheduler, Trainer._save_optimizer_and_scheduler
     _replace(Trainer, "_load_optimizer_and_scheduler", checkpoints.naming_what_is_wrong(loading))
     _replace(Trainer, "_save_optimizer_and_scheduler", checkpoints.with_sums(saving))
-    _replace(Trainer, "train", _letting_go(Trainer.train))
+    _replace(Trainer, "train", _surrounded(Trainer.train))
     _replace(Trainer, "create_model_card", _with_our_section(Trainer.create_model_card))
     for printer in console.PRINTERS:
         _replace(printer, "on_log", console.printing_less(printer.on_log))
@@ -75,17 +74,11 @@ def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_optimizer_cls_and_kwargs
 
 
-def _letting_go(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Add layer sampling where it is asked for; let others have the output folder however a training ends."""
-
+def _surrounded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        sample_layers(self)
-        try:
+        with around_training(self):
             return original(self, *args, **kwargs)
-        finally:
-            wake_layers(self)
-            folder.let_go(Path(self.args.output_dir))
 
     return train
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from transformers.training_args import OptimizerNames as OptimizerNames
 from hf_lowrank.hf import checkpoints, console, names
 from hf_lowrank.hf.arguments import from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
-from hf_lowrank.hf.layer_sampling import for_any_optimizer, sample_layers, wake_layers
+from hf_lowrank.hf.layer_sampling import for_any_optimizer
 from hf_lowrank.hf.model_card import describe_optimizer
+from hf_lowrank.hf.training import around_training
 from hf_lowrank.methods import resolve
-from hf_lowrank.observe import folder
 
 
 names.add_to(OptimizerNames)  # so that TrainingArguments(optim=...) takes them
@@ -29,7 +28,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         console.show_messages()
         super().__init__(*args, **kwargs)
         callbacks = self.callback_handler.callbacks
-        if not any(isinstance(callback, LowRankCallback) for callback in callbacks):
+        if not any(isinstance(callback, LowRankCallback) for callback in callbacks[:2]):
             callbacks.insert(1, LowRankCallback())  # behind what steers the loop, before all that report
         console.shorten_printers(callbacks)
 
@@ -43,17 +42,15 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """Return another optimizer's class and arguments, as Trainer does: layer sampling is none of its options."""
+        """Return an optimizer's class and arguments, as Trainer does; layer sampling is none of another's options."""
+        if name_of(args) in resolve.names():
+            return from_arguments(args, model)
         return Trainer.get_optimizer_cls_and_kwargs(for_any_optimizer(args), model)  # type: ignore[no-any-return]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; however it ends, other processes may have the output folder then."""
-        sample_layers(self)
-        try:
+        """Train; however it ends, nothing of ours is left on the model or the output folder."""
+        with around_training(self):
             return super().train(*args, **kwargs)
-        finally:
-            wake_layers(self)
-            folder.let_go(Path(self.args.output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         checkpoints.naming_what_is_wrong(Trainer._load_optimizer_and_scheduler)(self, checkpoint)

@@ -18,15 +18,23 @@ _held: dict[Path, TextIO] = {}
 """The locked files of this process. The system unlocks them when it ends, however it ends."""
 
 
-def hold(folder: Path) -> None:
-    """Make a folder, and keep it for this process's runs, one after the other, until `let_go`.
+def holds(folder: Path) -> bool:
+    """Tell whether this process holds a folder."""
+    return folder.resolve() / LOCK_FILE in _held
+
+
+def hold(folder: Path) -> bool:
+    """Make a folder, and keep it for this process's runs until `let_go`.
+
+    Returns:
+        Whether it was not held before: a run inside another one leaves it to that.
 
     Raises:
         ValueError: if it cannot be made or written, or if a run of another process holds it.
     """
     path = folder.resolve() / LOCK_FILE
     if path in _held:
-        return
+        return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -45,6 +53,7 @@ def hold(folder: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     _held[path] = file
+    return True
 
 
 def let_go(folder: Path) -> None:

@@ -31,7 +31,7 @@ def fit_budget(
     budget_bytes: int,
     optim: str = "galore_i3s_adamw",
     *,
-    ranks: Sequence[int] | None = None,
+    ranks: Sequence[float] | None = None,
     batch: int = 1,
     seq: int = 256,
     dtype: str = "bf16",

@@ -85,10 +85,14 @@ class MemoryEstimate:
         return self.low_rank_state + self.dense_state
 
     @property
+    def passing(self) -> int:
+        """Bytes of what does not last: activations, which are gone when a step needs its workspace, or that."""
+        return max(self.activations, self.workspace)
+
+    @property
     def total(self) -> int:
-        """Bytes at most: activations are gone when a step needs its workspace."""
-        held = self.weights + self.gradients + self.gathered + self.state
-        return held + max(self.activations, self.workspace)
+        """Bytes at most."""
+        return self.weights + self.gradients + self.gathered + self.state + self.passing
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields and sums, ready for JSON."""

@@ -1,0 +1,34 @@
+"""What surrounds a training of a Trainer, whichever way our optimizers came to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_lowrank.hf.layer_sampling import sample_layers, wake_layers
+from hf_lowrank.observe import folder
+from hf_lowrank.optimizer import LowRankOptimizer
+
+
+@contextmanager
+def around_training(trainer: Any) -> Iterator[None]:
+    """Add layer sampling where it is asked for; however the training ends, leave nothing of ours behind.
+
+    That is: no layer is asleep, no hook takes the gradients from the next optimizer, and others may have the output
+    folder, unless it was held before.
+    """
+    output = Path(trainer.args.output_dir)
+    sample_layers(trainer)
+    held = folder.holds(output)
+    try:
+        yield
+    finally:
+        wake_layers(trainer)
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate's wrapper
+        if isinstance(optimizer, LowRankOptimizer):
+            optimizer.remove_hooks()
+            optimizer.layerwise.forget()
+        if not held:
+            folder.let_go(output)
