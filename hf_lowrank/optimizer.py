@@ -222,7 +222,8 @@ class LowRankOptimizer(Replicas):
     def _prepared(self, p: Tensor | None = None) -> Work:
         """Look at the groups again, and at the state of all parameters or of one; return the steps of all."""
         work = self._work
-        changed = self._resolved.look(self.param_groups, {} if work is None else work.plans)
+        again = p is None or not self.layerwise.begun  # once for all hooks of a backward pass
+        changed = again and self._resolved.look(self.param_groups, {} if work is None else work.plans)
         if work is None or changed or not work.holds(self.state, work.plans if p is None else (p,)):
             self._ahead.settle()
             self._work = None

@@ -50,6 +50,11 @@ class Layerwise:
         self.stepped.clear()
         self.offloaded.forget()
 
+    @property
+    def begun(self) -> bool:
+        """Whether a hook has taken something since the last step."""
+        return bool(self.waiting or self.stepped)
+
     def take_(self, unit: MatrixStep, refresh_: Refresh) -> None:
         """Take the gradient of one matrix and free it; one whose refresh is due is left for the optimizer's step.
 

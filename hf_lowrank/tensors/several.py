@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Several(Basis):
         if self.P is None:
             return torch.stack([basis.project(one) for basis, one in zip(self.bases, G, strict=True)])
         kind = products.chosen(self.bases[0].products, G[0])  # type: ignore[attr-defined]
-        A = products.left_factor(self.P, kind)
+        A = self._of_each(lambda P: products.left_factor(P, kind))
         out = torch.empty(len(G), A.shape[-1], G[0].shape[-1], dtype=torch.float32, device=A.device)
         for product, factor, one in zip(out.unbind(0), A.unbind(0), G, strict=True):
             products.multiply_(product, factor, one, kind)
@@ -57,7 +57,15 @@ class Several(Basis):
         kind = self.bases[0].products  # type: ignore[attr-defined]
         if not products.chosen(kind, W).startswith("bf16"):
             return self.bases, Z
-        return [Dense(P, kind) for P in self.P.bfloat16().unbind(0)], Z.bfloat16()
+        return [Dense(P, kind) for P in self._of_each(Tensor.bfloat16).unbind(0)], Z.bfloat16()
+
+    def _of_each(self, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what is made of every P; once, where all share one."""
+        assert self.P is not None
+        if self.P.stride(0):
+            return make(self.P)
+        one = make(self.P[0])
+        return one.expand(len(self.P), *one.shape)
 
     @override
     def gram(self) -> Tensor:

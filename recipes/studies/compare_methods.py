@@ -14,13 +14,15 @@ import argparse
 import json
 import os
 import shlex
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import inf
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -57,18 +59,23 @@ class Record:
         self.runs: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
 
     def append(self, run: Run, result: Mapping[str, Any], **more: Any) -> None:
-        """Write a result down."""
+        """Write the result of a run down, with the version of the code."""
+        self.write({**run.key, **result, **more, "commit": commit()})
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line."""
         if self.cut:
             os.truncate(self.file, self.file.stat().st_size - len(self.cut.encode()))
             self.cut = ""
-        self.runs.append({**run.key, **result, **more})
+        self.runs.append(line)
         with self.file.open("a") as file:
-            file.write(json.dumps(self.runs[-1], allow_nan=False) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def of(self, row: Row, size: str, steps: int) -> list[dict[str, Any]]:
-        """Return the runs of a row."""
+        """Return the runs of a row, at points that mean what they mean now."""
         wanted = study_key(row, size, steps)
-        return [run for run in self.runs if wanted.items() <= run.items()]
+        some = (run for run in self.runs if wanted.items() <= run.items())
+        return [run for run in some if Point(*run["point"]).values(row).items() <= run.items()]
 
     def trials(self, row: Row, size: str, steps: int) -> dict[Point, float]:
         """Return the loss on the tuning text of every point of a row's search; of one that diverged, inf."""
@@ -106,11 +113,16 @@ class Study:
     seeds: int
     start_from: tuple[str, int] | None = None
 
+    def start(self, row: Row, record: Record) -> Point:
+        """Return the point at which a row's search begins."""
+        best = record.best(row.origin or row, *self.start_from) if self.start_from else None
+        return START if best is None else best
+
     def wanted(self, row: Row, record: Record) -> list[Run]:
         """Return the runs of a row that may start now: the next trial of its search, or after it all that score."""
-        start = record.best(row, *self.start_from) if self.start_from else None
+        start = self.start(row, record)
         trials = record.trials(row, self.size, self.steps)
-        point = next_trial(trials, row, start=start or START, trials=self.trials, most=self.most)
+        point = next_trial(trials, row, start=start, trials=self.trials, most=self.most)
         if point is not None:
             return [Run(row, point, self.size, self.steps, TUNING_SEED)]
         best, scored = record.best(row, self.size, self.steps), record.scores(row, self.size, self.steps)
@@ -129,6 +141,15 @@ def main() -> None:
             alone(study, record, deadline)
         else:
             several(study, record, deadline, args.jobs)
+
+
+@cache
+def commit() -> str:
+    """Return the commit of the code that runs, with a plus where files differ from it; "" outside of a checkout."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=HERE, capture_output=True, text=True
+    )
+    return found.stdout.strip()
 
 
 @contextmanager
@@ -157,18 +178,34 @@ def alone(study: Study, record: Record, deadline: float = inf) -> None:
 
 
 def several(study: Study, record: Record, deadline: float, jobs: int) -> None:
-    """Run what is missing, several at a time, each in a process with one thread."""
+    """Run what is missing, several at a time, each in a process with one thread. A row of which one run fails is left
+    out, and the others go on.
+
+    Raises:
+        RuntimeError: in the end, naming the rows that were left out.
+    """
     running: dict[Future[dict[str, Any]], Run] = {}
+    failed: set[str] = set()
     with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
         while True:
             while (
-                len(running) < jobs and time.monotonic() < deadline and (run := first(study, record, running.values()))
+                len(running) < jobs
+                and time.monotonic() < deadline
+                and (run := first(study, record, running.values(), failed))
             ):
                 running[pool.submit(in_worker, run)] = run
             if not running:
-                return
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                note(record, running.pop(future), future.result())
+                run = running.pop(future)
+                if error := future.exception():
+                    failed.add(run.row.name)
+                    print(f"{run.row.name}, {[*run.point]}, seed {run.seed}: {error!r}; left out", file=sys.stderr)
+                else:
+                    note(record, run, future.result())
+
+    if failed:
+        raise RuntimeError(f"there were errors, printed above, in {', '.join(sorted(failed))}")
 
 
 def begin_worker() -> None:
@@ -188,9 +225,9 @@ def in_worker(run: Run) -> dict[str, Any]:
     return train(run, read())
 
 
-def first(study: Study, record: Record, running: Iterable[Run]) -> Run | None:
-    """Return the run to start next: rows in their order, but those in flight."""
-    wanted = (run for row in study.rows for run in study.wanted(row, record))
+def first(study: Study, record: Record, running: Iterable[Run], failed: Collection[str] = ()) -> Run | None:
+    """Return the run to start next: rows in their order, but those in flight and rows that have failed."""
+    wanted = (run for row in study.rows if row.name not in failed for run in study.wanted(row, record))
     return next((run for run in wanted if run not in running), None)
 
 

@@ -34,6 +34,7 @@ class Row:
         betas: the decays of moments that are tried.
         unit: the learning rate of matrices is rate / unit. Default: the method's scale.
         fixed: whether embeddings, head and norms are as FIXED says; else as the method has them.
+        origin: the row that this one was made from, whose best point is where its search begins.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     betas: tuple[tuple[float, float], ...] = LONG_MEMORY
     unit: float | None = None
     fixed: bool = True
+    origin: Row | None = None
 
     @property
     def ranked(self) -> bool:
@@ -62,7 +64,7 @@ class Row:
         dense = [config.dense(kind) for kind in (MIXED, *KINDS)]
         if all(isinstance(d.dense_rule, Adam) and d.options["dense_state_format"] == "fp32" for d in dense):
             return None
-        return replace(self, name=f"{self.name}, own dense", fixed=False)
+        return replace(self, name=f"{self.name}, own dense", fixed=False, origin=self.origin or self)
 
 
 def _muon(name: str, method: str, **options: Any) -> Row:

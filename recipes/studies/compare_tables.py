@@ -21,6 +21,7 @@ from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.glue.tables import markdown  # noqa: E402
+from recipes.shared.common import stop  # noqa: E402
 from recipes.studies.compare_methods import Record, add_study_options, rows_of  # noqa: E402
 from recipes.studies.compare_rows import BASELINE, ROWS, Point, Row, settled  # noqa: E402
 
@@ -29,7 +30,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 
-HEAD = ["row", "bytes per element", "state, MiB", "loss", "minus AdamW, paired", "seeds"]
+HEAD = ["row", "bytes per element", "state, MiB", "loss", "minus AdamW, paired", "paired seeds"]
 HEAD += ["optimizer, ms", "refreshes", "trials", "rate", "other rate", "betas", "decay"]
 
 
@@ -102,7 +103,7 @@ def line(result: Result, baseline: Result | None) -> list[str]:
         f"{result.middle('state_bytes') / 2**20:.2f}",
         text(interval([*result.losses.values()])),
         text(difference, sign="+") if difference else "-",
-        str(len(result.runs)),
+        str(len(result.losses.keys() & baseline.losses.keys()) if baseline else len(result.runs)),
         f"{result.middle('optimizer_ms_mean'):.1f}",
         f"{result.middle('refreshes'):.0f}",
         f"{result.trials}{', at an edge' if result.at_edge else ''}",
@@ -153,6 +154,8 @@ def main() -> None:
     baseline = next(iter(results(record, [ROWS[BASELINE]], args.size, args.steps)), None)
     baseline = next((r for r in found if r.row.name == BASELINE), baseline)
     print(table(found, baseline))
+    if args.picture and not baseline:
+        stop(f"there is nothing to draw: no score of {BASELINE} at {args.size}, {args.steps} steps is recorded")
     if args.picture and baseline:
         per_seed = f"{args.steps} steps of 1024 tokens, means over seeds with 95 % intervals, paired by seed"
         size = f"LLaMA with {next(iter(baseline.runs.values()))['body_parameters'] / 1e6:.2f} M parameters in the body"

@@ -55,7 +55,8 @@ class Run:
     @property
     def key(self) -> dict[str, Any]:
         """What tells its record from others."""
-        return {**study_key(self.row, self.size, self.steps), "point": list(self.point), "seed": self.seed}
+        where = {"point": list(self.point), **self.point.values(self.row), "seed": self.seed}
+        return {**study_key(self.row, self.size, self.steps), **where}
 
 
 def study_key(row: Row, size: str, steps: int) -> dict[str, Any]:
@@ -112,7 +113,6 @@ def train(run: Run, text: Text) -> dict[str, Any]:
     found["train_loss"] = mean(losses[-50:])
     diverged = not all(map(math.isfinite, found.values()))
     return {
-        **run.point.values(run.row),
         **(dict.fromkeys(found) if diverged else found),
         "matrix_bytes": sum(x.nbytes for p in matrices for x in optimizer.state[p].values()) / elements,
         "state_bytes": state_bytes(optimizer),
@@ -216,7 +216,8 @@ def at_bytes(row: Row, size: str, budget: float) -> Row | None:
 
 def with_rank(row: Row, rank: int) -> Row:
     """Return a row with another rank, which is in its name."""
-    return replace(row, name=f"{row.name}, rank {rank}", options={**row.options, "rank": rank})
+    options = {**row.options, "rank": rank}
+    return replace(row, name=f"{row.name}, rank {rank}", options=options, origin=row.origin or row)
 
 
 def declared_bytes(row: Row, size: str) -> float:

