@@ -115,7 +115,7 @@ class Study:
 
     def start(self, row: Row, record: Record) -> Point:
         """Return the point at which a row's search begins."""
-        best = record.best(row.origin or row, *self.start_from) if self.start_from else None
+        best = record.best(ROWS.get(row.origin, row), *self.start_from) if self.start_from else None
         return START if best is None else best
 
     def wanted(self, row: Row, record: Record) -> list[Run]:

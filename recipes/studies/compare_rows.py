@@ -34,7 +34,8 @@ class Row:
         betas: the decays of moments that are tried.
         unit: the learning rate of matrices is rate / unit. Default: the method's scale.
         fixed: whether embeddings, head and norms are as FIXED says; else as the method has them.
-        origin: the row that this one was made from, whose best point is where its search begins.
+        origin: name of the row that this one was made from, where a search begins that starts from another study: the
+            same in another format, with another rank, with other embeddings and head.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Row:
     betas: tuple[tuple[float, float], ...] = LONG_MEMORY
     unit: float | None = None
     fixed: bool = True
-    origin: Row | None = None
+    origin: str = ""
 
     @property
     def ranked(self) -> bool:
@@ -64,21 +65,21 @@ class Row:
         dense = [config.dense(kind) for kind in (MIXED, *KINDS)]
         if all(isinstance(d.dense_rule, Adam) and d.options["dense_state_format"] == "fp32" for d in dense):
             return None
-        return replace(self, name=f"{self.name}, own dense", fixed=False, origin=self.origin or self)
+        return replace(self, name=f"{self.name}, own dense", fixed=False, origin=self.origin or self.name)
 
 
-def _muon(name: str, method: str, **options: Any) -> Row:
-    return Row(name, method, options, MOMENTUM)
+def _muon(name: str, method: str, origin: str = "", **options: Any) -> Row:
+    return Row(name, method, options, MOMENTUM, origin=origin)
 
 
 ROWS = {
     row.name: row
     for row in (
         Row("full_adamw", "full_adamw"),
-        Row("full_adamw_8bit", "full_adamw_8bit"),
+        Row("full_adamw_8bit", "full_adamw_8bit", origin="full_adamw"),
         _muon("full_muon", "full_muon"),
-        _muon("full_muon_8bit", "full_muon", state_format="8bit"),
-        _muon("muon_4bit", "muon_4bit"),
+        _muon("full_muon_8bit", "full_muon", "full_muon", state_format="8bit"),
+        _muon("muon_4bit", "muon_4bit", "full_muon"),
         _muon("full_normuon", "full_normuon"),
         _muon("rmnp", "rmnp"),
         Row("scale_sgd", "scale_sgd", betas=((0.9, 0.999),)),
@@ -101,7 +102,7 @@ ROWS = {
         ),
         _muon("galore_dominant_muon", "galore_dominant_muon"),
         Row("frugal_adamw", "frugal_adamw"),
-        Row("frugal_adamw_4bit", "frugal_adamw", {"state_format": "4bit"}),
+        Row("frugal_adamw_4bit", "frugal_adamw", {"state_format": "4bit"}, origin="frugal_adamw"),
         Row(LORA, LORA),
     )
 }
@@ -153,7 +154,7 @@ the first searches ended (AdamW, 8-bit AdamW and Muon, from the middle)."""
 def next_trial(losses: Mapping[Point, float], row: Row, *, start: Point, trials: int, most: int) -> Point | None:
     """Return the point that a search tries next, or None where it is over: the same rule for every row.
 
-    It is the first neighbour that has not been tried of the best point that has one. So every row gets `trials`
+    After the start it is the first neighbour that has not been tried of the best point that has one. So every row gets `trials`
     trials, and no axis an edge before. Then the search goes on while the best of all lies at an edge of what has been
     tried (it has a neighbour that has not), up to `most`.
 
@@ -164,7 +165,7 @@ def next_trial(losses: Mapping[Point, float], row: Row, *, start: Point, trials:
         trials: trials of every row.
         most: trials of a row whose best stays at an edge.
     """
-    if not losses:
+    if start not in losses:
         return start
     ranked = sorted(losses, key=losses.__getitem__)
     open_ones = ranked if len(losses) < trials else ranked[:1] if len(losses) < most else []

@@ -217,7 +217,7 @@ def at_bytes(row: Row, size: str, budget: float) -> Row | None:
 def with_rank(row: Row, rank: int) -> Row:
     """Return a row with another rank, which is in its name."""
     options = {**row.options, "rank": rank}
-    return replace(row, name=f"{row.name}, rank {rank}", options=options, origin=row.origin or row)
+    return replace(row, name=f"{row.name}, rank {rank}", options=options, origin=row.origin or row.name)
 
 
 def declared_bytes(row: Row, size: str) -> float:
