@@ -115,8 +115,11 @@ class Study:
 
     def start(self, row: Row, record: Record) -> Point:
         """Return the point at which a row's search begins."""
-        best = record.best(ROWS.get(row.origin, row), *self.start_from) if self.start_from else None
-        return START if best is None else best
+        if self.start_from:
+            for one in (ROWS.get(row.origin, row), row):
+                if best := record.best(one, *self.start_from):
+                    return best
+        return START
 
     def wanted(self, row: Row, record: Record) -> list[Run]:
         """Return the runs of a row that may start now: the next trial of its search, or after it all that score."""

@@ -65,7 +65,7 @@ class Row:
         dense = [config.dense(kind) for kind in (MIXED, *KINDS)]
         if all(isinstance(d.dense_rule, Adam) and d.options["dense_state_format"] == "fp32" for d in dense):
             return None
-        return replace(self, name=f"{self.name}, own dense", fixed=False, origin=self.origin or self.name)
+        return replace(self, name=f"{self.name}, own dense", fixed=False, origin=self.name)
 
 
 def _muon(name: str, method: str, origin: str = "", **options: Any) -> Row:
@@ -154,9 +154,9 @@ the first searches ended (AdamW, 8-bit AdamW and Muon, from the middle)."""
 def next_trial(losses: Mapping[Point, float], row: Row, *, start: Point, trials: int, most: int) -> Point | None:
     """Return the point that a search tries next, or None where it is over: the same rule for every row.
 
-    After the start it is the first neighbour that has not been tried of the best point that has one. So every row gets `trials`
-    trials, and no axis an edge before. Then the search goes on while the best of all lies at an edge of what has been
-    tried (it has a neighbour that has not), up to `most`.
+    After the start it is the first neighbour that has not been tried of the best point that has one. So every row
+    gets `trials` trials, and no axis an edge before. Then the search goes on while the best of all lies at an edge of
+    what has been tried (it has a neighbour that has not), up to `most`.
 
     Args:
         losses: what has been tried, and the loss on the tuning text; of a run that diverged, inf.

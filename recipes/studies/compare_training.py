@@ -23,7 +23,7 @@ from hf_lowrank.methods.resolve import Config
 from recipes.quickstart.run_clm import Blocks, ModelArguments, llama_config
 from recipes.shared.baselines import BaselineArguments, adapter_parameters, add_lora_
 from recipes.shared.common import load_bpe, machine, sizes, speeches, state_bytes
-from recipes.studies.compare_rows import FIXED, LORA, Point, Row
+from recipes.studies.compare_rows import FIXED, LORA, ROWS, Point, Row
 
 
 SIZES = {
@@ -217,7 +217,8 @@ def at_bytes(row: Row, size: str, budget: float) -> Row | None:
 def with_rank(row: Row, rank: int) -> Row:
     """Return a row with another rank, which is in its name."""
     options = {**row.options, "rank": rank}
-    return replace(row, name=f"{row.name}, rank {rank}", options=options, origin=row.origin or row.name)
+    origin = row.name if row.name in ROWS else row.origin
+    return replace(row, name=f"{row.name}, rank {rank}", options=options, origin=origin)
 
 
 def declared_bytes(row: Row, size: str) -> float:

@@ -21,9 +21,9 @@ class GoLore(Decomposed, key="golore"):
     """P = U[:, :r] up to the share `switch_at` of the run, then uniform on the Stiefel manifold.
 
     The leading singular vectors of a noisy gradient are those of its noise once the signal is small; a random basis
-    has E[P P^T] = (r/m) I whatever the noise. Counted are the parameter's own updates: where layers take turns each has
-    fewer, and `total_steps` is to be theirs. M is projected onto each new basis, V stays. The rows `golore_*` have
-    scale 1, as its pretraining scripts do; those for fine-tuning have 4, at rank 4.
+    has E[P P^T] = (r/m) I whatever the noise. Counted are the parameter's own updates: where layers
+    take turns each has fewer, and `total_steps` is to be theirs. M is projected onto each new basis, V stays. The rows
+    `golore_*` have scale 1, as its pretraining scripts do; those for fine-tuning have 4, at rank 4.
 
     References:
         GoLore, arXiv 2410.11289, Algorithm 1 and section 5 (GoLore@20%).
