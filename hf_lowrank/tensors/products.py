@@ -42,6 +42,7 @@ def has_mixed_product(device: torch.device) -> bool:
     A = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
     try:
         torch.mm(A, A, out_dtype=torch.float32)
+        torch.bmm(A.unsqueeze(0), A.unsqueeze(0), out_dtype=torch.float32)
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return True
@@ -126,8 +127,9 @@ def add_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float, kind: st
 def _product_of_bf16(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
     """out <- A B, factors rounded to bf16, sums in fp32."""
     A, B = A.to(torch.bfloat16), B.to(torch.bfloat16)
-    if A.dim() == B.dim() == 2 and has_mixed_product(A.device):
-        return torch.mm(A, B, out_dtype=torch.float32, out=out)
+    if A.dim() == B.dim() in (2, 3) and has_mixed_product(A.device):
+        multiply = torch.mm if A.dim() == 2 else torch.bmm
+        return multiply(A, B, out_dtype=torch.float32, out=out)
     with precision("tf32"):
         return torch.matmul(A.float(), B.float(), out=out)
 
