@@ -32,8 +32,9 @@ def check(name, size, dtype, layers, per_matrix):
         assert not step.mixed
         assert step.largest[0] <= LARGEST, step.largest
     assert sum(counts.ordinary.syncs.values()) <= 1 + (name in EVERY_STEP), counts.ordinary.syncs
-    # a wave of bases is chosen before the host looks
-    assert sum(counts.refresh.syncs.values()) <= 1 + -(-matrices // 16), counts.refresh.syncs
+    # a wave of bases is chosen before the host looks; one that holds what LDAdam adds up of a 7B matrix has room for one
+    wave = 1 if (name, size) == ("ldadam", "7b") else 16
+    assert sum(counts.refresh.syncs.values()) <= 1 + -(-matrices // wave), counts.refresh.syncs
     assert max(counts.ordinary.peak, counts.refresh.peak) <= counts.workspace
     assert launches(counts.ordinary) <= per_matrix * matrices, counts.ordinary.launches
 
