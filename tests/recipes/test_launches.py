@@ -32,7 +32,7 @@ def check(name, size, dtype, layers, per_matrix):
         assert not step.mixed
         assert step.largest[0] <= LARGEST, step.largest
     assert sum(counts.ordinary.syncs.values()) <= 1 + (name in EVERY_STEP), counts.ordinary.syncs
-    # a wave of bases is chosen before the host looks; one that holds what LDAdam adds up of a 7B matrix has room for one
+    # a wave of bases is chosen before the host looks; what LDAdam adds up of a 7B matrix is a wave by itself
     wave = 1 if (name, size) == ("ldadam", "7b") else 16
     assert sum(counts.refresh.syncs.values()) <= 1 + -(-matrices // wave), counts.refresh.syncs
     assert max(counts.ordinary.peak, counts.refresh.peak) <= counts.workspace
