@@ -11,7 +11,6 @@ A finished run is a line of the file and is not run again; a kill loses the runs
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -44,32 +43,19 @@ from recipes.studies.compare_training import (  # noqa: E402
     study_key,
     train,
 )
+from recipes.studies.lines import Lines  # noqa: E402
 
 
 FILE = HERE / "compare_methods.jsonl"
 FIRST_SCORE_SEED = TUNING_SEED + 1
 
 
-class Record:
-    """The finished runs, one JSON line each; a last one that a kill has cut short counts as none."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        whole, _, self.cut = file.read_text().rpartition("\n") if file.exists() else ("", "", "")
-        self.runs: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+class Record(Lines):
+    """The finished runs."""
 
     def append(self, run: Run, result: Mapping[str, Any], **more: Any) -> None:
         """Write the result of a run down, with the version of the code."""
         self.write({**run.key, **result, **more, "commit": commit()})
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Add a line."""
-        if self.cut:
-            os.truncate(self.file, self.file.stat().st_size - len(self.cut.encode()))
-            self.cut = ""
-        self.runs.append(line)
-        with self.file.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def of(self, row: Row, size: str, steps: int) -> list[dict[str, Any]]:
         """Return the runs of a row, at points that mean what they mean now."""

@@ -117,7 +117,8 @@ def study(ledger: Ledger, arguments: argparse.Namespace) -> None:
     for row in rows:
         search(row, ledger, run)
     for seed in arguments.seeds:
-        run([cell(row, task, seed, best_rate(ledger, row)) for task in BUDGET for row in rows])
+        rates = {row: rate for row in rows if (rate := best_rate(ledger, row)) is not None}  # not of one that failed
+        run([cell(row, task, seed, rate) for task in BUDGET for row, rate in rates.items()])
 
 
 def absent() -> set[str]:
@@ -137,6 +138,8 @@ def search(row: str, ledger: Ledger, run: Callable[[list[Cell]], None]) -> None:
     while True:
         run([cell(row, GRID_TASK, GRID_SEED, rate) for rate in rates])
         best = best_rate(ledger, row)
+        if best is None:  # what went wrong has been said
+            return
         if min(rates) < best < max(rates) or len(rates) == MOST_RATES:
             return
         rates.append(best / 2 if best == min(rates) else best * 2)
@@ -149,10 +152,10 @@ def tried(ledger: Ledger, row: str) -> dict[float, float]:
     return {rate: main_score(result, GRID_TASK) for rate, result in found.items() if result}
 
 
-def best_rate(ledger: Ledger, row: str) -> float:
-    """Return the learning rate with the best score on the grid."""
+def best_rate(ledger: Ledger, row: str) -> float | None:
+    """Return the learning rate with the best score on the grid, or None if there is none."""
     scores = tried(ledger, row)
-    return max(scores, key=lambda rate: scores[rate])
+    return max(scores, key=lambda rate: scores[rate], default=None)
 
 
 def main_score(result: dict[str, Any], task: str) -> float:

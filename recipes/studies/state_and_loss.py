@@ -11,7 +11,6 @@ is one line of state_and_loss.jsonl; what is recorded there is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from recipes.quickstart.run_clm import Blocks, ModelArguments, llama_config  # n
 from recipes.shared.common import load_bpe, machine, sizes, speeches, state_bytes  # noqa: E402
 from recipes.shared.rates import optimizer_with_two_rates  # noqa: E402
 from recipes.studies import state_and_loss_picture as picture  # noqa: E402
+from recipes.studies.lines import Lines  # noqa: E402
 
 
 FILE = HERE / "state_and_loss.jsonl"
@@ -95,13 +95,8 @@ class Cell:
         return {**options, "matrix_learning_rate": self.rate, "seed": self.seed, "setting": SETTING}
 
 
-class Record:
-    """The finished runs, one JSON line each."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        lines = file.read_text().splitlines() if file.exists() else []
-        self.runs: list[dict[str, Any]] = [json.loads(line) for line in lines]
+class Record(Lines):
+    """The finished runs."""
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """Return the result of a training, if it is recorded."""
@@ -109,9 +104,7 @@ class Record:
 
     def append(self, cell: Cell, result: dict[str, Any]) -> None:
         """Write a result down."""
-        self.runs.append({**cell.key, **result})
-        with self.file.open("a") as file:
-            file.write(json.dumps(self.runs[-1]) + "\n")
+        self.write({**cell.key, **result})
 
     def losses(self, optimizer: str, seed: int = SEARCH_SEED) -> dict[float, float]:
         """Return the held-out loss of every learning rate that an optimizer was trained with on a seed."""

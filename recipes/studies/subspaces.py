@@ -38,10 +38,11 @@ from hf_lowrank.observe.update_rank import effective_rank  # noqa: E402
 from recipes.glue.tables import markdown  # noqa: E402
 from recipes.quickstart.run_clm import llama_config  # noqa: E402
 from recipes.shared.common import machine, require_at_least  # noqa: E402
-from recipes.studies.compare_methods import Record, only_one  # noqa: E402
+from recipes.studies.compare_methods import only_one  # noqa: E402
 from recipes.studies.compare_rows import FIXED  # noqa: E402
 from recipes.studies.compare_tables import interval, text  # noqa: E402
 from recipes.studies.compare_training import BATCH, BLOCK, SIZES, Text, batches, read  # noqa: E402
+from recipes.studies.lines import Lines  # noqa: E402
 
 
 FILE = HERE / "subspaces.jsonl"
@@ -182,11 +183,11 @@ def main() -> None:
     wanted = {"size": args.size, "steps": args.steps, "setting": SETTING}
     if not args.print:
         with only_one(args.file):
-            record = Record(args.file)
+            record = Lines(args.file)
             for key in [{**wanted, "seed": s, "method": m} for s in range(1, args.seeds + 1) for m in METHODS]:
                 if not any(key.items() <= run.items() for run in record.runs):
                     record.write({**key, **train(key["method"], args.size, args.steps, key["seed"], read())})
-    print(tables([run for run in Record(args.file).runs if wanted.items() <= run.items()]))
+    print(tables([run for run in Lines(args.file).runs if wanted.items() <= run.items()]))
 
 
 if __name__ == "__main__":
