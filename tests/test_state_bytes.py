@@ -13,7 +13,7 @@ from hf_lowrank.methods import resolve
 from hf_lowrank.methods.formula import state_formula
 
 
-COUNTERS = 6 * 8 + 3 * 4  # step, moment_step, skipped, refreshes, refresh_at, earlier; the report of a refresh
+COUNTERS = 7 * 8 + 3 * 4  # step, moment_step, skipped, refreshes, refresh_at, earlier, dropped_at; a refresh's report
 DIRECT = 3 * 8 + 3 * 4  # step, moment_step, skipped, and an empty report: there is nothing to refresh
 ADAM = {name: lambda m, n, r: m * r + 2 * n * r for name in METHODS if METHODS[name].moments == "adam"}
 NUMBERS = ADAM | {

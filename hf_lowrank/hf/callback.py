@@ -54,7 +54,6 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self.optimizer: LowRankOptimizer | None = None
         self.run: Run | None = None  # where this callback is the one that reports
         self._first_refresh: FirstRefresh | None = None
-        self._holds_folder = False  # by this run, and by none around it
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over what unsloth would do by itself."""
@@ -65,7 +64,6 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         if name_of(args) in resolve.names():
             refuse_unsupported(args)  # DeepSpeed may have built an optimizer of its own, without asking for ours
         give_clipping_back(args)
-        self._holds_folder = False
         optimizer = kwargs.get("optimizer")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         self.optimizer, self.run, self._first_refresh = None, None, None
@@ -82,7 +80,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         saved = (state.stateful_callbacks or {}).get(SAVED, {})
         main, step = state.is_world_process_zero, state.global_step
         if main:
-            self._holds_folder = folder.hold(Path(args.output_dir))
+            folder.hold(Path(args.output_dir))
         self.run = Run(optimizer, Path(args.output_dir), step=step, history=state.log_history, saved=saved, main=main)
         model = kwargs.get("model")
         if model is not None and hasattr(model, "add_model_tags"):
@@ -141,8 +139,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self._end_first_refresh()
         if self.run is not None:
             self.run.optimizer.remove_hooks()
-            if self._holds_folder:
-                folder.let_go(self.run.folder)
+            folder.let_go(self.run.folder)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the metrics to a training log, for the reporters and for the log history."""

@@ -17,18 +17,16 @@ def around_training(trainer: Any) -> Iterator[None]:
     """Add layer sampling where it is asked for; however the training ends, leave nothing of ours behind.
 
     That is: no layer is asleep, no hook takes the gradients from the next optimizer, and others may have the output
-    folder, unless it was held before.
+    folder, unless this was a training within another.
     """
     output = Path(trainer.args.output_dir)
     sample_layers(trainer)
-    held = folder.holds(output)
     try:
-        yield
+        with folder.going_on(output):
+            yield
     finally:
         wake_layers(trainer)
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate's wrapper
         if isinstance(optimizer, LowRankOptimizer):
             optimizer.remove_hooks()
             optimizer.layerwise.forget()
-        if not held:
-            folder.let_go(output)

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import socket
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -17,24 +19,19 @@ logger = logging.getLogger("hf_lowrank")
 _held: dict[Path, TextIO] = {}
 """The locked files of this process. The system unlocks them when it ends, however it ends."""
 
-
-def holds(folder: Path) -> bool:
-    """Tell whether this process holds a folder."""
-    return folder.resolve() / LOCK_FILE in _held
+_going_on = Counter[Path]()
+"""How many trainings go on in a folder, one within the other."""
 
 
-def hold(folder: Path) -> bool:
-    """Make a folder, and keep it for this process's runs until `let_go`.
-
-    Returns:
-        Whether it was not held before: a run inside another one leaves it to that.
+def hold(folder: Path) -> None:
+    """Make a folder, and keep it for this process's runs, one after the other, until `let_go`.
 
     Raises:
         ValueError: if it cannot be made or written, or if a run of another process holds it.
     """
     path = folder.resolve() / LOCK_FILE
     if path in _held:
-        return False
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -53,16 +50,27 @@ def hold(folder: Path) -> bool:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     _held[path] = file
-    return True
 
 
 def let_go(folder: Path) -> None:
-    """Let other processes have a folder; nothing happens if this one does not hold it."""
+    """Let other processes have a folder; nothing happens if this one does not hold it, or a training goes on in it."""
     path = folder.resolve() / LOCK_FILE
-    if path in _held:
+    if path in _held and not _going_on[path]:
         with contextlib.suppress(OSError):  # the folder may be gone
             path.unlink()
         _held.pop(path).close()
+
+
+@contextlib.contextmanager
+def going_on(folder: Path) -> Iterator[None]:
+    """Keep a folder, if it is held, while a training goes on in it, whatever runs within that; then let it go."""
+    path = folder.resolve() / LOCK_FILE
+    _going_on[path] += 1
+    try:
+        yield
+    finally:
+        _going_on[path] -= 1
+        let_go(folder)
 
 
 def _lock(file: TextIO) -> bool:

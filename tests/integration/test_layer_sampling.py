@@ -133,7 +133,7 @@ def test_a_second_training_goes_on_with_all_parameters(tmp_path):
     args = sampled(tmp_path, "adamw_torch", "badam", max_steps=2)
     trainer = train(args, deep())
     trainer.train()
-    assert sum(isinstance(c, LayerSampling) for c in trainer.callback_handler.callbacks) == 1
+    assert not any(isinstance(c, LayerSampling) for c in trainer.callback_handler.callbacks)  # it is a training's own
 
 
 def test_an_interrupted_training_leaves_nothing_frozen(tmp_path):
