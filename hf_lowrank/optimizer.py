@@ -49,7 +49,7 @@ class LowRankOptimizer(Replicas):
     Args:
         params: parameters or groups, as for any torch optimizer; `param_groups` makes them from a model.
         method: a name from METHODS.
-        lr: learning rate; the matrices see lr x scale (APOLLO: x its root).
+        lr: learning rate; the matrices see it times `Reconstruction.rate(scale)`, which is scale for most.
         betas, eps, weight_decay: as torch.optim.AdamW's, weight decay decoupled.
         seed: seed of the private generators; the global ones are never used.
         share_refreshes: under DistributedDataParallel, compute every refresh on one process and send it to the others,

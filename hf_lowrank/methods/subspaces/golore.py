@@ -12,8 +12,8 @@ from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.options import choice, integer, number
 from hf_lowrank.methods.subspaces.decomposed import EXACT, Decomposed
 from hf_lowrank.methods.subspaces.dominant import dominant
+from hf_lowrank.methods.subspaces.random import Random
 from hf_lowrank.state.slots import State
-from hf_lowrank.tensors import random
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,5 @@ class GoLore(Decomposed, key="golore"):
                 "golore switches at a share of the run: set total_steps=<optimizer steps of the whole run>"
             )
         if self.switch_at < 1 and ctx.step >= self.switch_at * (self.total_steps or 0):
-            return random.uniform_stiefel(
-                s["basis"].shape, ctx.generator(paired=False), random.with_float64(ctx.device)
-            ).to(s["basis"]), None
+            return Random().choose(s, G, ctx)
         return dominant(G, s["basis"], self.refresh, ctx)
