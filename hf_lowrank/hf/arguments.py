@@ -226,3 +226,8 @@ def give_clipping_back(args: TrainingArguments) -> None:
 def name_of(args: Any) -> str:
     """Return the name of the optimizer that training arguments choose, a member of OptimizerNames or a string."""
     return str(getattr(args.optim, "value", args.optim))
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return what a Trainer's optimizer is inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)

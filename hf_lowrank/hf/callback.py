@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_lowrank.hf.arguments import give_clipping_back, hold_clipping, name_of, refuse_unsupported
+from hf_lowrank.hf.arguments import give_clipping_back, hold_clipping, name_of, refuse_unsupported, unwrapped
 from hf_lowrank.hf.model_card import TAG
 from hf_lowrank.hf.unsloth import take_embedding_learning_rate
 from hf_lowrank.methods import resolve
@@ -64,8 +64,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         if name_of(args) in resolve.names():
             refuse_unsupported(args)  # DeepSpeed may have built an optimizer of its own, without asking for ours
         give_clipping_back(args)
-        optimizer = kwargs.get("optimizer")
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        optimizer = unwrapped(kwargs.get("optimizer"))
         self.optimizer, self.run, self._first_refresh = None, None, None
         if not isinstance(optimizer, LowRankOptimizer):
             return

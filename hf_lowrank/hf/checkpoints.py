@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import Trainer, trainer, trainer_utils
 
-from hf_lowrank.hf.arguments import name_of
+from hf_lowrank.hf.arguments import name_of, unwrapped
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe.records import RUN_FILE
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -102,7 +102,7 @@ def with_sums(original: Callable[..., None]) -> Callable[..., None]:
 
 def consolidate(self: Trainer) -> None:
     """Bring the state of an optimizer that shards it to the processes that write: one, or one on every node."""
-    optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+    optimizer = unwrapped(self.optimizer)
     if not isinstance(optimizer, LowRankOptimizer) or not optimizer.shard_state:
         return
     writing = [False] * dist.get_world_size()

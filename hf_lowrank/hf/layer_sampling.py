@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
 
+from hf_lowrank.hf.arguments import unwrapped
 from hf_lowrank.hf.outliers import calibration_batches, outlier_shares
 from hf_lowrank.layer_sampling import OPTION, Layers, Rule, rule_of, take
 from hf_lowrank.methods.options import split_assignments
@@ -114,7 +115,7 @@ def _refuse_unsupported(args: Any, params: Collection[Tensor]) -> None:
 
 def _forget(optimizer: Any, params: Collection[Tensor]) -> None:
     """Drop the state of what is not trained now; optimizers of ours keep their counters."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    inner = unwrapped(optimizer)
     if isinstance(inner, LowRankOptimizer):
         inner.forget(params)
         return

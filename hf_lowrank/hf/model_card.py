@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import __version__
-from hf_lowrank.hf.arguments import name_of
+from hf_lowrank.hf.arguments import name_of, unwrapped
 from hf_lowrank.methods import papers, resolve, table
 from hf_lowrank.observe.records import RUN_FILE
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -20,7 +20,7 @@ from hf_lowrank.optimizer import LowRankOptimizer
 
 def describe_optimizer(self: Trainer) -> None:
     """Add the optimizer to the model card that Trainer has just written, if it is one of ours."""
-    optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+    optimizer = unwrapped(self.optimizer)
     unbuilt = optimizer is None and name_of(self.args) in resolve.names()
     if not (unbuilt or isinstance(optimizer, LowRankOptimizer)) or not self.is_world_process_zero():
         return

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.hf.arguments import unwrapped
 from hf_lowrank.hf.layer_sampling import sample_layers, wake_layers
 from hf_lowrank.observe import folder
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -26,7 +27,7 @@ def around_training(trainer: Any) -> Iterator[None]:
             yield
     finally:
         wake_layers(trainer)
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate's wrapper
+        optimizer = unwrapped(trainer.optimizer)
         if isinstance(optimizer, LowRankOptimizer):
             optimizer.remove_hooks()
             optimizer.layerwise.forget()
