@@ -167,11 +167,12 @@ def clip_(work: Sequence[Unit], max_norm: float, summed: Callable[[float], float
         start(units)
         for bucket in _buckets(units):
             averaged(bucket)
-    for pieces in dict.fromkeys(unit.pieces for unit in work):  # what is copied counts once
-        some = [x for unit in work if unit.pieces == pieces and unit.started for x in unit.started[1].tensors]
+    for pieces, mesh in dict.fromkeys((unit.pieces, unit.mesh) for unit in work):  # what is copied counts once
+        held = [unit for unit in work if (unit.pieces, unit.mesh) == (pieces, mesh) and unit.started]
+        some = [x for unit in held if unit.started for x in unit.started[1].tensors]
         if not some:
             continue
-        good = finite(some)  # one that is not skips its parameter, and counts for nothing here
+        good = agreed(finite(some), held)  # one that is not skips its parameter, and counts for nothing here
         squares = [kernels.sum_of_squares(x).double() for x, taken in zip(some, good, strict=True) if taken]
         device = some[0].device
         share = sum((square.to(device) for square in squares), torch.zeros((), device=device))

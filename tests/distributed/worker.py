@@ -161,11 +161,21 @@ def mixed(name):
     fully_shard(net.blocks[0])
     opt = models.optimizer(net, name, **exact(name), **clip)
     models.train(net, opt, STEPS)  # the same batch everywhere: its mean over processes is itself
+    found = {"displacement": models.displacement(whole(net), whole(alone), start()), "norm": off(opt, reference)}
+    for one, optimizer, holds in ((net, opt, dist.get_rank() == 0), (alone, reference, True)):
+        optimizer.zero_grad()
+        models.loss_of(one, STEPS).backward()
+        gradient = one.blocks[0].up.weight.grad
+        if holds:  # the first row
+            getattr(gradient, "to_local", lambda gradient=gradient: gradient)()[0, 0] = torch.nan
+        optimizer.step()
+    return {**found, "norm where one piece is not finite": off(opt, reference)}
+
+
+def off(opt, reference):
+    """How far the norm by which a run clips is from another's."""
     norms = [x.projected_grad_norm or 1.0 for x in (opt, reference)]
-    return {
-        "displacement": models.displacement(whole(net), whole(alone), start()),
-        "norm": abs(norms[0] / norms[1] - 1),
-    }
+    return abs(norms[0] / norms[1] - 1)
 
 
 def resume(name):
