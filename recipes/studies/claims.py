@@ -28,9 +28,10 @@ from hf_lowrank import METHODS  # noqa: E402
 from hf_lowrank.methods.resolve import split  # noqa: E402
 from recipes.glue.tables import markdown  # noqa: E402
 from recipes.shared.common import require_at_least  # noqa: E402
-from recipes.studies.compare_methods import Record, Study, only_one, several  # noqa: E402
+from recipes.studies.compare_methods import Record, Study, add_run_options, only_one, several  # noqa: E402
 from recipes.studies.compare_rows import LONG_MEMORY, Row, settled  # noqa: E402
-from recipes.studies.compare_tables import paired, text  # noqa: E402
+from recipes.studies.compare_tables import losses, paired, text  # noqa: E402
+from recipes.studies.compare_training import SIZES  # noqa: E402
 
 
 FILE = HERE / "claims.jsonl"
@@ -118,10 +119,7 @@ def table(record: Record, size: str, steps: int) -> str:
     """Return every claim with its difference and verdict, as Markdown."""
     lines = []
     for claim in CLAIMS:
-        first, second = (
-            {seed: inf if run["score_loss"] is None else run["score_loss"] for seed, run in scores.items()}
-            for scores in (record.scores(row, size, steps) for row in (claim.first, claim.second))
-        )
+        first, second = (losses(record.scores(row, size, steps)) for row in (claim.first, claim.second))
         difference = paired(first, second)
         shown = "-" if difference is None else text(difference, sign="+")
         seeds = len(first.keys() & second.keys())
@@ -140,13 +138,11 @@ def main() -> None:
     """Train what is missing, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, default=FILE, help="where results are recorded")
-    parser.add_argument("--size", default="small", choices=("tiny", "small", "large"), help="of the model")
+    parser.add_argument("--size", default="small", choices=SIZES, help="of the model")
     parser.add_argument("--steps", type=int, default=300, help="of a training; 1024 tokens each")
     parser.add_argument("--trials", type=int, default=6, help="trials of every row")
     parser.add_argument("--most", type=int, default=12, help="trials of a row whose best stays at an edge")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds that score, from 2 on")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--minutes", type=float, default=inf, help="start nothing new after this time")
+    add_run_options(parser)
     parser.add_argument("--print", action="store_true", help="print the table of what is recorded, and run nothing")
     args = parser.parse_args()
     require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=args.steps)

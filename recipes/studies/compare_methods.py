@@ -75,8 +75,12 @@ class Record(Lines):
 
     def scores(self, row: Row, size: str, steps: int) -> dict[int, dict[str, Any]]:
         """Return the runs at a row's best point on the seeds that tuned nothing, by seed."""
-        best, runs = self.best(row, size, steps), self.of(row, size, steps)
-        return {run["seed"]: run for run in runs if run["seed"] != TUNING_SEED and tuple(run["point"]) == best}
+        best = self.best(row, size, steps)
+        return {seed: run for seed, run in self.at(best, row, size, steps).items() if seed != TUNING_SEED}
+
+    def at(self, point: Point | None, row: Row, size: str, steps: int) -> dict[int, dict[str, Any]]:
+        """Return the runs of a row at a point, by seed."""
+        return {run["seed"]: run for run in self.of(row, size, steps) if tuple(run["point"]) == point}
 
 
 @dataclass(frozen=True)
@@ -233,10 +237,8 @@ def parse() -> tuple[Study, argparse.Namespace]:
     add_study_options(parser)
     parser.add_argument("--trials", type=int, default=12, help="trials of every row")
     parser.add_argument("--most", type=int, default=20, help="trials of a row whose best stays at an edge")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds that score, from 2 on; 1 is the one that tunes")
     parser.add_argument("--start_from", metavar="SIZE:STEPS", help="start at the best points of another study")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--minutes", type=float, default=inf, help="start nothing new after this time")
+    add_run_options(parser)
     args = parser.parse_args()
     require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
     start = None
@@ -261,6 +263,13 @@ def add_study_options(parser: argparse.ArgumentParser) -> None:
         help="embeddings, head and norms as each method has them; rows where that differs",
     )
     parser.add_argument("--bytes", type=float, help="ranks such that the state of matrices has this size per element")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how much is run."""
+    parser.add_argument("--seeds", type=int, default=5, help="seeds that score, from 2 on; 1 is the one that tunes")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, default=inf, help="start nothing new after this time")
 
 
 def rows_of(args: argparse.Namespace) -> tuple[Row, ...]:

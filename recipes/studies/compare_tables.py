@@ -55,11 +55,16 @@ class Result:
     @property
     def losses(self) -> dict[int, float]:
         """Loss on the text that tuned nothing, by seed; of a run that diverged, inf."""
-        return {seed: inf if run["score_loss"] is None else run["score_loss"] for seed, run in self.runs.items()}
+        return losses(self.runs)
 
     def middle(self, key: str) -> float:
         """Return the median of a measurement over the seeds."""
         return median(run[key] for run in self.runs.values())
+
+
+def losses(runs: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    """Return the loss on the text that tuned nothing, by seed; of a run that diverged, inf."""
+    return {seed: inf if run["score_loss"] is None else run["score_loss"] for seed, run in runs.items()}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -1,0 +1,140 @@
+"""What each part of 4-bit Muon is worth: the row with one part taken away or changed, at the row's best point.
+
+    python recipes/studies/ablations.py                # trains what is missing, then prints the table
+    python recipes/studies/ablations.py --print        # the table alone
+
+Models, text and the point are those of compare_methods.py, where the row itself is recorded; the changed ones are
+recorded in ablations.jsonl. Nothing is tuned again: a change is judged at the rates that suit the row without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from recipes.glue.tables import markdown  # noqa: E402
+from recipes.shared.common import require_at_least, stop  # noqa: E402
+from recipes.studies.compare_methods import FILE as METHODS_FILE  # noqa: E402
+from recipes.studies.compare_methods import (  # noqa: E402
+    FIRST_SCORE_SEED,
+    Record,
+    Study,
+    add_run_options,
+    only_one,
+    several,
+)
+from recipes.studies.compare_rows import ROWS, Point, Row  # noqa: E402
+from recipes.studies.compare_tables import interval, losses, paired, text  # noqa: E402
+from recipes.studies.compare_training import SIZES, Run  # noqa: E402
+
+
+FILE = HERE / "ablations.jsonl"
+BASE = ROWS["muon_4bit"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the row.
+
+    Attributes:
+        says: which, in words.
+        options: what differs in its options.
+        decay: what differs in its point.
+    """
+
+    says: str
+    options: Mapping[str, Any]
+    decay: int | None = None
+
+    @property
+    def row(self) -> Row:
+        """The changed row."""
+        return replace(BASE, name=f"{BASE.name}, {self.says}", options={**BASE.options, **self.options})
+
+    def point(self, best: Point) -> Point:
+        """Return the changed row's point."""
+        return best if self.decay is None else best._replace(decay=self.decay)
+
+
+CHANGES = (
+    Change("momentum in 8 bits", {"state_format": "8bit"}),
+    Change("momentum in fp32", {"state_format": "fp32"}),
+    Change("rows not in units of their size", {"row_scales": False}),
+    Change("momentum itself, not Nesterov's", {"nesterov": False}),
+    Change("three iterations", {"ns_steps": 3}),
+    Change("the exact polar factor", {"orthogonalize": "exact"}),
+    Change("no weight decay", {}, decay=0),
+)
+
+
+@dataclass(frozen=True)
+class Changed(Study):
+    """Every changed row at its point, with no search. `points`: by the name of the row."""
+
+    points: Mapping[str, Point] | None = None
+
+    def wanted(self, row: Row, record: Record) -> list[Run]:
+        """Return the runs of a row that are not recorded."""
+        assert self.points is not None
+        done = record.at(self.points[row.name], row, self.size, self.steps)
+        seeds = range(FIRST_SCORE_SEED, FIRST_SCORE_SEED + self.seeds)
+        return [Run(row, self.points[row.name], self.size, self.steps, seed) for seed in seeds if seed not in done]
+
+
+def table(base: Mapping[int, Mapping[str, Any]], changed: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
+    """Return the losses as Markdown, with 95 % intervals of the differences to the row as it is, paired by seed."""
+    lines = []
+    reference = losses(base)
+    for says, runs in {"as it is": base, **changed}.items():
+        if not runs:
+            lines.append([says, *(["-"] * 5)])
+            continue
+        own = losses(runs)
+        difference = paired(own, reference) if runs is not base else None
+        size, took = (median(run[key] for run in runs.values()) for key in ("matrix_bytes", "optimizer_ms_median"))
+        minus, seeds = text(difference, sign="+") if difference else "-", len(own.keys() & reference.keys())
+        lines.append([says, f"{size:.2f}", text(interval([*own.values()])), minus, str(seeds), f"{took:.0f}"])
+    head = ["change", "bytes per element", "loss", f"minus {BASE.name}, paired", "paired seeds", "optimizer, ms"]
+    return markdown(head, lines)
+
+
+def main() -> None:
+    """Train what is missing, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, default=FILE, help="where results are recorded")
+    parser.add_argument(
+        "--base", type=Path, default=METHODS_FILE, help="where compare_methods.py has recorded the row"
+    )
+    parser.add_argument("--size", default="small", choices=SIZES, help="of the model")
+    parser.add_argument("--steps", type=int, default=1000, help="of a training; 1024 tokens each")
+    add_run_options(parser)
+    parser.add_argument("--print", action="store_true", help="print the table of what is recorded, and run nothing")
+    args = parser.parse_args()
+    require_at_least(1, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
+    recorded = Record(args.base)
+    best = recorded.best(BASE, args.size, args.steps)
+    if best is None:
+        stop(f"{args.base} has no search of {BASE.name} at {args.size}, {args.steps} steps: run compare_methods.py")
+    points = {change.row.name: change.point(best) for change in CHANGES}
+    if not args.print:
+        rows = tuple(change.row for change in CHANGES)
+        study = Changed(rows, args.size, args.steps, 1, 1, args.seeds, points=points)
+        deadline = time.monotonic() + 60 * args.minutes
+        with only_one(args.file):
+            several(study, Record(args.file), deadline, args.jobs)
+    record = Record(args.file)
+    changed = {c.says: record.at(points[c.row.name], c.row, args.size, args.steps) for c in CHANGES}
+    print(table(recorded.scores(BASE, args.size, args.steps), changed))
+
+
+if __name__ == "__main__":
+    main()
