@@ -117,7 +117,7 @@ def test_targets_takes_every_method_as_it_is(run, name):
 
 
 def test_targets_says_what_would_be_projected_and_what_it_saves(run, tmp_path):
-    arguments = ["targets", tiny_config(tmp_path), "--optim-args", "rank=4"]
+    arguments = ["targets", tiny_config(tmp_path), "--optim_args", "rank=4"]  # as Trainer spells it
     code, out, _ = run(*arguments, "--json")
     rows = {row["name"]: row for row in json.loads(out)}
     query = rows["model.layers.*.self_attn.q_proj"]

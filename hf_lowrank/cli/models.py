@@ -23,7 +23,10 @@ from hf_lowrank.planning.hub import check_within_reach
 _MODEL = "Hub id, folder with a config.json, such a file, or a built-in size: 60m, 130m, 350m, 1b, 7b, ..."
 Model = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
 Optim = Annotated[str, typer.Option("--optim", "-o", help="Name of the optimizer, as for --optim of the Trainer.")]
-OptimArgs = Annotated[str, typer.Option(help="Options as option=value,option=value, as for the Trainer.")]
+OptimArgs = Annotated[
+    str,
+    typer.Option("--optim-args", "--optim_args", help="Options as option=value,option=value, as for the Trainer."),
+]
 
 
 def targets(

@@ -1,7 +1,7 @@
-"""Train the same LLaMA with AdamW and with galore_i3s_adamw, and compare: a table, pictures, two checkpoints.
+"""Train the same LLaMA with AdamW, muon_4bit and galore_i3s_adamw, and compare: a table, pictures, checkpoints.
 
 Every run starts afresh: what an earlier one, finished or killed, left in the output folder is replaced; only the
-tokenizer is kept. Options that are not listed go to both trainings, for instance
+tokenizer is kept. Options that are not listed go to all trainings, for instance
 
     python recipes/quickstart/quickstart.py --max_steps 1000 --train_file mine.txt --validation_file other.txt
 """
@@ -26,9 +26,10 @@ RANK, GAP, SEED = 64, 40, 1
 
 OPTIMIZERS = {
     "adamw_torch_fused": "--matrix_lr_scale {scale:g}",
+    "muon_4bit": "--optim_args scale={scale:g}",
     "galore_i3s_adamw": f"--optim_args rank={RANK},update_proj_gap={GAP},scale={{scale:g}}",
 }
-"""The two trainings: value of --optim, and how the matrices' rate is spelled. Both have two rates: `learning_rate` for
+"""The trainings: value of --optim, and how the matrices' rate is spelled. All have two rates: `learning_rate` for
 embeddings, head and norms, `learning_rate` x `scale` for the matrices."""
 
 COMMON = (
@@ -77,12 +78,14 @@ def stop(sentence: str, code: int = 2) -> None:
 
 
 def main() -> None:
-    """Run both trainings and report."""
+    """Run all trainings and report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="run folder")
     arguments, more = parser.parse_known_args()
+    if own := next((option for option in more if option.startswith("--optim")), None):
+        stop(f"{own} is the trainings' own here; start one by itself: python -m hf_lowrank {_short(HERE)}/run_clm.py")
     try:
         import report
     except ImportError as error:

@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.shared.common import machine  # noqa: E402
 
 
-BLUE, ORANGE = "#0072B2", "#D55E00"
-COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's: told apart by colour-blind eyes too."""
 
 MARKERS = "osD^vPX"
@@ -60,7 +59,7 @@ def table(results: dict) -> str:
 def plot_losses(folder: Path, optimizers: list[str]) -> None:
     """Draw training and validation loss against steps into loss.png."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, colour, marker in zip(optimizers, (BLUE, ORANGE), "os", strict=False):
+    for name, colour, marker in zip(optimizers, COLOURS, MARKERS, strict=False):
         history = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
         training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         validation = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]

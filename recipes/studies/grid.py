@@ -1,6 +1,6 @@
-"""Find the learning rates of both optimizers on a grid, and append every result to grid.json as it comes.
+"""Find the learning rates of the quickstart's optimizers on a grid, and append every result to grid.json as it comes.
 
-Both have as many cells: learning_rate (of embeddings, head and norms) by the matrices' rate, learning_rate x scale.
+All have as many cells: learning_rate (of embeddings, head and norms) by the matrices' rate, learning_rate x scale.
 What is recorded already is not run again, so a grid that was interrupted goes on where it stopped. With --more_seeds
 the best cell of each optimizer is repeated, to see what the seed alone does.
 """
@@ -37,11 +37,20 @@ from quickstart import (  # noqa: E402
 )
 
 
-MATRIX_RATES = {"adamw_torch_fused": (6.25e-4, 1.25e-3, 2.5e-3), "galore_i3s_adamw": (1.25e-3, 2.5e-3, 5e-3)}
-"""An update of rank r has a smaller norm than a full one, so its rates are twice as large."""
+MATRIX_RATES = {
+    "adamw_torch_fused": (6.25e-4, 1.25e-3, 2.5e-3),
+    "galore_i3s_adamw": (1.25e-3, 2.5e-3, 5e-3),
+    "muon_4bit": (2.5e-3, 5e-3, 1e-2),
+}
+"""An update of rank r has a smaller norm than a full one, so its rates are twice as large; those of orthogonalised
+momentum are four times AdamW's, as in compare_methods.py."""
 
 LOW, MIDDLE, HIGH = range(3)
-LEARNING_RATES = {MIDDLE: (5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 16e-2), LOW: (5e-3, 1e-2, 2e-2), HIGH: (1e-2, 2e-2)}
+LEARNING_RATES = {
+    MIDDLE: (5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 16e-2, 32e-2),
+    LOW: (5e-3, 1e-2, 2e-2, 8e-2, 16e-2),
+    HIGH: (1e-2, 2e-2, 8e-2, 16e-2),
+}
 """What goes with each of the matrices' rates: around the best, the more promising the wider."""
 
 

@@ -1,0 +1,67 @@
+"""What the pages say of the study of methods is what the recorded runs say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recipes.studies.compare_methods import FILE, Record
+from recipes.studies.compare_rows import BASELINE, ROWS
+from recipes.studies.compare_tables import interval, paired, results, text
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/choosing.md", "docs/recommended.md")}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return {result.row.name: result for result in results(Record(FILE), [*ROWS.values()], "small", 1000)}
+
+
+def minus(found, first, second):
+    return text(paired(found[first].losses, found[second].losses), sign="+")
+
+
+def test_the_table_of_the_evidence(found):
+    """Every line: bytes, loss and the difference to AdamW."""
+    evidence = PAGES["docs/recommended.md"].partition("## The evidence")[2]
+    lines = re.findall(
+        r"^\| `(\w+)`(, `state_format=4bit`)? \| ([\d.]+) \| ([\d. ±]+)[^|]*\| ([^|]+) \|", evidence, re.M
+    )
+    assert len(lines) == 8
+    for name, four_bits, size, loss, difference in lines:
+        row = f"{name}_4bit" if four_bits else name
+        assert size == f"{found[row].middle('matrix_bytes'):.2f}", row
+        assert loss.strip() == text(interval([*found[row].losses.values()])), row
+        assert difference == ("-" if row == BASELINE else minus(found, row, BASELINE)), row
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_the_tables_by_bytes(found, page):
+    lines = re.findall(r"^\| (\d[\d.]*) \| [^`|]*`(\w+)`([^|]*)\| ([^|]+) \|", PAGES[page], re.M)
+    assert len(lines) >= 4
+    for size, name, more, difference in lines:
+        row = f"{name}_4bit" if "`state_format=4bit`" in more else name
+        assert float(size) == pytest.approx(found[row].middle("matrix_bytes"), abs=5.1e-3), row
+        assert difference == ("0" if row == BASELINE else minus(found, row, BASELINE)), row
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("frugal_adamw", "muon_4bit"),
+        ("frugal_adamw_4bit", "muon_4bit"),
+        ("subtrack_pp_adamw", "muon_4bit"),
+        ("fira_adamw", "muon_4bit"),
+        ("galore_dominant_adamw", "muon_4bit"),
+        ("subtrack_pp_adamw", "frugal_adamw"),
+        ("fira_adamw", "frugal_adamw"),
+        ("galore_dominant_adamw", "frugal_adamw"),
+    ],
+)
+def test_differences_in_the_text(found, first, second):
+    """By how much the first is behind the second, and that the interval does not hold zero."""
+    middle, half = paired(found[first].losses, found[second].losses)
+    assert middle - half > 0
+    assert minus(found, first, second).removeprefix("+") in PAGES["docs/recommended.md"]
