@@ -13,7 +13,7 @@ from hf_lowrank.hf.model_card import TAG
 from hf_lowrank.hf.unsloth import take_embedding_learning_rate
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe import folder
-from hf_lowrank.observe.describe import described, headline, summary
+from hf_lowrank.observe.describe import described, has_subspaces, headline, summary
 from hf_lowrank.observe.progress import FirstRefresh
 from hf_lowrank.observe.run import Run
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -149,7 +149,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         if state.log_history:  # what is pending has its own row there, at the step of the checkpoint
             state.log_history[-1].update(found)
         state.stateful_callbacks[SAVED] = self.run.kept()
-        if state.is_world_process_zero and any(key.count("/") > 1 for key in found):
+        refreshed = any(key.count("/") > 1 for key in found)
+        if refreshed and state.is_world_process_zero and has_subspaces(self.run.optimizer):
             line = headline(found, self.run.since_log.gauges.declared)
             logger.info("step %d: %s", state.global_step, line)
 

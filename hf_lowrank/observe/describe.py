@@ -38,6 +38,11 @@ def headline(found: Mapping[str, float], gauges: Mapping[str, Gauge]) -> str:
     return "; ".join(text)
 
 
+def has_subspaces(optimizer: LowRankOptimizer) -> bool:
+    """Tell whether any matrix is stepped in a subspace, and not whole."""
+    return any(one.config.low_rank and not one.config.parts.subspace.whole for one in optimizer.declared())
+
+
 def gauge_text(name: str, gauge: Gauge, value: float) -> str:
     """Say what a gauge shows."""
     words = name.replace("_", " ")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GRID_FILE = HERE.parent / "studies" / "grid.json"
-RANK, GAP, SEED = 64, 40, 1
+RANK, GAP, SEED = 0.25, 40, 1
 
 OPTIMIZERS = {
     "adamw_torch_fused": "--matrix_lr_scale {scale:g}",

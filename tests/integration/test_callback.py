@@ -509,6 +509,13 @@ def test_a_refresh_is_one_line_on_the_console(tmp_path, caplog):
     )
 
 
+def test_what_has_no_subspace_says_nothing_of_one(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_lowrank")
+    train(arguments(tmp_path, "muon_4bit", max_steps=2, optim_args=""))
+    said = [record.getMessage() for record in caplog.records]
+    assert any("stepped whole" in text for text in said) and not any("refreshed" in text for text in said)
+
+
 def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))  # transformers 5; 4.57 has an argument
