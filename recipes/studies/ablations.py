@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -80,11 +80,10 @@ CHANGES = (
 class Changed(Study):
     """Every changed row at its point, with no search. `points`: by the name of the row."""
 
-    points: Mapping[str, Point] | None = None
+    points: Mapping[str, Point] = field(kw_only=True)
 
     def wanted(self, row: Row, record: Record) -> list[Run]:
         """Return the runs of a row that are not recorded."""
-        assert self.points is not None
         done = record.at(self.points[row.name], row, self.size, self.steps)
         seeds = range(FIRST_SCORE_SEED, FIRST_SCORE_SEED + self.seeds)
         return [Run(row, self.points[row.name], self.size, self.steps, seed) for seed in seeds if seed not in done]
