@@ -29,7 +29,7 @@ def test_the_table_of_the_evidence(found):
     lines = re.findall(
         r"^\| `(\w+)`(, `state_format=4bit`)? \| ([\d.]+) \| ([\d. ±]+)[^|]*\| ([^|]+) \|", evidence, re.M
     )
-    assert len(lines) == 8
+    assert len(lines) == 10
     for name, four_bits, size, loss, difference in lines:
         row = f"{name}_4bit" if four_bits else name
         assert size == f"{found[row].middle('matrix_bytes'):.2f}", row
@@ -54,10 +54,14 @@ def test_the_tables_by_bytes(found, page):
         ("frugal_adamw_4bit", "muon_4bit"),
         ("subtrack_pp_adamw", "muon_4bit"),
         ("fira_adamw", "muon_4bit"),
+        ("galore_i3s_adamw", "muon_4bit"),
         ("galore_dominant_adamw", "muon_4bit"),
         ("subtrack_pp_adamw", "frugal_adamw"),
         ("fira_adamw", "frugal_adamw"),
+        ("galore_i3s_adamw", "frugal_adamw"),
         ("galore_dominant_adamw", "frugal_adamw"),
+        ("galore_i3s_adamw", "full_adamw"),
+        ("galore_dominant_adamw", "full_adamw"),
     ],
 )
 def test_differences_in_the_text(found, first, second):
