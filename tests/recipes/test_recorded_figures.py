@@ -14,9 +14,21 @@ ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/choosing.md", "docs/recommended.md")}
 
 
+LARGER = "### A model four times as large"
+
+
+def recorded(size, steps):
+    return {result.row.name: result for result in results(Record(FILE), [*ROWS.values()], size, steps)}
+
+
 @pytest.fixture(scope="module")
 def found():
-    return {result.row.name: result for result in results(Record(FILE), [*ROWS.values()], "small", 1000)}
+    return recorded("small", 1000)
+
+
+@pytest.fixture(scope="module")
+def larger():
+    return recorded("large", 1200)
 
 
 def minus(found, first, second):
@@ -24,17 +36,25 @@ def minus(found, first, second):
 
 
 def test_the_table_of_the_evidence(found):
-    """Every line: bytes, loss and the difference to AdamW."""
-    evidence = PAGES["docs/recommended.md"].partition("## The evidence")[2]
+    evidence = PAGES["docs/recommended.md"].partition("## The evidence")[2].partition(LARGER)[0]
+    assert check_lines(evidence, found) == 10
+
+
+def test_the_table_of_the_larger_model(larger):
+    assert check_lines(PAGES["docs/recommended.md"].partition(LARGER)[2], larger) == 4
+
+
+def check_lines(text_of_table, found):
+    """Every line: bytes, loss and the difference to AdamW. Returns how many there are."""
     lines = re.findall(
-        r"^\| `(\w+)`(, `state_format=4bit`)? \| ([\d.]+) \| ([\d. ±]+)[^|]*\| ([^|]+) \|", evidence, re.M
+        r"^\| `(\w+)`(, `state_format=4bit`)? \| ([\d.]+) \| ([\d. ±]+)[^|]*\| ([^|]+) \|", text_of_table, re.M
     )
-    assert len(lines) == 10
     for name, four_bits, size, loss, difference in lines:
         row = f"{name}_4bit" if four_bits else name
         assert size == f"{found[row].middle('matrix_bytes'):.2f}", row
         assert loss.strip() == text(interval([*found[row].losses.values()])), row
         assert difference == ("-" if row == BASELINE else minus(found, row, BASELINE)), row
+    return len(lines)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
