@@ -12,8 +12,6 @@ from recipes.studies.compare_tables import interval, paired, results, text
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/choosing.md", "docs/recommended.md")}
-
-
 LARGER = "### A model four times as large"
 
 
@@ -41,7 +39,7 @@ def test_the_table_of_the_evidence(found):
 
 
 def test_the_table_of_the_larger_model(larger):
-    assert check_lines(PAGES["docs/recommended.md"].partition(LARGER)[2], larger) == 4
+    assert check_lines(PAGES["docs/recommended.md"].partition(LARGER)[2], larger) == 6
 
 
 def check_lines(text_of_table, found):
@@ -89,3 +87,31 @@ def test_differences_in_the_text(found, first, second):
     middle, half = paired(found[first].losses, found[second].losses)
     assert middle - half > 0
     assert minus(found, first, second).removeprefix("+") in PAGES["docs/recommended.md"]
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("frugal_adamw", "muon_4bit"),
+        ("subtrack_pp_adamw", "muon_4bit"),
+        ("fira_adamw", "muon_4bit"),
+        ("subtrack_pp_adamw", "frugal_adamw"),
+        ("fira_adamw", "frugal_adamw"),
+        ("full_adamw", "frugal_adamw"),
+    ],
+)
+def test_differences_in_the_text_of_the_larger_model(larger, first, second):
+    middle, half = paired(larger[first].losses, larger[second].losses)
+    assert middle - half > 0
+    section = PAGES["docs/recommended.md"].partition(LARGER)[2]
+    assert minus(larger, first, second).removeprefix("+") in section
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_how_far_racs_is_behind_at_the_larger_size(larger, page):
+    assert minus(larger, "racs", BASELINE).removeprefix("+") in PAGES[page]
+
+
+@pytest.mark.parametrize("row", ["galore_dominant_adamw", "galore_i3s_adamw"])
+def test_who_is_behind_adamw_on_the_first_pages(found, row):
+    assert minus(found, row, BASELINE).removeprefix("+") in PAGES["README.md"]
