@@ -23,7 +23,8 @@ from streams import (
 
 from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.methods import registry, resolve
-from hf_lowrank.tensors.bases import Blocks, SelectedRows
+from hf_lowrank.tensors.bases import SelectedRows
+from hf_lowrank.tensors.row_blocks import Blocks
 
 
 GAP = 5

@@ -141,7 +141,7 @@ def test_a_whole_step_draws_random_subspaces_uniformly():
 
 def rounded(values, dtype, seed=0):
     out = torch.empty_like(values, dtype=dtype)
-    rounding.round_(out, values.clone(), random.generator(seed))
+    rounding.round_(out, values.clone(), random.Bits(random.generator(seed)))
     return out
 
 
@@ -212,9 +212,36 @@ LAYOUTS = {
 def test_rounding_goes_to_a_neighbour_in_every_layout(dtype, layout):
     values = LAYOUTS[layout](random.generator(1))
     out = torch.empty_like(values, dtype=dtype)
-    rounding.round_(out, values.clone(), random.generator(0))
+    rounding.round_(out, values.clone(), random.Bits(random.generator(0)))
     spacing = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]  # of the numbers from 1 to 2
     assert ((out.float() - values).abs() < spacing * torch.exp2(values.abs().log2().floor())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_random_bits_are_uniform_and_any_two_of_several_pieces_independent(dtype):
+    drawn = []
+    for seed in range(DRAWS):
+        bits = random.Bits(random.generator(seed))
+        drawn.append(torch.cat([bits.like(torch.empty(size), dtype).clone() for size in (9, 9, 5, 10)]))
+    x = torch.stack(drawn).double() / 2.0 ** (8 * dtype.itemsize - 1)
+    # an estimate from DRAWS draws lies within five standard deviations, 1/sqrt(3) and 1/3 for one draw
+    assert x.mean(0).abs().max() < 5 / sqrt(3 * DRAWS)
+    products = x.mT @ x / DRAWS
+    assert (products - torch.eye(len(products)) / 3).abs().max() < 5 / 3 / sqrt(DRAWS)
+    ups = (x > 0.25).double() - 3 / 8  # how often two round up together, where three of eight do
+    assert (ups.mT @ ups / DRAWS - torch.eye(len(products)) * 15 / 64).abs().max() < 5 * 15 / 64 / sqrt(DRAWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_later_pieces_of_a_weight_are_rounded_without_bias(dtype):
+    """A number three tenths of the way to its neighbour, in three pieces of one weight."""
+    spacing = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+    bits, size = random.Bits(random.generator(0)), 200_000
+    for _ in range(3):
+        out = torch.empty(size, dtype=dtype)
+        rounding.round_(out, torch.full((size,), 1 + 0.3 * spacing), bits)
+        share = float((out.double() - 1).mean()) / spacing
+        assert abs(share - 0.3) < 5 * sqrt(0.21 / size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

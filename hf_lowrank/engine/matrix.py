@@ -139,6 +139,9 @@ class MatrixStep(Unit):
         """W <- (1 - lr wd) W - lr c_t (alpha P Z + G diag(d) + rest)."""
         beta, alpha = 1 - ctx.lr * ctx.weight_decay, -ctx.lr * c_t
         Z, d = basis.spread(update.Z, update.d)
+        W, way = self.seen_wide(self.weight), ctx.rounding(self.device)
+        if Z is not None:
+            basis, Z = basis.factors(Z, W)
 
         def write_(block: Tensor, start: int, length: int) -> None:
             decay = beta
@@ -154,7 +157,6 @@ class MatrixStep(Unit):
             if Z is not None:
                 basis.add_(block, Z.narrow(-1, start, length), beta=decay, alpha=alpha * update.alpha)
 
-        W, way = self.seen_wide(self.weight), ctx.rounding(self.device)
         if update.rest is None and way.fuses(W):
             U = None if Z is None else basis.expand(Z, W)
             way.fused_(W, beta, U, alpha * update.alpha, None if d is None else G, d, alpha)

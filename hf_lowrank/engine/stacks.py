@@ -75,11 +75,13 @@ class Stack(MatrixStep):
     @override
     def _write_(self, basis: Basis, G: Any, update: Update, c_t: float, ctx: Context) -> None:
         assert isinstance(basis, Several)
-        bases, Z = basis.factors(update.Z, self.weight)
+        Z = update.Z
+        if Z is not None:
+            basis, Z = basis.factors(Z, self.weight)
         none = [None] * len(self.members)
         columns = zip(
             self.members,
-            bases,
+            basis.bases,
             none if G is None else G,
             none if Z is None else Z.unbind(0),
             none if update.d is None else update.d.unbind(0),

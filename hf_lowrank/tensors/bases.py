@@ -52,6 +52,11 @@ class Basis(ABC):
         """Return the same map, whose matrix products are of this kind (tensors.products)."""
         return self
 
+    def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
+        """Return the map and coefficients with which a weight is written, rounded at once where every block would
+        round them."""
+        return self, Z
+
     def expand(self, Z: Tensor, like: Tensor) -> Tensor:
         """Return P Z (m, n), for coefficients of all columns, lying in memory as `like` does."""
         U = torch.zeros_like(like, dtype=torch.float32)
@@ -65,7 +70,7 @@ class Basis(ABC):
         self.add_(X, whole, beta=1.0, alpha=alpha)
 
 
-def _scaled_(W: Tensor, beta: float) -> Tensor:
+def scaled_(W: Tensor, beta: float) -> Tensor:
     """W <- beta W, which is nothing to do where weights do not decay."""
     return W if beta == 1.0 else W.mul_(beta)
 
@@ -96,6 +101,11 @@ class Dense(Basis):
     @override
     def multiplied(self, kind: str) -> Dense:
         return Dense(self.P, kind)
+
+    @override
+    def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
+        kind = products.chosen(self.products, W)
+        return (Dense(self.P.bfloat16(), kind), Z.bfloat16()) if kind.startswith("bf16") else (self, Z)
 
     @override
     def expand(self, Z: Tensor, like: Tensor) -> Tensor:
@@ -131,7 +141,7 @@ class Identity(Basis):
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        _scaled_(W, beta).add_(Z, alpha=alpha)
+        scaled_(W, beta).add_(Z, alpha=alpha)
 
     @override
     def expand(self, Z: Tensor, like: Tensor) -> Tensor:
@@ -161,7 +171,7 @@ class SomeRows(Basis):
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        _scaled_(W, beta).add_(Z.narrow(-2, self.start, self.length), alpha=alpha)
+        scaled_(W, beta).add_(Z.narrow(-2, self.start, self.length), alpha=alpha)
 
     @override
     def rows(self, start: int, length: int) -> SomeRows:
@@ -182,6 +192,11 @@ class TwoSided(Basis):
     @override
     def project(self, G: Tensor) -> Tensor:
         return self.left.project(G) @ self.right
+
+    @override
+    def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
+        """Z has been spread over the columns."""
+        return self.left.factors(Z, W)
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
@@ -231,7 +246,7 @@ class SelectedRows(Basis):
         if not W.shape[-2]:
             return
         index = self.index.unsqueeze(-1).expand(*self.index.shape, W.shape[-1])
-        _scaled_(W, beta).scatter_add_(-2, index, Z * (alpha * self.scale).unsqueeze(-1))
+        scaled_(W, beta).scatter_add_(-2, index, Z * (alpha * self.scale).unsqueeze(-1))
 
     @override
     def rows(self, start: int, length: int) -> SelectedRows:
@@ -251,47 +266,3 @@ class SelectedRows(Basis):
 
     def _same(self, other: SelectedRows) -> Tensor:
         return (self.index.unsqueeze(-1) == other.index.unsqueeze(-2)).to(self.scale.dtype)
-
-
-@dataclass(frozen=True)
-class Blocks(Basis):
-    """Column k of P is `factor` on the rows k b .. (k+1) b - 1 and zero elsewhere; the last block may be short.
-
-    Attributes:
-        m: rows.
-        size: b, rows of a block.
-        factor: the value of every entry.
-        squares: whether R also holds the blocks of G∘G below those of G, (..., 2r, n).
-    """
-
-    m: int
-    size: int
-    factor: float
-    squares: bool = False
-
-    def fold(self, X: Tensor) -> Tensor:
-        """Return the sum over every block times the factor, (..., r, n), in fp32."""
-        whole = self.m // self.size * self.size
-        blocks = X.narrow(-2, 0, whole).reshape(*X.shape[:-2], self.m // self.size, self.size, X.shape[-1])
-        folded = blocks.sum(-2, dtype=torch.float32)
-        if whole < self.m:  # a short last block
-            rest = X.narrow(-2, whole, self.m - whole).sum(-2, keepdim=True, dtype=torch.float32)
-            folded = torch.cat([folded, rest], -2)
-        return folded.mul_(self.factor)
-
-    def repeat(self, X: Tensor) -> Tensor:
-        """Return every row of X (..., r, n) on all rows of its block, (..., m, n)."""
-        if self.size >= self.m:
-            return X.expand(*X.shape[:-2], self.m, X.shape[-1]).contiguous()
-        return X.repeat_interleave(self.size, -2).narrow(-2, 0, self.m)
-
-    @override
-    def project(self, G: Tensor) -> Tensor:
-        if not self.squares:
-            return self.fold(G)
-        G = G.float()
-        return torch.cat([self.fold(G), self.fold(G.square())], -2)
-
-    @override
-    def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        _scaled_(W, beta).add_(self.repeat(Z), alpha=alpha * self.factor)

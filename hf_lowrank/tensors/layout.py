@@ -233,6 +233,11 @@ class RowsOf(Basis):
         self.here.add_(W, Z, beta=beta, alpha=alpha)
 
     @override
+    def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
+        """Z has been spread."""
+        return self.here.factors(Z, W)
+
+    @override
     def expand(self, Z: Tensor, like: Tensor) -> Tensor:
         """Z has been spread."""
         return self.here.expand(Z, like)

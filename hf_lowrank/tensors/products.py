@@ -5,10 +5,11 @@
 * `bf16`: both factors rounded to bf16, sums in fp32; P Z rounded to bf16 again if the weight is of low precision.
 * `bf16x2`: P in P^T G as the sum of two numbers of bf16, so that next to nothing is lost of it, or of a gradient of
   bf16; in P Z both factors, and the product, rounded to bf16, which a weight of bf16 does not notice.
-* `auto`: bf16x2 for gradients and weights of bf16 on a device that multiplies them with sums in fp32; any others in
-  fp32, or TF32 where torch's own flag says so.
+* `auto`: bf16x2 for gradients and weights of bf16 on a device that has kernels for them; any others in fp32, or TF32
+  where torch's own flag says so.
 
-Where a device has no such kernel, and on the CPU, factors are rounded first and multiplied as fp32: the same numbers.
+The kernels of a CPU that has instructions for bf16 (AVX-512 BF16, AMX) sum in fp32 and give bf16: R is rounded to it
+there, too. Where there is no such kernel, factors are rounded first and multiplied as fp32: the same numbers.
 
 Legend: P (..., m, r) · G (..., m, n) · R = P^T G (..., r, n) · Z (..., r, n).
 """
@@ -31,7 +32,17 @@ def chosen(kind: str, like: Tensor) -> str:
     """Return what `auto` means for a gradient or weight."""
     if kind != "auto":
         return kind
-    return "bf16x2" if like.dtype == torch.bfloat16 and has_mixed_product(like.device) else OWN
+    return "bf16x2" if like.dtype == torch.bfloat16 and _has_kernels(like.device) else OWN
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return has_bf16_product() if device.type == "cpu" else has_mixed_product(device)
+
+
+@lru_cache
+def has_bf16_product() -> bool:
+    """Tell whether this CPU multiplies matrices of bf16, into one of bf16, faster than those of fp32."""
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
 @lru_cache
@@ -104,7 +115,7 @@ def expand(P: Tensor, Z: Tensor, like: Tensor, kind: str) -> Tensor:
     """Return P Z lying in memory as `like` (m, n) does: in bf16 where the factors are rounded to it, else in fp32."""
     if kind.startswith("bf16"):
         out = torch.empty_like(like, dtype=torch.bfloat16)
-        return torch.mm(P.to(torch.bfloat16), Z.to(torch.bfloat16), out=out)
+        return torch.matmul(P.to(torch.bfloat16), Z.to(torch.bfloat16), out=out)
     out = torch.empty_like(like, dtype=torch.float32)
     with precision(kind):
         return torch.matmul(_rounded(P, kind), _rounded(Z, kind), out=out)
@@ -114,6 +125,9 @@ def add_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float, kind: st
     """W <- beta W + alpha P Z for an fp32 matrix, or a stack of them."""
     if kind == OWN and W.dim() == 2:
         W.addmm_(P, Z, beta=beta, alpha=alpha)
+        return
+    if kind.startswith("bf16") and W.device.type == "cpu" and has_bf16_product():
+        (W if beta == 1.0 else W.mul_(beta)).add_(expand(P, Z, W, kind), alpha=alpha)
         return
     P, Z = _rounded(P, kind), _rounded(Z, kind)
     with precision("tf32" if kind.startswith("bf16") else kind):  # what is rounded to bf16 loses nothing in TF32
@@ -130,6 +144,8 @@ def _product_of_bf16(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
     if A.dim() == B.dim() in (2, 3) and has_mixed_product(A.device):
         multiply = torch.mm if A.dim() == 2 else torch.bmm
         return multiply(A, B, out_dtype=torch.float32, out=out)
+    if A.device.type == "cpu" and has_bf16_product():
+        return out.copy_(A @ B)
     with precision("tf32"):
         return torch.matmul(A.float(), B.float(), out=out)
 

@@ -24,16 +24,16 @@ class Rounding:
         self.key, self.device = key, device
 
     @cached_property
-    def generator(self) -> torch.Generator | None:
+    def bits(self) -> random.Bits | None:
         """What is drawn from."""
-        return None if self.key is None else random.generator(*self.key, device=self.device)
+        return None if self.key is None else random.Bits(random.generator(*self.key, device=self.device))
 
     def store_(self, target: Tensor, value: Tensor, start: int = 0) -> None:
         """Write an fp32 value, which is overwritten, to a piece of the weight that starts at an element."""
         if self.fuses(target) and value.stride() == target.stride():
             self.fused_(target, 0.0, value, 1.0, None, None, 0.0, start)
         else:
-            round_(target, value, self.generator)
+            round_(target, value, self.bits)
 
     def fuses(self, W: Tensor) -> bool:
         """Tell whether one kernel writes this weight (`fused_`)."""
@@ -75,33 +75,26 @@ def rewrite_(
             rounding.store_(target, image)
 
 
-def round_(target: Tensor, value: Tensor, gen: torch.Generator | None) -> None:
-    """Write fp32 `value` into a bf16 or fp16 `target`: stochastically with a generator, else to nearest.
+def round_(target: Tensor, value: Tensor, bits: random.Bits | None) -> None:
+    """Write fp32 `value` into a bf16 or fp16 `target`: stochastically with random bits, else to nearest.
 
     The expectation of the written number is `value`, and a value that the format can hold is written exactly. `value`
     is overwritten.
     """
     dropped = fused.DROPPED.get(target.dtype)
-    if gen is None or dropped is None:
+    if bits is None or dropped is None:
         target.copy_(value)
         return
     if not value.is_contiguous() and value.dim() > 1:  # columns that lie in one piece
         target, value = target.mT, value.mT
     value = value.contiguous().nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)  # one NaN for all
-    noise = _random_bits(value, torch.int16 if dropped == 16 else torch.int32, gen)
+    noise = bits.like(value, torch.int16 if dropped == 16 else torch.int32)
     small = None
     if dropped == 13:  # below 2^-14 fp16 has a fixed grid of 2^-24
-        uniform = noise.bitwise_right_shift_(8).float().mul_(2.0**-24).add_(0.5)
+        uniform = noise.bitwise_right_shift(8).float().mul_(2.0**-24).add_(0.5)
         scaled = value * 2.0**24
         below = scaled.floor()
         small = value.abs() < 2.0**-14, below.add_(uniform < scaled - below).mul_(2.0**-24)
-        noise.bitwise_right_shift_(11)
-    bits = value.view(torch.int32)
-    bits.add_(noise).add_(2 ** (dropped - 1)).bitwise_and_(-(2**dropped))
+        noise = noise.bitwise_right_shift(32 - dropped)
+    value.view(torch.int32).add_(noise).add_(2 ** (dropped - 1)).bitwise_and_(-(2**dropped))
     target.copy_(value if small is None else torch.where(small[0], small[1], value))
-
-
-def _random_bits(like: Tensor, dtype: torch.dtype, gen: torch.Generator) -> Tensor:
-    """Return uniform integers of all values of a type, in the shape of another tensor, from draws of 64 bits."""
-    draws = torch.empty(-(-like.numel() * dtype.itemsize // 8), dtype=torch.int64, device=like.device)
-    return draws.random_(-(2**63), None, generator=gen).view(dtype)[: like.numel()].view(like.shape)

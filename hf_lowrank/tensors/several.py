@@ -50,14 +50,14 @@ class Several(Basis):
             products.multiply_(product, factor, one, kind)
         return products.joined(out, kind)
 
-    def factors(self, Z: Tensor | None, W: Tensor) -> tuple[Sequence[Basis], Tensor | None]:
-        """Return bases and coefficients for the write, rounded at once where they are rounded to be multiplied."""
-        if self.P is None or Z is None:
-            return self.bases, Z
-        kind = self.bases[0].products  # type: ignore[attr-defined]
-        if not products.chosen(kind, W).startswith("bf16"):
-            return self.bases, Z
-        return [Dense(P, kind) for P in self._of_each(Tensor.bfloat16).unbind(0)], Z.bfloat16()
+    @override
+    def factors(self, Z: Tensor, W: Tensor) -> tuple[Several, Tensor]:
+        if self.P is None:
+            return self, Z
+        kind = products.chosen(self.bases[0].products, W)  # type: ignore[attr-defined]
+        if not kind.startswith("bf16"):
+            return self, Z
+        return Several([Dense(P, kind) for P in self._of_each(Tensor.bfloat16).unbind(0)], None), Z.bfloat16()
 
     def _of_each(self, make: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what is made of every P; once, where all share one."""

@@ -257,6 +257,9 @@ def kozistr(name: str) -> Contestant:
     return Contestant(f"pytorch-optimizer {name}", make, "peer")
 
 
+AS_GALORE_TORCH = ours("galore_i3s_adamw", products="bf16", stochastic_rounding=False)
+"""With factors and weights rounded as galore-torch rounds them where weights are in bf16; our moments stay in fp32."""
+
 PEERS = (
     Contestant(ADAMW, adamw, "peer"),
     Contestant(ADAMW_8BIT, adamw_8bit, "peer"),

@@ -29,7 +29,7 @@ import tables
 import timing
 import torch
 import training
-from contestants import FLOORS, OURS, PEERS, Contestant, Setup, ours, quiet
+from contestants import AS_GALORE_TORCH, FLOORS, OURS, PEERS, Contestant, Setup, ours, quiet
 from shapes import problem
 from tables import Section
 
@@ -77,7 +77,7 @@ def contestants(patterns: list[str]) -> list[Contestant]:
 
     mine = OURS if patterns == ["default"] else resolve.names()
     chosen = ["*"] if patterns == ["default"] else patterns
-    everyone = [*map(ours, mine), *PEERS]
+    everyone = [*map(ours, mine), AS_GALORE_TORCH, *PEERS]
     return [*FLOORS, *(one for one in everyone if any(fnmatch(one.name, pattern) for pattern in chosen))]
 
 

@@ -20,7 +20,7 @@ from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.subspaces.blocks import block_size
 from hf_lowrank.state.slots import Slot, Slots, State
-from hf_lowrank.tensors.bases import Blocks
+from hf_lowrank.tensors.row_blocks import Blocks
 from hf_lowrank.tensors.sums import Asking, Sum
 
 

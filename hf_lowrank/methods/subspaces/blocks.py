@@ -15,7 +15,8 @@ from typing_extensions import override
 from hf_lowrank.methods.context import Context
 from hf_lowrank.methods.subspaces.whole import Fixed
 from hf_lowrank.state.slots import State
-from hf_lowrank.tensors.bases import Basis, Blocks
+from hf_lowrank.tensors.bases import Basis
+from hf_lowrank.tensors.row_blocks import Blocks
 
 
 def block_size(rank: float) -> int:
