@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import arguments, engine, tiny_llama, train
-from processes import torchrun
+from processes import on_processes
 from transformers import TrainerCallback
 
 import hf_lowrank
@@ -532,7 +532,7 @@ def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.full), "SHARDED_STATE_DICT"])
 def test_two_processes_write_each_line_once_and_measure_the_same(kind, tmp_path):
-    result = torchrun(2, Path(__file__).parent / "parallel_worker.py", kind, "fira_adamw", tmp_path)
+    result = on_processes(2, Path(__file__).parent / "parallel_worker.py", kind, "fira_adamw", tmp_path)
     assert (tmp_path / "report.json").exists(), result.stderr[-4000:]
     options = {"optim_args": "rank=4,update_proj_gap=2,stagger=false", "max_steps": 6, "max_grad_norm": 0.0}
     alone = arguments(tmp_path / "alone", "fira_adamw", save_strategy="steps", save_steps=3, **options)

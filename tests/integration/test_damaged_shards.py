@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import torchrun
+from processes import on_processes
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import trainer_utils
 
@@ -22,7 +22,7 @@ SHARDED = ("SHARDED_STATE_DICT", "galore_dominant_adamw")
 def run(tmp_path_factory):
     """The folder of a run of two processes under FSDP2, with checkpoints after three and six steps."""
     folder = tmp_path_factory.mktemp("sharded")
-    result = torchrun(2, WORKER, *SHARDED, folder)
+    result = on_processes(2, WORKER, *SHARDED, folder)
     assert (folder / "report.json").exists(), result.stderr[-4000:]
     return folder / "first"
 
@@ -111,7 +111,7 @@ def test_the_last_whole_checkpoint_is_the_one_before(how, damaged):
 def test_it_is_not_resumed(name, damaged, tmp_path):
     checkpoint = damaged / "checkpoint-6"
     flip(*(numbers(checkpoint / name) if name == "optimizer_0" else (checkpoint / name, 300 if "rng" in name else 40)))
-    result = torchrun(2, WORKER, *SHARDED, tmp_path, checkpoint)
+    result = on_processes(2, WORKER, *SHARDED, tmp_path, checkpoint)
     assert result.returncode != 0
     assert f"ValueError: cannot resume from {checkpoint}: {name}" in result.stderr
     assert "is damaged" in result.stderr and "Name an earlier checkpoint." in result.stderr

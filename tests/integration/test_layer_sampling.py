@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, engine, options_for, tiny_data, tiny_llama, train
-from processes import torchrun
+from processes import on_processes
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
 
 from hf_lowrank import LayerSampling, LowRankOptimizer, LowRankTrainer, estimate_memory
@@ -355,7 +355,7 @@ def test_a_model_that_is_sharded_is_refused(tmp_path):
     ],
 )
 def test_two_processes_equal_one_and_reduce_only_what_trains(optim, options, tmp_path):
-    result = torchrun(2, WORKER, optim, options, tmp_path)
+    result = on_processes(2, WORKER, optim, options, tmp_path)
     assert (tmp_path / "report.json").exists(), result.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["alike"] and report["resumed exactly"]

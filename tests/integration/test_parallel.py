@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CODED, arguments, tiny_llama, train
-from processes import torchrun
+from processes import on_processes
 
 
 pytestmark = pytest.mark.processes
@@ -27,7 +27,7 @@ OPTIONS = "rank=4,update_proj_gap=2,stagger=false"
     ],
 )
 def test_several_processes_equal_one(kind, optim, processes, tmp_path):
-    result = torchrun(processes, WORKER, kind, optim, tmp_path)
+    result = on_processes(processes, WORKER, kind, optim, tmp_path)
     assert (tmp_path / "report.json").exists(), result.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["optimizer"] == "LowRankOptimizer"
@@ -61,7 +61,7 @@ def close(moved, trainer):
 def sharded(tmp_path_factory):
     """A run on two processes that share its state out, and its folder."""
     folder = tmp_path_factory.mktemp("sharded")
-    result = torchrun(2, WORKER, "shard_state", OPTIM, folder)
+    result = on_processes(2, WORKER, "shard_state", OPTIM, folder)
     assert (folder / "report.json").exists(), result.stderr[-4000:]
     return json.loads((folder / "report.json").read_text()), folder
 
@@ -91,6 +91,6 @@ def test_sharded_state_is_saved_whole_and_resumes_on_as_many_processes_and_on_on
 def test_sharded_state_resumes_on_other_numbers_of_processes(sharded, tmp_path):
     alone = run_on_one(tmp_path / "alone")
     for kind in ("shard_state", "ddp"):
-        result = torchrun(4, WORKER, kind, OPTIM, tmp_path, sharded[1] / "first" / "checkpoint-3")
+        result = on_processes(4, WORKER, kind, OPTIM, tmp_path, sharded[1] / "first" / "checkpoint-3")
         assert result.returncode == 0, result.stderr[-4000:]
         assert close(torch.load(tmp_path / "weights.pt"), alone)

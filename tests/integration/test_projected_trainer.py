@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, engine, options_for, tiny_llama, train
-from processes import torchrun
+from processes import on_processes
 from transformers import Trainer
 
 
@@ -22,7 +22,7 @@ def apart(a, b):
 
 
 def launched(kind, folder):
-    result = torchrun(2, WORKER, kind, folder)
+    result = on_processes(2, WORKER, kind, folder)
     assert (folder / "found.pt").exists(), result.stderr[-4000:]
     return torch.load(folder / "found.pt", weights_only=False)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import zeroth_order_worker
-from processes import torchrun
+from processes import on_processes
 from tiny_llama import options_of, tiny, trained
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -158,7 +158,7 @@ def test_resumed_equals_uninterrupted(tmp_path, name):
 
 @pytest.mark.processes
 def test_two_numbers_travel_in_a_step_and_the_weights_stay_equal(tmp_path):
-    done = torchrun(2, Path(zeroth_order_worker.__file__), tmp_path)
+    done = on_processes(2, Path(zeroth_order_worker.__file__), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (first, sent), (second, _) = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
