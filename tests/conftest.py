@@ -10,4 +10,4 @@ if not torch.cuda.is_available():
 from hf_lowrank.tensors import products  # noqa: E402
 
 
-products.has_bf16_product = lambda: False  # a test's numbers are those of every CPU; test_products looks at both kinds
+products.has_bf16_product = lambda: False  # in this process numbers are those of every CPU; test_products has both

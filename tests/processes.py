@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -25,7 +26,9 @@ SECONDS = 600
 """That a run may take."""
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor", "transformers.trainer", "accelerate"])
+FORKS.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor", "transformers.trainer", "accelerate"]
+)
 
 
 def torchrun(processes, script, *arguments):
@@ -42,8 +45,14 @@ def torchrun(processes, script, *arguments):
 
 
 def on_processes(processes, script, *arguments):
-    """Do what `torchrun` does, on forks of a process that has imported torch, transformers and accelerate already."""
+    """Do what `torchrun` does, on forks of a process that has imported torch, transformers and accelerate already.
+
+    They have one hash seed, and what those read of the environment when they are imported was read once.
+    """
     skip_unless_supported(arguments)
+    with pytest.MonkeyPatch.context() as patch:  # a fork imports the package by itself, from its own path
+        patch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+        forkserver.ensure_running()
     command = [str(script), *map(str, arguments)]
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -60,23 +69,33 @@ def on_processes(processes, script, *arguments):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = []
-        for rank in range(processes):
-            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(FORKS.Process(target=_be_rank, args=(command, environment, os.getcwd(), folder)))
-            ranks[-1].start()
-        until = time.monotonic() + SECONDS
-        while any(one.is_alive() for one in ranks) and not any(one.exitcode for one in ranks):
-            if not wait([one.sentinel for one in ranks if one.is_alive()], until - time.monotonic()):
-                break
-        late = time.monotonic() >= until
-        for one in ranks:  # one that failed leaves the others waiting for it
-            one.join(0 if late else 10)
-            one.kill()
-            one.join()
+        try:
+            for rank in range(processes):
+                environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                ranks.append(FORKS.Process(target=_be_rank, args=(command, environment, os.getcwd(), folder)))
+                ranks[-1].start()
+            code = _ended(ranks)
+        finally:  # one that failed leaves the others waiting for it
+            for one in ranks:
+                if one.pid is not None:
+                    one.kill()
+                    one.join()
         out, err = ("".join(file.read_text() for file in sorted(folder.glob(f"*.{kind}"))) for kind in ("out", "err"))
-    if late:
+    if code is None:
         raise subprocess.TimeoutExpired(command, SECONDS, out, err)
-    return subprocess.CompletedProcess(command, next((one.exitcode for one in ranks if one.exitcode), 0), out, err)
+    return subprocess.CompletedProcess(command, code, out, err)
+
+
+def _ended(ranks):
+    """Wait for processes; return 0, the code of the first that failed, or None if they take too long."""
+    until = time.monotonic() + SECONDS
+    while running := [one for one in ranks if one.is_alive()]:
+        if failed := [one.exitcode for one in ranks if one.exitcode]:
+            wait([one.sentinel for one in running], 5)  # they may have something to say of it
+            return failed[0]
+        if not wait([one.sentinel for one in running], until - time.monotonic()):
+            return None
+    return next((one.exitcode for one in ranks if one.exitcode), 0)
 
 
 def _be_rank(command, environment, directory, folder):

@@ -35,8 +35,8 @@ def problem():
 # Rounding to p bits of mantissa loses 2^-p/4 of each number or so; in bf16, 8 bits, the basis is no longer orthogonal
 # to the strong directions, of which a thousandth outweighs the weakest row. bf16x2 holds 16 bits, TF32 11.
 LOST = {"ieee": (1e-6, 1e-4), "tf32": (1e-3, 1e-1), "bf16x2": (2e-5, 2e-3), "bf16": (5e-3, 1.0)}
-# A CPU's kernels for bf16 round R, each number by 2^-9 of itself at most: half of that in the mean.
-ROUNDED = LOST | {"bf16x2": (2.5e-3, 2.5e-3)}
+# A CPU's kernels for bf16 round the products with both halves of P, each number by 2^-9 of itself at most.
+ROUNDED = LOST | {"bf16x2": (2.5e-3, 4e-3)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,6 +125,39 @@ def test_kernels_for_bf16_are_used_by_both_products_and_move_a_run_little(name, 
     assert displacement(*ends, weight(shape, dtype=torch.bfloat16)) < 0.05
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (2, 24, 40)])
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "fira_adamw", "frugal_adamw", "galore_dominant_adamw_8bit"])
+def test_with_kernels_for_bf16_a_run_resumes_bit_for_bit_and_layerwise_is_the_plain_one(name, shape, monkeypatch):
+    monkeypatch.setattr(products, "has_bf16_product", lambda: True)
+    options, grads = {"rank": 6, "update_proj_gap": 3, "weight_decay": 0.1}, gradients(shape, 8)
+
+    def begun(name, steps):
+        p = weight(shape, dtype=torch.bfloat16)
+        opt = optimizer(p, name, **options)
+        finish(opt, p, grads[:steps])
+        return opt, p
+
+    whole = begun(name, 8)[1]
+    opt, p = begun(name, 4)
+    again = torch.nn.Parameter(p.detach().clone())
+    resumed = optimizer(again, name, **options)
+    resumed.load_state_dict(opt.state_dict())
+    finish(resumed, again, grads[4:])
+    assert torch.equal(again, whole)
+    assert torch.equal(begun(f"{name}_layerwise", 8)[1], whole)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "bf16x2"])
+def test_an_fp32_weight_gets_a_product_that_is_not_rounded(kind, bf16_kernels, problem):
+    P, _, Z = problem
+    basis, factors = bases.Dense(P, kind).factors(Z, torch.empty(M, N))
+    assert factors is Z
+    W = torch.zeros(M, N)
+    basis.add_(W, Z, beta=1.0, alpha=1.0)
+    exact = P.bfloat16().double() @ Z.bfloat16().double()
+    assert (W - exact).norm() < 1e-6 * exact.norm()  # sums in fp32; to bf16 it would be 1e-3
+
+
 @pytest.mark.parametrize("flag", ["ieee", "tf32"])
 def test_a_refresh_is_in_full_precision_whatever_torchs_flag_says(flag, monkeypatch):
     flags = torch.backends.cuda.matmul
@@ -174,7 +207,7 @@ def test_the_fused_write_is_the_plain_one(name, dtype, shape, monkeypatch):
         image = image if U is None else image + alpha * U
         W.copy_(image if G is None else image + gamma * G.float() * d)
 
-    monkeypatch.setattr(rounding, "round_", lambda target, value, gen: target.copy_(value))
+    monkeypatch.setattr(rounding, "round_", lambda target, value, bits: target.copy_(value))
     monkeypatch.setattr(fused, "rewrite_", nearest)
     ends = []
     for runs in (False, True):

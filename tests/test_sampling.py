@@ -218,7 +218,8 @@ def test_rounding_goes_to_a_neighbour_in_every_layout(dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
-def test_random_bits_are_uniform_and_any_two_of_several_pieces_independent(dtype):
+def test_random_bits_are_uniform_and_any_two_of_several_pieces_independent(dtype, monkeypatch):
+    monkeypatch.setattr(random, "PATTERN", 1)  # all words of a piece change by the same one: the most that is shared
     drawn = []
     for seed in range(DRAWS):
         bits = random.Bits(random.generator(seed))
@@ -245,7 +246,7 @@ def test_later_pieces_of_a_weight_are_rounded_without_bias(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_without_a_generator_rounding_is_to_nearest(dtype):
+def test_without_random_bits_rounding_is_to_nearest(dtype):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     out = torch.empty_like(values, dtype=dtype)
     rounding.round_(out, values, None)

@@ -72,8 +72,8 @@ class LowRankOptions:
         "bf16x2",
         "bf16",
         help="precision of the two products of a step: ieee (fp32), tf32, bf16, or bf16x2, where the basis is two "
-        "numbers of bf16; auto: bf16x2 for bf16 weights where the device has kernels for it, else fp32, or TF32 where "
-        "torch is told so",
+        "numbers of bf16; auto: bf16x2 for bf16 weights where the device has kernels for it (a CPU's round R too), "
+        "else fp32, or TF32 where torch is told so",
     )
     stable_spam: bool = opt.flag(
         False, help="Stable-SPAM: clip the spikes of every gradient and level its norm before anything looks at it"

@@ -53,8 +53,8 @@ class Basis(ABC):
         return self
 
     def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
-        """Return the map and coefficients with which a weight is written, rounded at once where every block would
-        round them."""
+        """Return the map and coefficients with which a weight is written: rounded to bf16, once for all blocks, where
+        products for that weight are (an fp32 image of a block does not tell)."""
         return self, Z
 
     def expand(self, Z: Tensor, like: Tensor) -> Tensor:
@@ -70,17 +70,12 @@ class Basis(ABC):
         self.add_(X, whole, beta=1.0, alpha=alpha)
 
 
-def scaled_(W: Tensor, beta: float) -> Tensor:
-    """W <- beta W, which is nothing to do where weights do not decay."""
-    return W if beta == 1.0 else W.mul_(beta)
-
-
 @dataclass(frozen=True)
 class Dense(Basis):
     """A matrix P (..., m, r).
 
     Attributes:
-        P: the matrix, fp32.
+        P: the matrix, fp32; in bf16 where it was rounded to be multiplied.
         products: the precision of what is computed with it (tensors.products).
     """
 
@@ -105,7 +100,8 @@ class Dense(Basis):
     @override
     def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
         kind = products.chosen(self.products, W)
-        return (Dense(self.P.bfloat16(), kind), Z.bfloat16()) if kind.startswith("bf16") else (self, Z)
+        rounds = kind.startswith("bf16") and W.dtype != torch.float32
+        return (Dense(self.P.bfloat16(), kind), Z.bfloat16()) if rounds else (self, Z)
 
     @override
     def expand(self, Z: Tensor, like: Tensor) -> Tensor:
@@ -141,7 +137,7 @@ class Identity(Basis):
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        scaled_(W, beta).add_(Z, alpha=alpha)
+        kernels.scaled_(W, beta).add_(Z, alpha=alpha)
 
     @override
     def expand(self, Z: Tensor, like: Tensor) -> Tensor:
@@ -171,7 +167,7 @@ class SomeRows(Basis):
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        scaled_(W, beta).add_(Z.narrow(-2, self.start, self.length), alpha=alpha)
+        kernels.scaled_(W, beta).add_(Z.narrow(-2, self.start, self.length), alpha=alpha)
 
     @override
     def rows(self, start: int, length: int) -> SomeRows:
@@ -246,7 +242,7 @@ class SelectedRows(Basis):
         if not W.shape[-2]:
             return
         index = self.index.unsqueeze(-1).expand(*self.index.shape, W.shape[-1])
-        scaled_(W, beta).scatter_add_(-2, index, Z * (alpha * self.scale).unsqueeze(-1))
+        kernels.scaled_(W, beta).scatter_add_(-2, index, Z * (alpha * self.scale).unsqueeze(-1))
 
     @override
     def rows(self, start: int, length: int) -> SelectedRows:

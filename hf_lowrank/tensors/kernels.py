@@ -44,6 +44,11 @@ def piece(X: Tensor, start: int, length: int) -> Tensor:
     return X if length == X.shape[-1] else X.narrow(-1, start, length)
 
 
+def scaled_(W: Tensor, beta: float) -> Tensor:
+    """W <- beta W, which is nothing to do where weights do not decay."""
+    return W if beta == 1.0 else W.mul_(beta)
+
+
 def column_squared_norms(G: Tensor | Sequence[Tensor]) -> Tensor:
     """Return ||G_j||^2 of every column, (..., n), in fp32, with at most a small block as temporary.
 

@@ -8,8 +8,9 @@
 * `auto`: bf16x2 for gradients and weights of bf16 on a device that has kernels for them; any others in fp32, or TF32
   where torch's own flag says so.
 
-The kernels of a CPU that has instructions for bf16 (AVX-512 BF16, AMX) sum in fp32 and give bf16: R is rounded to it
-there, too. Where there is no such kernel, factors are rounded first and multiplied as fp32: the same numbers.
+The kernels of a CPU that has instructions for bf16 (AVX-512 BF16, AMX) sum in fp32 and give bf16: there R is rounded
+too, for bf16x2 as the sum of two that are. Where a device has no kernels, factors are rounded first and multiplied as
+fp32, which gives the numbers of an accelerator.
 
 Legend: P (..., m, r) · G (..., m, n) · R = P^T G (..., r, n) · Z (..., r, n).
 """
@@ -22,6 +23,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from hf_lowrank.tensors import kernels
 
 
 OWN = "own"
@@ -42,7 +45,8 @@ def _has_kernels(device: torch.device) -> bool:
 @lru_cache
 def has_bf16_product() -> bool:
     """Tell whether this CPU multiplies matrices of bf16, into one of bf16, faster than those of fp32."""
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    library = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return library and any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
 @lru_cache
@@ -114,20 +118,24 @@ def joined(product: Tensor, kind: str) -> Tensor:
 def expand(P: Tensor, Z: Tensor, like: Tensor, kind: str) -> Tensor:
     """Return P Z lying in memory as `like` (m, n) does: in bf16 where the factors are rounded to it, else in fp32."""
     if kind.startswith("bf16"):
-        out = torch.empty_like(like, dtype=torch.bfloat16)
-        return torch.matmul(P.to(torch.bfloat16), Z.to(torch.bfloat16), out=out)
+        if like.device.type != "cpu" or has_bf16_product():
+            out = torch.empty_like(like, dtype=torch.bfloat16)
+            return torch.matmul(P.to(torch.bfloat16), Z.to(torch.bfloat16), out=out)
+        return torch.matmul(
+            _rounded(P, kind), _rounded(Z, kind), out=torch.empty_like(like, dtype=torch.float32)
+        ).bfloat16()
     out = torch.empty_like(like, dtype=torch.float32)
     with precision(kind):
         return torch.matmul(_rounded(P, kind), _rounded(Z, kind), out=out)
 
 
 def add_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float, kind: str) -> None:
-    """W <- beta W + alpha P Z for an fp32 matrix, or a stack of them."""
+    """W <- beta W + alpha P Z for an fp32 matrix, or a stack of them; P Z rounded to bf16 if P and Z are in it."""
     if kind == OWN and W.dim() == 2:
         W.addmm_(P, Z, beta=beta, alpha=alpha)
         return
-    if kind.startswith("bf16") and W.device.type == "cpu" and has_bf16_product():
-        (W if beta == 1.0 else W.mul_(beta)).add_(expand(P, Z, W, kind), alpha=alpha)
+    if P.dtype == torch.bfloat16:
+        kernels.scaled_(W, beta).add_(expand(P, Z, W, kind), alpha=alpha)
         return
     P, Z = _rounded(P, kind), _rounded(Z, kind)
     with precision("tf32" if kind.startswith("bf16") else kind):  # what is rounded to bf16 loses nothing in TF32

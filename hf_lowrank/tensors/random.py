@@ -35,13 +35,17 @@ def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed(*key))
 
 
+PATTERN = 1021
+"""Words that one piece of a tensor differs from the last in; a prime, so that it keeps step with no row."""
+
+
 class Bits:
     """Random integers for one piece of a tensor after another.
 
-    Those of the first piece are drawn. Those of any other are the last piece's with one drawn word of 64 bits added,
-    bit by bit and modulo 2, to all: still uniform, and any two numbers, of one piece or of two, are independent. So a
-    sum of whatever is done with them has the mean and the variance that it has with numbers drawn afresh, for a tenth
-    of the time.
+    Those of the first piece are drawn, and those of one that is larger than all before. To those of any other the last
+    piece's words become, exclusive or, `PATTERN` words drawn anew, again and again. They are uniform, and any two
+    numbers, of one piece or of two, are independent: a linear function of the rounding errors of a weight has the mean
+    and the variance that it has with numbers drawn afresh, a quadratic one the mean. Four numbers may depend.
 
     Args:
         gen: what is drawn from.
@@ -49,19 +53,20 @@ class Bits:
 
     def __init__(self, gen: torch.Generator) -> None:
         self.gen = gen
-        self.words = torch.empty(0, dtype=torch.int64, device=gen.device)
+        self.words = torch.empty(0, PATTERN, dtype=torch.int64)
 
     def like(self, X: Tensor, dtype: torch.dtype) -> Tensor:
         """Return integers of all values of a type in the shape of X, until the next call. They are only to be read."""
-        size = -(-X.numel() * dtype.itemsize // 8)
-        if size > self.words.numel():
-            self.words = self._drawn(size)
+        rows = -(-X.numel() * dtype.itemsize // (8 * PATTERN))
+        if rows > len(self.words):
+            self.words = self._drawn(rows, X.device)
         else:
-            self.words.bitwise_xor_(self._drawn(1))
-        return self.words[:size].view(dtype)[: X.numel()].view(X.shape)
+            self.words.bitwise_xor_(self._drawn(1, X.device))
+        return self.words.view(-1).view(dtype)[: X.numel()].view(X.shape)
 
-    def _drawn(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int64, device=self.gen.device).random_(-(2**63), None, generator=self.gen)
+    def _drawn(self, rows: int, device: torch.device) -> Tensor:
+        words = torch.empty(rows, PATTERN, dtype=torch.int64, device=device)
+        return words.random_(-(2**63), None, generator=self.gen)
 
 
 def with_float64(device: torch.device) -> torch.device:

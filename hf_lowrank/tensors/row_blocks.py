@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hf_lowrank.tensors.bases import Basis, scaled_
+from hf_lowrank.tensors import kernels
+from hf_lowrank.tensors.bases import Basis
 
 
 @dataclass(frozen=True)
@@ -55,4 +56,4 @@ class Blocks(Basis):
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        scaled_(W, beta).add_(self.repeat(Z), alpha=alpha * self.factor)
+        kernels.scaled_(W, beta).add_(self.repeat(Z), alpha=alpha * self.factor)

@@ -64,8 +64,9 @@ def measure_kernels(bench: Bench) -> dict[str, Any]:
                 row[f"expand {name} {kind}"] = bench.milliseconds(lambda b=basis, z=Z, w=W: b.expand(z, w))
             row[f"column norms {name}"] = bench.milliseconds(lambda g=G: kernels.column_norms(g))
         U = bench.randn(m, n)
-        gen = random.generator(0, device=bench.device)
-        row["round, plain"] = bench.milliseconds(lambda w=W, u=U, gen=gen: rounding.round_(w, u.clone(), gen))
+        row["round, plain"] = bench.milliseconds(
+            lambda w=W, u=U: rounding.round_(w, u.clone(), random.Bits(random.generator(0, device=bench.device)))
+        )
         if fused.fits(W):
             row["write, fused"] = bench.milliseconds(
                 lambda w=W, u=U, g=G: fused.rewrite_(w, 0.9, u, 1.0, g, u[0].contiguous(), 1.0, 1)

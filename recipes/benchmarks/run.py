@@ -71,13 +71,13 @@ class Plan:
         return RANKS[self.first]
 
 
-def contestants(patterns: list[str]) -> list[Contestant]:
-    """Return floors, our optimizers and the published ones whose name matches."""
+def contestants(patterns: list[str], dtype: str) -> list[Contestant]:
+    """Return floors, our optimizers and the published ones whose name matches, for weights of a type."""
     from hf_lowrank.methods import resolve
 
     mine = OURS if patterns == ["default"] else resolve.names()
     chosen = ["*"] if patterns == ["default"] else patterns
-    everyone = [*map(ours, mine), AS_GALORE_TORCH, *PEERS]
+    everyone = [*map(ours, mine), *([AS_GALORE_TORCH] if dtype == "bfloat16" else []), *PEERS]
     return [*FLOORS, *(one for one in everyone if any(fnmatch(one.name, pattern) for pattern in chosen))]
 
 
@@ -90,7 +90,12 @@ def step_sections(plan: Plan) -> Iterator[Section]:
             posed = problem(size, getattr(torch, dtype), plan.device, layers, plan.vocabulary)
             intervals, seconds = (2, 2.0) if plan.quick else (3 if size == plan.first else 2, 180.0)
             measured, remarks = steps.measure(
-                posed, contestants(plan.optimizers), setup, intervals=intervals, device=plan.device, seconds=seconds
+                posed,
+                contestants(plan.optimizers, dtype),
+                setup,
+                intervals=intervals,
+                device=plan.device,
+                seconds=seconds,
             )
             section = steps.section(posed, measured, remarks, setup)
             if size == plan.first:

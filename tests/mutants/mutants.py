@@ -307,8 +307,8 @@ MUTANTS = [
     # ---- numbers ----------------------------------------------------------------------------------------------------
     Mutant("to nearest for stochastic", "tensors/rounding.py", ".add_(noise).add_", ".add_",
            SAMPLING + "test_rounding_is_unbiased_between_the_two_neighbours"),
-    Mutant("every piece has the same bits", "tensors/random.py", "self.words.bitwise_xor_(self._drawn(1))", "pass",
-           SAMPLING + "test_random_bits_are_uniform_and_any_two_of_several_pieces_independent"),
+    Mutant("every piece has the same bits", "tensors/random.py", "self.words.bitwise_xor_(self._drawn(1, X.device))",
+           "pass", SAMPLING + "test_random_bits_are_uniform_and_any_two_of_several_pieces_independent"),
     Mutant("flag ignored", "methods/context.py", "if self.stochastic_rounding else None", "",
            SAMPLING + "test_small_steps_on_bf16_weights_add_up"),
     Mutant("one stream for every step", "methods/context.py", "*self.key, self.step, self.place",

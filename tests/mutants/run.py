@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 
@@ -81,12 +82,24 @@ def verdict(mutant: Mutant) -> str:
     return "survived" if code == PASSED else f"pytest ended with {code}:\n{printed[-1500:]}"
 
 
+class Fork(multiprocessing.get_context("fork").Process):  # type: ignore[name-defined, misc]
+    """A process of the pool that may start others: some of the named tests do."""
+
+    daemon = property(lambda self: False, lambda self, value: None)
+
+
+class Forks(type(multiprocessing.get_context("fork"))):  # type: ignore[misc]
+    """What a pool makes its processes with."""
+
+    Process = Fork
+
+
 def main() -> int:
     """Run the mutants; return 0 if all were killed."""
     only = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [m for m in MUTANTS if only in m.file or only in m.kind or only in m.killed_by]
     tests, alive = sorted({mutant.killed_by for mutant in chosen}), 0
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+    with Pool(2, maxtasksperchild=1, context=Forks()) as pool:
         wrong = [
             fault for fault in pool.imap(healthy, [some for some in (tests[::2], tests[1::2]) if some], 1) if fault
         ]
