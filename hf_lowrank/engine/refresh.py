@@ -76,11 +76,11 @@ def wave_size(units: Sequence[MatrixStep]) -> int:
 
 
 def _held(unit: MatrixStep) -> int:
-    """Return the elements that a refresh keeps of one matrix until it is adopted: the basis, and what takes the place
+    """Return the elements that a refresh keeps of one matrix until it is adopted: the basis, or what takes the place
     of the gradient or is gathered of it."""
-    basis = unit.layout.m * unit.plan.r if unit.view.bases else 1
-    gathered = 0 if unit.mesh is None else unit.layout.m * unit.layout.n
-    return max(basis, gathered, unit.transient if unit.config.parts.needs_gradient else 0)
+    layout = unit.layout
+    whole = unit.mesh is not None or unit.config.parts.replaces_gradient
+    return layout.m * layout.n if whole else layout.m * unit.plan.r if unit.view.bases else 1
 
 
 def team(mesh: Any, *, share: bool) -> tuple[int, int]:

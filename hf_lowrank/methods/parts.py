@@ -95,6 +95,11 @@ class Subspace(Part, ABC):
         """Whether every step looks at the gradient itself, so that it must live until the weight is written."""
         return self.late
 
+    @property
+    def replaces_gradient(self) -> bool:
+        """Whether `refresh_gradient` returns a new matrix."""
+        return False
+
     def check_rank(self, rank: float) -> None:
         """Refuse a value of the option `rank` that the rule cannot take; the default takes all.
 
@@ -244,6 +249,7 @@ class Reconstruction(Part, ABC):
     Attributes:
         needs_gradient: whether the step looks at more of G than R, so that G must live until the weight is written.
         needs_momentum: whether it is told of a change of basis (`change_basis_`).
+        replaces_gradient: whether `absorb` returns a new matrix.
         plain: whether the step is alpha P N and nothing else.
         by_columns: whether all that it looks at of G, beside R, are the norms of columns, and all that it does is P Z
             + G diag(d): then many matrices of one shape may step at once on an accelerator.
@@ -253,6 +259,7 @@ class Reconstruction(Part, ABC):
     by_columns: ClassVar[bool] = False
     plain: ClassVar[bool] = False
     needs_momentum: ClassVar[bool] = False
+    replaces_gradient: ClassVar[bool] = False
 
     def slots(self) -> Slots:
         """Declare the state; the default is none."""

@@ -32,6 +32,11 @@ class Parts:
         return self.subspace.needs_gradient or self.reconstruction.needs_gradient
 
     @property
+    def replaces_gradient(self) -> bool:
+        """Whether a refresh looks at another matrix than the gradient."""
+        return self.subspace.replaces_gradient or self.reconstruction.replaces_gradient
+
+    @property
     def reads_norms(self) -> bool:
         """Whether a step begins by looking at the norm of every column of R, which is the gradient."""
         return self.subspace.whole and self.reconstruction.needs_gradient and self.reconstruction.by_columns

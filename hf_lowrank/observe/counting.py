@@ -11,6 +11,7 @@ from hf_lowrank.engine.plan import projected_bytes
 from hf_lowrank.engine.step import SYNC_ELEMENTS
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.state.formats import FORMATS
 from hf_lowrank.tensors.kernels import BLOCK_ON_DEVICE
 from hf_lowrank.tensors.layout import local
 
@@ -81,11 +82,12 @@ def workspace_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
     """Return what a step allocates for a moment on an accelerator, at most: an ordinary one, or one that refreshes.
 
     An ordinary step holds what is projected and its direction for two buckets (`engine.step.SYNC_ELEMENTS`), the
-    halves of the bases of one, three images of the largest matrix where a method looks at each of its elements, and
-    the fp32 images of one dense tensor, or of a block of it, that its rule makes. A refresh holds the float64 copy of
+    halves of the bases of one, three images of the largest matrix where a method looks at each of its elements, what
+    is decoded of one matrix and as much again as it is encoded, and the fp32 images of one dense tensor, or of a block
+    of it, that its rule makes. A refresh holds the float64 copy of
     a gradient, its Gram matrix, the eigenvectors and what the library works in, and the new bases of a wave.
     """
-    held = bases = whole = dense = decomposed = 0
+    held = bases = whole = dense = decomposed = coded = 0
     for _, p, config, plan in _trained(declared):
         block = min(local(p).numel(), BLOCK_ON_DEVICE)
         if plan.layout is None:
@@ -96,12 +98,14 @@ def workspace_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
         held += transient(plan, config)
         if transient(plan, config) > plan.r * plan.layout.n:
             whole = max(whole, 3 * 4 * local(p).numel())
+        encoded = [plan.buffers[name].numel for name, form in plan.encodings.items() if form is not FORMATS["fp32"]]
+        coded = max(coded, 2 * 4 * sum(encoded))
         own = sum(buffer.numel for buffer in plan.buffers.values() if buffer.slot.lifetime == "basis")
         bases += own
         if own:
             decomposed = max(decomposed, 8 * block + 6 * 8 * plan.layout.m**2)
     new = 4 * min(bases, SYNC_ELEMENTS)
-    return SMALL + max(2 * 4 * min(held, 2 * SYNC_ELEMENTS) + new + whole, dense, decomposed + new)
+    return SMALL + max(2 * 4 * min(held, 2 * SYNC_ELEMENTS) + new + whole + coded, dense, decomposed + new)
 
 
 def component_bytes(optimizer: LowRankOptimizer, model_weights: Iterable[Tensor]) -> dict[str, int]:

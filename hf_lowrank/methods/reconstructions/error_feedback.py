@@ -45,6 +45,11 @@ class ErrorFeedback(Reconstruction, key="error_feedback"):
     def needs_momentum(self) -> bool:  # type: ignore[override]
         return self.needs_gradient
 
+    @property
+    @override
+    def replaces_gradient(self) -> bool:  # type: ignore[override]
+        return self.needs_gradient
+
     @override
     def slots(self) -> Slots:
         return {"error": Slot("m n", held=True, encoding=self.error_feedback)} if self.needs_gradient else {}

@@ -43,6 +43,7 @@ class Flora(Reconstruction, key="flora"):
 
     needs_gradient: ClassVar[bool] = True
     needs_momentum: ClassVar[bool] = True
+    replaces_gradient: ClassVar[bool] = True
     composable: ClassVar[bool] = False
 
     decay_rate: float = again(DECAY_RATE)

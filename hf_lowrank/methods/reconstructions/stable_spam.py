@@ -43,6 +43,7 @@ class StableSpam(Reconstruction):
     """
 
     needs_gradient: ClassVar[bool] = True  # layerwise would treat every micro-batch apart
+    replaces_gradient: ClassVar[bool] = True
 
     inner: Reconstruction
 

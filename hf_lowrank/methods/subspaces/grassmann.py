@@ -68,6 +68,11 @@ class Grassmann(Subspace, key="grassmann"):
     def needs_gradient(self) -> bool:
         return self.accumulate
 
+    @property
+    @override
+    def replaces_gradient(self) -> bool:
+        return self.accumulate
+
     @override
     def slots(self) -> Slots:
         if not self.accumulate:
