@@ -12,6 +12,7 @@ from recipes.studies.compare_tables import interval, paired, results, text
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/choosing.md", "docs/recommended.md")}
+STUDIES = (ROOT / "recipes" / "studies" / "README.md").read_text()
 LARGER = "### A model four times as large"
 
 
@@ -35,7 +36,7 @@ def minus(found, first, second):
 
 def test_the_table_of_the_evidence(found):
     evidence = PAGES["docs/recommended.md"].partition("## The evidence")[2].partition(LARGER)[0]
-    assert check_lines(evidence, found) == 10
+    assert check_lines(evidence, found) == 18
 
 
 def test_the_table_of_the_larger_model(larger):
@@ -53,6 +54,29 @@ def check_lines(text_of_table, found):
         assert loss.strip() == text(interval([*found[row].losses.values()])), row
         assert difference == ("-" if row == BASELINE else minus(found, row, BASELINE)), row
     return len(lines)
+
+
+def test_the_table_of_the_searches(found):
+    lines = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+ ± [\d.]+) \| ([^|]+) \| (\d+) \| (\d+)", STUDIES, re.M)
+    assert [name for name, *_ in lines] == list(found)
+    for name, size, loss, difference, seeds, trials in lines:
+        row = found[name]
+        assert size == f"{row.middle('matrix_bytes'):.2f}" and loss == text(interval([*row.losses.values()])), name
+        assert difference == ("-" if name == BASELINE else minus(found, name, BASELINE)), name
+        assert (int(seeds), int(trials)) == (len(row.losses), row.trials), name
+
+
+VERDICTS = {"holds here": (1, 1), "not decidable here": (-1, 1), "the other way round here": (-1, -1)}
+
+
+def test_what_papers_say_is_judged_by_the_intervals(found):
+    lines = re.findall(r"^\| [^|]+ \| `(\w+)`, `(\w+)` \| ([^|]+) \| ([^|]+) \|", STUDIES, re.M)
+    assert len(lines) == 16
+    for first, second, difference, verdict in lines:
+        assert difference == minus(found, first, second), (first, second)
+        middle, half = paired(found[first].losses, found[second].losses)
+        signs = tuple(1 if end < 0 else -1 for end in (middle + half, middle - half))
+        assert signs == VERDICTS[verdict], (first, second)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
@@ -74,12 +98,27 @@ def test_the_tables_by_bytes(found, page):
         ("fira_adamw", "muon_4bit"),
         ("galore_i3s_adamw", "muon_4bit"),
         ("galore_dominant_adamw", "muon_4bit"),
+        ("alice_adamw", "muon_4bit"),
+        ("ldadam", "muon_4bit"),
+        ("apollo_random_adamw", "muon_4bit"),
+        ("apollo_mini_adamw", "muon_4bit"),
+        ("i3s_compensation", "frugal_adamw"),
+        ("alice_adamw", "frugal_adamw"),
+        ("ldadam", "frugal_adamw"),
+        ("foam_adamw", "frugal_adamw"),
+        ("fira_i3s_adamw", "frugal_adamw"),
+        ("apollo_random_adamw", "frugal_adamw"),
         ("subtrack_pp_adamw", "frugal_adamw"),
         ("fira_adamw", "frugal_adamw"),
         ("galore_i3s_adamw", "frugal_adamw"),
         ("galore_dominant_adamw", "frugal_adamw"),
         ("galore_i3s_adamw", "full_adamw"),
         ("galore_dominant_adamw", "full_adamw"),
+        ("golore_adamw", "full_adamw"),
+        ("full_adamw", "ldadam"),
+        ("galore_i3s_adamw", "i3s_compensation"),
+        ("galore_dominant_adamw", "fira_adamw"),
+        ("apollo_mini_adamw", "racs"),
     ],
 )
 def test_differences_in_the_text(found, first, second):
