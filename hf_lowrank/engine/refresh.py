@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,9 @@ def _held(unit: MatrixStep) -> int:
     of the gradient or is gathered of it."""
     layout = unit.layout
     whole = unit.mesh is not None or unit.config.parts.replaces_gradient
-    return layout.m * layout.n if whole else layout.m * unit.plan.r if unit.view.bases else 1
+    if whole:
+        return math.prod(layout.stack) * layout.m * layout.n
+    return layout.m * unit.plan.r if unit.view.bases else 1
 
 
 def team(mesh: Any, *, share: bool) -> tuple[int, int]:

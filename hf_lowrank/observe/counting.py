@@ -84,8 +84,8 @@ def workspace_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
     An ordinary step holds what is projected and its direction for two buckets (`engine.step.SYNC_ELEMENTS`), the
     halves of the bases of one, three images of the largest matrix where a method looks at each of its elements, what
     is decoded of one matrix and as much again as it is encoded, and the fp32 images of one dense tensor, or of a block
-    of it, that its rule makes. A refresh holds the float64 copy of
-    a gradient, its Gram matrix, the eigenvectors and what the library works in, and the new bases of a wave.
+    of it, that its rule makes. A refresh holds the float64 copy of a gradient, its Gram matrix, the eigenvectors and
+    what the library works in, and the new bases of a wave.
     """
     held = bases = whole = dense = decomposed = coded = 0
     for _, p, config, plan in _trained(declared):

@@ -34,6 +34,13 @@ def minus(found, first, second):
     return text(paired(found[first].losses, found[second].losses), sign="+")
 
 
+def check_behind(found, first, second, page):
+    """By how much the first is behind the second, and that the interval does not hold zero."""
+    middle, half = paired(found[first].losses, found[second].losses)
+    assert middle - half > 0
+    assert minus(found, first, second).removeprefix("+") in page
+
+
 def test_the_table_of_the_evidence(found):
     evidence = PAGES["docs/recommended.md"].partition("## The evidence")[2].partition(LARGER)[0]
     assert check_lines(evidence, found) == 18
@@ -122,10 +129,7 @@ def test_the_tables_by_bytes(found, page):
     ],
 )
 def test_differences_in_the_text(found, first, second):
-    """By how much the first is behind the second, and that the interval does not hold zero."""
-    middle, half = paired(found[first].losses, found[second].losses)
-    assert middle - half > 0
-    assert minus(found, first, second).removeprefix("+") in PAGES["docs/recommended.md"]
+    check_behind(found, first, second, PAGES["docs/recommended.md"])
 
 
 @pytest.mark.parametrize(
@@ -140,10 +144,7 @@ def test_differences_in_the_text(found, first, second):
     ],
 )
 def test_differences_in_the_text_of_the_larger_model(larger, first, second):
-    middle, half = paired(larger[first].losses, larger[second].losses)
-    assert middle - half > 0
-    section = PAGES["docs/recommended.md"].partition(LARGER)[2]
-    assert minus(larger, first, second).removeprefix("+") in section
+    check_behind(larger, first, second, PAGES["docs/recommended.md"].partition(LARGER)[2])
 
 
 @pytest.mark.parametrize("page", PAGES)
