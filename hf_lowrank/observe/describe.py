@@ -86,7 +86,8 @@ def summary(optimizer: LowRankOptimizer) -> str:
         config = matrices[0].config
         scale = config.options["scale"]
         rate = config.parts.reconstruction.rate(scale)
-        text += f", lr {lr * rate:.3g} ({lr:g} x {'scale' if rate == scale else 'root of scale'} {scale:g})"
+        factor = f"scale {scale:g}" if rate == scale else f"{rate:g}, of scale {scale:g}"
+        text += f", lr {lr * rate:.3g} ({lr:g} x {factor})"
     text += f"; {len(everything) - len(matrices)} dense parameters, lr {lr:g}{_apart(optimizer, lr)}"
     here = " on this process" if optimizer.shard_state else ""
     return text + f"; state {declared / MIB:.1f} MiB{here} (AdamW: {adamw / MIB:.1f} MiB)"

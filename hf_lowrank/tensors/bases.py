@@ -100,7 +100,7 @@ class Dense(Basis):
     @override
     def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
         kind = products.chosen(self.products, W)
-        rounds = kind.startswith("bf16") and W.dtype != torch.float32
+        rounds = products.rounds(kind) and W.dtype != torch.float32
         return (Dense(self.P.bfloat16(), kind), Z.bfloat16()) if rounds else (self, Z)
 
     @override

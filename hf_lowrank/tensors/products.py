@@ -42,6 +42,11 @@ def _has_kernels(device: torch.device) -> bool:
     return has_bf16_product() if device.type == "cpu" else has_mixed_product(device)
 
 
+def rounds(kind: str) -> bool:
+    """Tell whether products of this kind are of numbers rounded to bf16."""
+    return kind in ("bf16", "bf16x2")
+
+
 @lru_cache
 def has_bf16_product() -> bool:
     """Tell whether this CPU multiplies matrices of bf16, into one of bf16, faster than those of fp32."""
@@ -97,7 +102,7 @@ def left_factor(P: Tensor, kind: str) -> Tensor:
 
 def multiply_(out: Tensor, A: Tensor, G: Tensor, kind: str) -> None:
     """Fill `out` (..., k, n), fp32, with A^T G for a left factor A (..., m, k)."""
-    if kind.startswith("bf16"):
+    if rounds(kind):
         _product_of_bf16(A.mT, G, out)
         return
     if kind == OWN:
@@ -117,7 +122,7 @@ def joined(product: Tensor, kind: str) -> Tensor:
 
 def expand(P: Tensor, Z: Tensor, like: Tensor, kind: str) -> Tensor:
     """Return P Z lying in memory as `like` (m, n) does: in bf16 where the factors are rounded to it, else in fp32."""
-    if kind.startswith("bf16"):
+    if rounds(kind):
         if like.device.type != "cpu" or has_bf16_product():
             out = torch.empty_like(like, dtype=torch.bfloat16)
             return torch.matmul(P.to(torch.bfloat16), Z.to(torch.bfloat16), out=out)
@@ -138,7 +143,7 @@ def add_(W: Tensor, P: Tensor, Z: Tensor, *, beta: float, alpha: float, kind: st
         kernels.scaled_(W, beta).add_(expand(P, Z, W, kind), alpha=alpha)
         return
     P, Z = _rounded(P, kind), _rounded(Z, kind)
-    with precision("tf32" if kind.startswith("bf16") else kind):  # what is rounded to bf16 loses nothing in TF32
+    with precision("tf32" if rounds(kind) else kind):  # what is rounded to bf16 loses nothing in TF32
         if W.dim() == 2:
             W.addmm_(P, Z, beta=beta, alpha=alpha)
         else:
@@ -160,7 +165,7 @@ def _product_of_bf16(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
 
 def _rounded(X: Tensor, kind: str) -> Tensor:
     """Return fp32 numbers as they are multiplied."""
-    if kind.startswith("bf16"):
+    if rounds(kind):
         return X.to(torch.bfloat16).float()
     X = X.float()
     if kind != "tf32" or X.device.type == "cuda":  # which rounds by itself

@@ -55,7 +55,7 @@ class Several(Basis):
         if self.P is None:
             return self, Z
         kind = products.chosen(self.bases[0].products, W)  # type: ignore[attr-defined]
-        if not kind.startswith("bf16"):
+        if not products.rounds(kind):
             return self, Z
         return Several([Dense(P, kind) for P in self._of_each(Tensor.bfloat16).unbind(0)], None), Z.bfloat16()
 

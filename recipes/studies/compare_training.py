@@ -28,10 +28,12 @@ from recipes.studies.compare_rows import FIXED, LORA, ROWS, Point, Row
 
 SIZES = {
     "tiny": ModelArguments(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2),
+    "narrow": ModelArguments(hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4),
     "small": ModelArguments(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4),
     "large": ModelArguments(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4),
 }
-"""`small` and `large` have 0.79 M and 3.21 M parameters in the body; `tiny` is there to try the commands."""
+"""`narrow`, `small` and `large` have 0.20, 0.79 and 3.21 M parameters in the body, and 0.07, 0.13 and 0.26 M in
+embeddings and head; `tiny` is there to try the commands."""
 
 VOCABULARY, BLOCK, BATCH, GAP, HELD_OUT_BLOCKS = 512, 128, 8, 100, 512
 TUNING_SEED = 1

@@ -304,7 +304,7 @@ def test_the_summary_line_is_said_once_when_training_begins_with_the_rate_of_the
 def test_the_summary_line_of_apollo_has_the_root_by_which_it_multiplies(tmp_path, caplog):
     caplog.set_level("INFO", logger="hf_lowrank")
     train(arguments(tmp_path, "apollo_mini_adamw", optim_args="scale=100", max_steps=1), callbacks=[LowRankCallback()])
-    assert any("lr 0.1 (0.01 x root of scale 100)" in record.getMessage() for record in caplog.records)
+    assert any("lr 0.1 (0.01 x 10, of scale 100)" in record.getMessage() for record in caplog.records)
 
 
 def test_a_message_does_not_land_on_the_progress_bars_line():
