@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The oldest versions that setup.cfg admits.
 LOWEST_TORCH ?= torch==2.6.0
-LOWEST_TRANSFORMERS = transformers>=4.57,<4.58
+LOWEST = "$(firstword $(LOWEST_TORCH))" "transformers>=4.57,<4.58"
 # Packages that parity is tested against. They pin old versions of what they need, hence --no-deps.
 PEERS = galore-torch==1.0 fira==1.0.2 adam-mini==1.1.1 came-pytorch==0.1.3 apollo-torch==1.0.3
 BENCH_PEERS = q-galore-torch==1.0 pytorch-optimizer==4.1.0
@@ -27,7 +27,7 @@ test-all: $(VENV)/.test
 # The same tests with the oldest torch and transformers that are supported; the oldest Python: make test-lowest PYTHON=python3.10.
 test-lowest: VENV = .venv-lowest-$(notdir $(PYTHON))
 test-lowest:
-	$(MAKE) VENV=$(VENV) TORCH="$(LOWEST_TORCH)" TRANSFORMERS="$(LOWEST_TRANSFORMERS)" $(VENV)/.test
+	$(MAKE) VENV=$(VENV) TORCH="$(LOWEST_TORCH)" PINS='$(LOWEST)' $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not full"
 
 bench: $(VENV)/.bench
@@ -49,11 +49,11 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.recipes: $(VENV)/.torch setup.cfg
-	$(PIP) --editable ".[recipes]" $(if $(TRANSFORMERS),"$(TRANSFORMERS)")
+	$(PIP) --editable ".[recipes]" $(PINS)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch setup.cfg
-	$(PIP) --editable ".[test]" $(if $(TRANSFORMERS),"$(TRANSFORMERS)")
+	$(PIP) --editable ".[test]" $(PINS)
 	$(PIP) --no-deps $(PEERS)
 	touch $@
 

@@ -176,10 +176,15 @@ class LowRankOptimizer(Replicas):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]  # nothing in it is worth a graph
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Refresh the subspaces that are due, then update every parameter that has a finite gradient."""
+        loss: float | None = self._step(closure)
+        return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]  # nothing in it is worth a graph
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
+        """`step`; by itself, since torch 2.6 loses `self` where the method that is compiled is the disabled one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -101,7 +101,9 @@ for dtype, dropped in (("bf16", 16), ("fp16", 13)):
     signature |= dict.fromkeys(("numel", "columns", "stride"), "i32")
     signature |= {"W": f"*{dtype}", "U": "*fp32", "G": f"*{dtype}", "d": "*fp32", "seed": "i64"}
     constant = {"READS": True, "HAS_U": True, "HAS_G": True, "DROPPED": dropped, "SIZE": fused_kernel.BLOCK}
-    source = ASTSource(fused_kernel._kernel, signature | dict.fromkeys(constant, "constexpr"), constant)
+    signature |= dict.fromkeys(constant, "constexpr")
+    in_order = {name: signature[name] for name in fused_kernel._kernel.arg_names}  # which older versions go by
+    source = ASTSource(fused_kernel._kernel, in_order, constant)
     for architecture in (80, 90):
         print(len(triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["cubin"]) > 0)
 """

@@ -14,12 +14,18 @@ import hf_lowrank
 from hf_lowrank.observe.records import RUN_FILE
 
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+PACKAGES = ("transformers", "accelerate", "peft", "bitsandbytes", "datasets")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package, of Python and of what matters here, "-" for what is not installed."""
-    found = {"hf_lowrank": hf_lowrank.__version__, "python": platform.python_version()}
+    """Return the versions of this package, of Python, torch and what else matters, "-" for what is not installed."""
+    import torch
+
+    found = {
+        "hf_lowrank": hf_lowrank.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
