@@ -7,7 +7,9 @@ from math import sqrt
 import pytest
 import torch
 from comparing import agree
-from streams import STACK, TALL, WIDE, finish, optimizer, orthonormal
+from streams import STACK, TALL, WIDE, finish, gradients, optimizer, orthonormal
+
+from hf_lowrank import LowRankOptimizer, param_groups
 
 
 def singular_values(sigma, shape, method="galore_dominant_muon"):
@@ -81,3 +83,22 @@ def test_codes_of_four_bits_hold_rows_in_units_of_their_size_better():
     found = [last_step(state_format="4bit", row_scales=scaled) for scaled in (False, True)]
     plain, scaled = (float((N * exact).sum() / N.norm() / exact.norm()) for N in found)
     assert scaled > 0.95 and plain < 0.8  # cosines with the step of a momentum in fp32: 0.964, 0.751
+
+
+@pytest.mark.parametrize("name", ["full_muon", "muon_4bit", "full_normuon", "rmnp", "galore_i3s_muon", "alice_muon"])
+def test_the_momentum_of_matrices_may_be_another_than_that_of_all_else(name):
+    """Of matrices as with those betas, of vectors as with their own."""
+    ends = []
+    for betas, options in (((0.9, 0.99), {"momentum": 0.6}), ((0.6, 0.99), {}), ((0.9, 0.99), {})):
+        net = torch.nn.Linear(12, 20)
+        with torch.no_grad():
+            net.weight.zero_()
+            net.bias.zero_()
+        opt = LowRankOptimizer(param_groups(net, method=name, rank=4, **options), name, lr=1e-2, betas=betas)
+        for G in gradients((20, 12), 5):
+            net.weight.grad, net.bias.grad = G.clone(), G.sum(1)
+            opt.step()
+        ends.append(net)
+    told, of_betas, usual = ends
+    assert torch.equal(told.weight, of_betas.weight) and torch.equal(told.bias, usual.bias)
+    assert not torch.equal(told.weight, usual.weight) and not torch.equal(told.bias, of_betas.bias)

@@ -135,7 +135,7 @@ class Refresh:
         own = {name: slot for name, slot in self.subspace.slots().items() if slot.lifetime == "step"}
         self.known = {n: self._whole_stack(s[n]) for n, slot in own.items() if not (slot.shared or slot.held)}
         if self.subspace.needs_momentum:
-            self.known["momentum"] = self._whole_moment(unit.config.parts.moments.momentum(s, self.ctx))
+            self.known["momentum"] = self._whole_moment(unit.config.parts.moments.first_moment(s, self.ctx))
         s.forget()
 
     def choose_(self, *, finite: bool) -> None:
@@ -196,7 +196,7 @@ class Refresh:
             for bases, ctx in ((self.old, self.before), (new, self.ctx))
         )
         follows = rules.reconstruction.needs_momentum
-        M = rules.moments.momentum(s, self.ctx).clone() if follows else None
+        M = rules.moments.first_moment(s, self.ctx).clone() if follows else None
         left, *right = self.changes or after.changes(before)
         rules.moments.transport_(s, left, how, self.ctx)
         for C in right:  # both sides are projected: the same for the moments turned
@@ -206,7 +206,7 @@ class Refresh:
         if M is not None:
             old, now = (
                 Carried(unit.placed(before), M),
-                Carried(unit.placed(after), rules.moments.momentum(s, self.ctx)),
+                Carried(unit.placed(after), rules.moments.first_moment(s, self.ctx)),
             )
             assert self.absorbed is not None
             rules.reconstruction.change_basis_(s, self.absorbed, old, now, self.ctx)

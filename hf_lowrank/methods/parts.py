@@ -217,7 +217,7 @@ class Moments(Part, ABC):
         """Return c_t, the bias correction of the whole step."""
         return 1.0
 
-    def momentum(self, s: State, ctx: Context) -> Tensor:
+    def first_moment(self, s: State, ctx: Context) -> Tensor:
         """Return the first moment (..., r, n) as a running mean: other parts weigh it against gradients."""
         return s["exp_avg"]
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.adam import Adam
-from hf_lowrank.methods.options import again, choice, flag, integer
+from hf_lowrank.methods.options import again, choice, flag, integer, number
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.sums import Asking, Sum, whole_columns
@@ -51,6 +51,9 @@ ORTHOGONALIZE: Any = choice(
     "singular values in 0.7 .. 1.2; polar_express: the best polynomials of the same degree, in fp32",
 )
 STEPS: Any = integer(5, minimum=1, help="Muon: iterations of newton_schulz and polar_express")
+MOMENTUM: Any = number(
+    None, below=1.0, help="Muon, RMNP: b1 of the matrices; default: the first of betas, which all else has in any case"
+)
 NESTEROV: Any = flag(False, help="Muon: orthogonalise b1 M + (1 - b1) R instead of M")
 ROW_SCALES: Any = flag(
     False, help="Muon: keep the rows of M in units of their size, which codes of few bits hold better"
@@ -67,6 +70,7 @@ ADJUST_LR: Any = choice(
 class OneMoment(Moments):
     """M <- b1 M + (1 - b1) R, and a rule that brings it to one size; dense parameters take Adam."""
 
+    momentum: float | None = again(MOMENTUM)
     nesterov: bool = again(NESTEROV)
 
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
@@ -120,7 +124,7 @@ class Orthogonalised(OneMoment):
         s["exp_avg"].div_(torch.where(scale > 0, scale, 1.0).unsqueeze(-1))
 
     @override
-    def momentum(self, s: State, ctx: Context) -> Tensor:
+    def first_moment(self, s: State, ctx: Context) -> Tensor:
         return s["exp_avg"] * s["row_scale"].unsqueeze(-1) if self.row_scales else s["exp_avg"]
 
     @override
