@@ -217,7 +217,7 @@ METHODS: dict[str, Method] = {
         "whole",
         "muon",
         "project",
-        "Muon with its momentum in four bits, rows in units of their size: a sixteenth of AdamW's state",
+        "Muon with its momentum in four bits, rows in units of their size: a fifteenth of AdamW's state",
         "arXiv 2502.16982",
         {**_MUON, "state_format": "4bit", "row_scales": True},
     ),

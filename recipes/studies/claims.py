@@ -2,12 +2,13 @@
 
     python recipes/studies/claims.py                # trains what is missing, then prints the table
     python recipes/studies/claims.py --print        # the table alone
+    python recipes/studies/claims.py --of_study     # claims that the runs of compare_methods.py decide; trains nothing
 
 Models, text, search and scores are those of compare_methods.py, recorded in claims.jsonl; bases are refreshed every 25
-steps. A claim is "reproduced" where the 95 % interval of the difference, paired by seed, is on its side of zero, "the
-opposite" where it is on the other, and "not decidable here" where it holds zero. Betas are the papers' (0.9, 0.999)
-but where they are what is tried. Each interval is at 95 % for itself: of nineteen claims that are all false, one is
-found "reproduced" or "the opposite" more often than not.
+steps. A claim "holds here" where the 95 % interval of the difference, paired by seed, is on its side of zero, it is
+"the other way round here" where it is on the other, and "not decidable here" where it holds zero. Betas are the
+papers' (0.9, 0.999) but where they are what is tried. Each interval is at 95 % for itself; the last column says what
+is left where all claims of the table are to be right together (Holm's correction at 5 %).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t
+
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -28,8 +31,9 @@ from hf_lowrank import METHODS  # noqa: E402
 from hf_lowrank.methods.resolve import split  # noqa: E402
 from recipes.glue.tables import markdown  # noqa: E402
 from recipes.shared.common import require_at_least  # noqa: E402
+from recipes.studies.compare_methods import FILE as METHODS_FILE  # noqa: E402
 from recipes.studies.compare_methods import Record, Study, add_run_options, only_one, several  # noqa: E402
-from recipes.studies.compare_rows import LONG_MEMORY, Row, settled  # noqa: E402
+from recipes.studies.compare_rows import LONG_MEMORY, ROWS, Row, settled  # noqa: E402
 from recipes.studies.compare_tables import losses, paired, text  # noqa: E402
 from recipes.studies.compare_training import SIZES  # noqa: E402
 
@@ -98,6 +102,33 @@ CLAIMS = (
 """In the order of their recording: the first rows are in most pairs."""
 
 
+def _of_study(paper: str, says: str, first: str, second: str) -> Claim:
+    return Claim(paper, says, ROWS[first], ROWS[second])
+
+
+OF_STUDY = (
+    _of_study("2410.01623", "Fira beats GaLore", "fira_adamw", "galore_dominant_adamw"),
+    _of_study("2411.07837", "FRUGAL beats GaLore", "frugal_adamw", "galore_dominant_adamw"),
+    _of_study("2410.16103", "LDAdam beats GaLore", "ldadam", "galore_dominant_adamw"),
+    _of_study("2410.11289", "GoLore beats GaLore", "golore_adamw", "galore_dominant_adamw"),
+    _of_study("2512.07112", "FOAM beats GaLore", "foam_adamw", "galore_dominant_adamw"),
+    _of_study("2502.05790", "I3S beats the dominant subspace, with Adam", "galore_i3s_adamw", "galore_dominant_adamw"),
+    _of_study("2502.05790", "... with Fira", "fira_i3s_adamw", "fira_adamw"),
+    _of_study("2502.07752", "compensation helps: I3S with it beats I3S", "i3s_compensation", "galore_i3s_adamw"),
+    _of_study(
+        "2502.07752", "the basis matters: Alice's beats I3S' with compensation", "alice_adamw", "i3s_compensation"
+    ),
+    _of_study("2502.07752", "Alice beats Fira", "alice_adamw", "fira_adamw"),
+    _of_study("2502.01586", "SubTrack++ beats Fira, without its decompositions", "subtrack_pp_adamw", "fira_adamw"),
+    _of_study("2412.05270", "APOLLO beats AdamW", "apollo_random_adamw", "full_adamw"),
+    _of_study("2502.07752", "Alice beats AdamW", "alice_adamw", "full_adamw"),
+    _of_study("2412.05270", "APOLLO beats Fira", "apollo_random_adamw", "fira_adamw"),
+    _of_study("2502.07752", "RACS beats AdamW", "racs", "full_adamw"),
+    _of_study("2502.16982", "Muon beats AdamW", "full_muon", "full_adamw"),
+)
+"""Between rows of compare_methods.py, at the points and on the seeds that it has recorded."""
+
+
 def rows() -> tuple[Row, ...]:
     """Return every row of every claim, once."""
     return tuple({row.name: row for claim in CLAIMS for row in (claim.first, claim.second)}.values())
@@ -111,21 +142,44 @@ def verdict(difference: tuple[float, float] | None) -> str:
     if middle == inf:
         return "one of them diverged"
     if middle + half < 0:
-        return "reproduced"
-    return "the opposite" if middle - half > 0 else "not decidable here"
+        return "holds here"
+    return "the other way round here" if middle - half > 0 else "not decidable here"
 
 
-def table(record: Record, size: str, steps: int) -> str:
+def chance(difference: tuple[float, float] | None, seeds: int) -> float:
+    """Return the two-sided p-value of a paired t test, from its 95 % interval; 1 where there is none."""
+    if difference is None or difference[1] in (0.0, inf):
+        return 1.0
+    middle, half = difference
+    return float(2 * t.sf(abs(middle) / half * t.ppf(0.975, seeds - 1), seeds - 1))
+
+
+def corrected(chances: Sequence[float]) -> list[float]:
+    """Return p-values of as many tests, by Holm's step-down: the smallest times their number, the next times one less
+    and at least as large, and so on; at most 1."""
+    found, least = [1.0] * len(chances), 0.0
+    for rank, i in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        least = found[i] = max(least, min(1.0, (len(chances) - rank) * chances[i]))
+    return found
+
+
+def table(record: Record, size: str, steps: int, claims: Sequence[Claim] = CLAIMS) -> str:
     """Return every claim with its difference and verdict, as Markdown."""
-    lines = []
-    for claim in CLAIMS:
+    tried = []
+    for claim in claims:
         first, second = (losses(record.scores(row, size, steps)) for row in (claim.first, claim.second))
-        difference = paired(first, second)
+        tried.append((claim, paired(first, second), len(first.keys() & second.keys())))
+    together = corrected([chance(difference, seeds) for _, difference, seeds in tried])
+    lines = []
+    for (claim, difference, seeds), p in zip(tried, together, strict=True):
         shown = "-" if difference is None else text(difference, sign="+")
-        seeds = len(first.keys() & second.keys())
         trials = ", ".join(searched(record, row, size, steps) for row in (claim.first, claim.second))
-        lines.append([claim.says, claim.paper, shown, str(seeds), trials, verdict(difference)])
-    return markdown(["claim", "arXiv", "first minus second", "seeds", "trials of both", "here"], lines)
+        found = verdict(difference)
+        decided = found.startswith(("holds", "the other"))
+        lines.append(
+            [claim.says, claim.paper, shown, str(seeds), trials, found, "yes" if p < 0.05 and decided else "-"]
+        )
+    return markdown(["claim", "arXiv", "first minus second", "seeds", "trials of both", "here", "after Holm"], lines)
 
 
 def searched(record: Record, row: Row, size: str, steps: int) -> str:
@@ -137,20 +191,25 @@ def searched(record: Record, row: Row, size: str, steps: int) -> str:
 def main() -> None:
     """Train what is missing, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, default=FILE, help="where results are recorded")
+    parser.add_argument("--file", type=Path, help="where results are recorded")
     parser.add_argument("--size", default="small", choices=SIZES, help="of the model")
-    parser.add_argument("--steps", type=int, default=300, help="of a training; 1024 tokens each")
+    parser.add_argument("--steps", type=int, help="of a training; 1024 tokens each; default: 300, of the study 1000")
     parser.add_argument("--trials", type=int, default=6, help="trials of every row")
     parser.add_argument("--most", type=int, default=12, help="trials of a row whose best stays at an edge")
     add_run_options(parser)
     parser.add_argument("--print", action="store_true", help="print the table of what is recorded, and run nothing")
+    parser.add_argument("--of_study", action="store_true", help="print what compare_methods.py has recorded of others")
     args = parser.parse_args()
-    require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
-    if not args.print:
-        study = Study(rows(), args.size, args.steps, args.trials, args.most, args.seeds)
-        with only_one(args.file):
-            several(study, Record(args.file), time.monotonic() + 60 * args.minutes, args.jobs)
-    print(table(Record(args.file), args.size, args.steps))
+    steps, file = (
+        args.steps or (1000 if args.of_study else 300),
+        args.file or (METHODS_FILE if args.of_study else FILE),
+    )
+    require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=steps)
+    if not (args.print or args.of_study):
+        study = Study(rows(), args.size, steps, args.trials, args.most, args.seeds)
+        with only_one(file):
+            several(study, Record(file), time.monotonic() + 60 * args.minutes, args.jobs)
+    print(table(Record(file), args.size, steps, OF_STUDY if args.of_study else CLAIMS))
 
 
 if __name__ == "__main__":

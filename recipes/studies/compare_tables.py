@@ -31,7 +31,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 HEAD = ["row", "bytes per element", "state, MiB", "loss", "minus AdamW, paired", "paired seeds"]
-HEAD += ["optimizer, ms", "refreshes", "trials", "rate", "other rate", "betas", "decay"]
+HEAD += ["refreshes", "trials", "rate", "other rate", "betas", "decay"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,6 @@ def line(result: Result, baseline: Result | None) -> list[str]:
         text(interval([*result.losses.values()])),
         text(difference, sign="+") if difference else "-",
         str(len(result.losses.keys() & baseline.losses.keys()) if baseline else len(result.runs)),
-        f"{result.middle('optimizer_ms_mean'):.1f}",
         f"{result.middle('refreshes'):.0f}",
         f"{result.trials}{', at an edge' if result.at_edge else ''}",
         f"{values['matrix_rate']:g}",

@@ -3,16 +3,18 @@
 from math import inf
 
 import pytest
+from scipy.stats import ttest_1samp
 
 from recipes.studies import claims
+from recipes.studies.compare_tables import interval
 from recipes.studies.compare_training import options
 
 
 @pytest.mark.parametrize(
     "difference, words",
     [
-        ((-0.2, 0.1), "reproduced"),
-        ((0.2, 0.1), "the opposite"),
+        ((-0.2, 0.1), "holds here"),
+        ((0.2, 0.1), "the other way round here"),
         ((-0.2, 0.2), "not decidable here"),
         ((-0.2, inf), "not decidable here"),  # one seed
         ((inf, inf), "one of them diverged"),
@@ -30,6 +32,15 @@ def test_rows_have_one_name_each_and_options_that_their_methods_take():
     for row in rows:
         given = options(row, "tiny")
         assert given["rank"] == 4 and given.get("update_proj_gap", claims.GAP) == claims.GAP, row.name
+
+
+def test_chances_are_those_of_a_paired_t_test_and_corrected_by_holm():
+    """By scipy's own test; Holm's own example would need a table, so by its definition on four values."""
+    differences = [0.02, 0.05, -0.01, 0.04, 0.03]
+    expected = ttest_1samp(differences, 0.0).pvalue
+    assert claims.chance(interval(differences), 5) == pytest.approx(expected, rel=1e-9)
+    assert claims.chance(None, 0) == claims.chance((0.1, inf), 1) == 1
+    assert claims.corrected([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])
 
 
 def test_of_nothing_recorded_nothing_is_said(tmp_path):
