@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -88,6 +88,7 @@ def groups_for(
     *,
     target_modules: str | Sequence[str] | None = None,
     weight_decay: float | None = None,
+    decaying: Iterable[str] | None = None,
     own_seed: bool = False,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters as `param_groups` does, for a method whose options are resolved.
@@ -95,6 +96,7 @@ def groups_for(
     Args:
         model, target_modules, weight_decay: see `param_groups`.
         config: the method and its options.
+        decaying: names of the parameters that decay; by default those of `decay_names`.
         own_seed: whether the options' seed counts, and not that of the optimizer.
     """
 
@@ -105,8 +107,11 @@ def groups_for(
     def of_kind(kind: str) -> dict[str, Any]:
         return own(config.dense(kind))
 
+    own_options = own(config)
+    if config.parts.subspace.whole:  # which has no rank: every matrix with two rows and columns is one
+        own_options["rank"] = 1
     usual = METHODS[config.method].defaults
-    return _split_up(model, own(config), of_kind, config.split, target_modules, weight_decay, usual)
+    return _split_up(model, own_options, of_kind, config.split, target_modules, weight_decay, usual, decaying)
 
 
 def _split_up(
@@ -117,11 +122,12 @@ def _split_up(
     target_modules: str | Sequence[str] | None,
     weight_decay: float | None,
     usual: Mapping[str, Any] = MappingProxyType({}),
+    decaying: Iterable[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return groups of matrices with the options `own`, and of all else with the options `dense` of their kind."""
     target_parameters(model, rank=own["rank"], target_modules=target_modules)  # says so if there are none
     targets = set(target_parameters(model, rank=own["rank"], target_modules=target_modules, frozen=True))
-    decaying = set(decay_names(model))
+    decaying = set(decay_names(model) if decaying is None else map(modules.clean, decaying))
     kinds, everything = modules.kinds(model), list(modules.trainable(model, frozen=True))
     found = [MATRIX if name in targets else kinds.get(id(p), MIXED) for name, p in everything]
     _check_split(model, split, found, usual)

@@ -180,6 +180,13 @@ def test_a_budget_takes_any_rank_and_the_plain_name(run):
         assert code == 2 and "give it galore_i3s_adamw alone" in err
 
 
+def test_all_strategies_are_those_that_there_are_processes_for(run):
+    for gpus, strategies in ((2, "ddp ddp_sharded fsdp2 tp"), (4, "ddp ddp_sharded fsdp2 hsdp tp")):
+        code, out, err = run("memory", "60m", "--gpus", gpus, "--strategy", "all", "--json")
+        assert code == 0 and [one["strategy"] for one in json.loads(out)] == strategies.split()
+        assert ("left out hsdp" in err) == (gpus == 2)
+
+
 def test_memory_prints_every_part_and_what_fits_a_budget(run):
     code, out, _ = run("memory", "60m", "--rank", 128)
     assert code == 0 and "58.1 M parameters" in out and "total" in out
@@ -214,7 +221,8 @@ def test_report_writes_a_page(run, tmp_path):
         (["targets", "60m", "--target-modules", "nothing"], "matches no trainable matrix"),
         (["targets", "60m", "--optim-args", "rank=4096"], "not below the short side"),
         (["targets", "./no/such/folder"], "no/such/folder"),
-        (["targets", "{broken}"], "config"),
+        (["targets", "{broken}"], "cannot be read"),
+        (["memory", "60m", "--budget", "24"], "write for instance 24GB"),
         (["memory", "60m", "--budget", "much"], "not an amount of memory"),
         (["memory", "60m", "--dtype", "int3"], "dtype must be one of bf16, fp16, fp32"),
         (["memory", "60m", "--batch", "0"], "at least 1"),

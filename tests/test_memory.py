@@ -216,6 +216,11 @@ def test_a_budget_is_kept_and_used():
         more = memory.estimate_memory("7b", estimate.optim, rank=2 * estimate.rank, **given)
         assert more.total > 24e9 or estimate.rank == 2048
     assert budget.fit_budget("7b", 10**9) == []
+    assert budget.fit_budget("60m", "1GB") == budget.fit_budget("60m", 10**9) != []
+    assert {found.rank for found in budget.fit_budget("60m", "2GB", "muon_4bit")} == {1}  # it has none
+    for amount in (0, -1, "24"):
+        with pytest.raises(ValueError, match="must be above 0|not an amount of memory"):
+            budget.fit_budget("60m", amount)
 
 
 def test_text_and_json():
@@ -226,7 +231,14 @@ def test_text_and_json():
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("24GB", 24 * 10**9), ("24GiB", 24 * 2**30), ("1.5 mb", 1_500_000), ("17", 17)]
+    ("text", "count"),
+    [
+        ("24GB", 24 * 10**9),
+        ("24GiB", 24 * 2**30),
+        ("24g", 24 * 10**9),
+        ("1.5 mb", 1_500_000),
+        ("17000000", 17_000_000),
+    ],
 )
 def test_amounts_of_memory(text, count):
     assert memory.parse_bytes(text) == count

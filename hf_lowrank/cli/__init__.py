@@ -15,7 +15,10 @@ try:
 
     from hf_lowrank.cli import methods, models, runs
 except ModuleNotFoundError as missing:  # the console script comes with the package, what it needs with an extra
-    print(f"hf-lowrank needs the package {missing.name}: pip install 'hf_lowrank[cli]'", file=sys.stderr)
+    print(
+        f"hf-lowrank needs the package {missing.name}: pip install {missing.name} (the extra 'cli' has all it needs)",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 app = typer.Typer(

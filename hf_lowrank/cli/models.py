@@ -107,7 +107,7 @@ def memory(
         raise ValueError(f"the rank is given twice: --rank {rank:g} and rank={options['rank']} in --optim-args")
     from hf_lowrank.planning.budget import fit_budget
     from hf_lowrank.planning.memory import ADAMW, estimate_memory
-    from hf_lowrank.planning.strategies import NAMES
+    from hf_lowrank.planning.strategies import NAMES, hybrid_shards
 
     row = optim if optim in ADAMW and not budget else resolve.split(optim)[0]
     if budget and (checkpointing or row != optim):
@@ -119,6 +119,9 @@ def memory(
         raise ValueError("--strategy all needs --gpus")
     found = []
     for one in NAMES if strategy == "all" else (strategy,):
+        if strategy == "all" and one == "hsdp" and not hybrid_shards(gpus):
+            print(f"hf-lowrank: left out hsdp, which {gpus} GPUs cannot be divided for", file=sys.stderr)
+            continue
         if budget:
             ranks = [int(rank) if rank >= 1 else rank] if rank else None
             found += fit_budget(model, parse_bytes(budget), optim, ranks=ranks, strategy=one, **shared)

@@ -41,7 +41,8 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             number = nan
         if not 0 <= number < below:
             what = "two numbers" if name == "betas" else "a number"
-            raise ValueError(f"{name} must be {what} in [0, {below:g}), got {group[name]!r}")
+            text = "; YAML reads 1e-2 as text: write 0.01 or 1.0e-2" if isinstance(value, str) else ""
+            raise ValueError(f"{name} must be {what} in [0, {below:g}), got {group[name]!r}{text}")
 
 
 def check_parameters(group: Mapping[str, Any], config: Config) -> None:

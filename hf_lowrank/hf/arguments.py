@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import layer_sampling
@@ -17,6 +17,7 @@ from hf_lowrank.engine.averaging import exclude_
 from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.groups import groups_for, model_facts
 from hf_lowrank.methods import options as opt
+from hf_lowrank.methods import resolve
 from hf_lowrank.methods.common import OFFLOAD, ReplicaOptions
 from hf_lowrank.methods.options import split_assignments
 from hf_lowrank.methods.resolve import Config
@@ -57,16 +58,29 @@ def optimizer_cls_and_kwargs(
     shared = _of_replicas(options)
     chosen = options if rank is None else {"rank": rank, **options}
     config = Config.of(method, chosen, model=True, facts=model_facts(model))
+    _warn_of_rank(config, chosen)
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
     return LowRankOptimizer, {**_keywords(model, config, values, target_modules), **shared}
 
 
-def _keywords(model: nn.Module, config: Config, values: dict[str, Any], target_modules: Any) -> dict[str, Any]:
+def _keywords(
+    model: nn.Module,
+    config: Config,
+    values: dict[str, Any],
+    target_modules: Any,
+    decaying: Iterable[str] | None = None,
+) -> dict[str, Any]:
     """Return what LowRankOptimizer takes."""
     decay = values.pop("weight_decay")
-    groups = groups_for(model, config, target_modules=target_modules, weight_decay=decay)
+    groups = groups_for(model, config, target_modules=target_modules, weight_decay=decay, decaying=decaying)
     return {"params": groups, "method": config.method, **values}
+
+
+def _warn_of_rank(config: Config, given: Iterable[str]) -> None:
+    """Say that a method without a subspace has no rank."""
+    if "rank" in given and config.parts.subspace.whole:
+        logger.warning("%s has no subspace, so rank has no effect: leave it out", config.method)
 
 
 def _of_replicas(options: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +116,31 @@ class AskedWithoutModel(LowRankOptimizer):
         super().__init__(groups, *args, **kwargs)
 
 
-def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
-    """Build the class and its arguments as Trainer wants them, every training argument honoured or refused."""
+def create_for(trainer: Any, model: nn.Module | None) -> bool:
+    """Give a Trainer that decides by itself which weights decay the optimizer that its arguments name; tell whether.
+
+    Any other asks `get_optimizer_cls_and_kwargs`, which knows of no Trainer.
+    """
+    decides = type(trainer).get_decay_parameter_names is not Trainer.get_decay_parameter_names
+    there = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+    if there or not decides or name_of(trainer.args) not in resolve.names():
+        return False
+    model = trainer.model if model is None else model
+    cls, kwargs = from_arguments(trainer.args, model, decaying=trainer.get_decay_parameter_names(model))
+    trainer.optimizer = cls(**kwargs)
+    return True
+
+
+def from_arguments(
+    args: TrainingArguments, model: nn.Module | None, *, decaying: Iterable[str] | None = None
+) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
+    """Build the class and its arguments as Trainer wants them, every training argument honoured or refused.
+
+    Args:
+        args: the training arguments.
+        model: what is trained; None for a class that asks for groups.
+        decaying: names of the parameters that decay; by default those of Trainer's rule.
+    """
     refuse_unsupported(args)
     give_clipping_back(args)
     values = _hyperparameters(args)
@@ -118,7 +155,8 @@ def from_arguments(args: TrainingArguments, model: nn.Module | None) -> tuple[ty
     if shared and _fsdp_version(args) is not None:
         raise ValueError("optim_args: shard_state is for DDP; FSDP2 shards the state by itself, so leave it out")
     config = _taken_over(args, Config.of(name_of(args), options, model=True, facts=model_facts(model)))
-    keywords = _keywords(model, config, values, args.optim_target_modules)
+    _warn_of_rank(config, options)
+    keywords = _keywords(model, config, values, args.optim_target_modules, decaying)
     replicated = _replicated(args)
     if replicated and reduces(config):  # Trainer wraps the model after this
         exclude_(model, {p for group in keywords["params"] if "rank" in group for p in group["params"]})

@@ -67,7 +67,15 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         optimizer = unwrapped(kwargs.get("optimizer"))
         self.optimizer, self.run, self._first_refresh = None, None, None
         if not isinstance(optimizer, LowRankOptimizer):
+            if optimizer is not None and name_of(args) in resolve.names():
+                logger.warning(
+                    "--optim %s and its optim_args have no effect: this trainer was given, or creates, %s by itself. "
+                    "Leave optimizers= out, or let its create_optimizer return super().create_optimizer()",
+                    name_of(args),
+                    type(optimizer).__name__,
+                )
             return
+        _check_trains(optimizer, kwargs.get("model"))
         first = getattr(optimizer, "_reported_in", None)
         if first is not None and first[0] is state:  # a second callback: the first one reports, before any reporter
             first[1].first_overlap, first[1].update_rank = self.first_overlap, self.update_rank
@@ -167,3 +175,19 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         if self._first_refresh is not None:
             self._first_refresh.stop()
             self._first_refresh = None
+
+
+def _check_trains(optimizer: LowRankOptimizer, model: Any) -> None:
+    """Refuse an optimizer that holds no parameter of the model, which would be trained without moving.
+
+    Raises:
+        ValueError: if they have none in common.
+    """
+    if model is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            "the optimizer holds no parameter of the model that is trained: it was made for another one, as where "
+            "model_init makes a new model. Name it in TrainingArguments(optim=...), which makes it for that model"
+        )

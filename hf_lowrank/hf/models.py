@@ -45,7 +45,7 @@ def load_model(model: str | Path | nn.Module) -> nn.Module:
     try:
         import transformers
     except ImportError:
-        raise ValueError("models by name need transformers: pip install 'hf_lowrank[trainer]'") from None
+        raise ValueError("models by name need transformers: pip install transformers accelerate") from None
     size = re.sub(r"^llama[-_ ]?", "", str(model).lower())
     config: Any
     if size in SIZES:
@@ -56,6 +56,8 @@ def load_model(model: str | Path | nn.Module) -> nn.Module:
         try:
             config = transformers.AutoConfig.from_pretrained(str(model))
         except (OSError, ValueError, KeyError) as error:
+            if Path(model).exists():
+                raise ValueError(f"the config {str(model)!r} cannot be read: {error}") from error
             raise ValueError(
                 f"{str(model)!r} is neither a size ({', '.join(SIZES)}), a config file, a folder with one, nor a "
                 f"model that the hub could be asked for ({type(error).__name__})"

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments, trainer, trainer_utils
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank.hf import checkpoints, console, names
-from hf_lowrank.hf.arguments import from_arguments, name_of
+from hf_lowrank.hf.arguments import create_for, from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.layer_sampling import for_any_optimizer
 from hf_lowrank.hf.model_card import describe_optimizer
@@ -35,6 +35,7 @@ def register() -> None:
     _replace(
         Trainer, "get_optimizer_cls_and_kwargs", staticmethod(_with_our_names(Trainer.get_optimizer_cls_and_kwargs))
     )
+    _replace(Trainer, "create_optimizer", _where_decay_is_decided(Trainer.create_optimizer))
     wrapped = checkpoints.skipping_incomplete(trainer_utils.get_last_checkpoint)
     _replace(trainer_utils, "get_last_checkpoint", wrapped)
     _replace(trainer, "get_last_checkpoint", wrapped)
@@ -72,6 +73,16 @@ def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(for_any_optimizer(args), model)
 
     return get_optimizer_cls_and_kwargs
+
+
+def _where_decay_is_decided(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
+        if create_for(self, model):
+            return self.optimizer
+        return original(self, *([] if model is None else [model]))
+
+    return create_optimizer
 
 
 def _surrounded(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank.hf import checkpoints, console, names
-from hf_lowrank.hf.arguments import from_arguments, name_of
+from hf_lowrank.hf.arguments import create_for, from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.layer_sampling import for_any_optimizer
 from hf_lowrank.hf.model_card import describe_optimizer
@@ -34,10 +34,8 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that `args.optim` names."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and name_of(self.args) in resolve.names():
-            cls, kwargs = from_arguments(self.args, self.model if model is None else model)
-            self.optimizer: torch.optim.Optimizer | None = cls(**kwargs)
-            return self.optimizer
+        if create_for(self, model):
+            return self.optimizer  # type: ignore[no-any-return]
         return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[no-any-return]
 
     @staticmethod

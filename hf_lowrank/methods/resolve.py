@@ -78,6 +78,17 @@ def split(name: str) -> tuple[str, dict[str, Any]]:
     return row, given
 
 
+def with_endings(row: str, options: Mapping[str, Any]) -> str:
+    """Return the name of a row with the endings that stand for its options."""
+    usual = METHODS[row].defaults
+    held = [
+        ending
+        for ending, given in SUFFIXES.items()
+        if all(options.get(key) == value and usual.get(key) != value for key, value in given.items())
+    ]
+    return row + "".join(held)
+
+
 @dataclass(frozen=True)
 class Config:
     """A method with all of its options, typed and checked.

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_lowrank.methods.dense import SAME
 from hf_lowrank.methods.registry import Gauge
+from hf_lowrank.methods.resolve import with_endings
 from hf_lowrank.observe.counting import adamw_bytes, component_bytes
 from hf_lowrank.observe.units import MIB
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -81,7 +82,8 @@ def summary(optimizer: LowRankOptimizer) -> str:
     lr = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])  # a warm-up starts at zero
     whole = bool(matrices) and matrices[0].config.parts.subspace.whole
     place = "stepped whole" if whole else f"at rank {_span(ranks)}"
-    text = f"{optimizer.defaults['method']}: {len(matrices)} matrices {place}"
+    name = with_endings(optimizer.defaults["method"], matrices[0].config.options if matrices else {})
+    text = f"{name}: {len(matrices)} matrices {place}"
     if matrices:
         config = matrices[0].config
         scale = config.options["scale"]

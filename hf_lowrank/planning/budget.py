@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.methods import resolve
+from hf_lowrank.observe.units import parse_bytes
 from hf_lowrank.planning.memory import MemoryEstimate, estimate_memory, loaded
 
 
@@ -28,7 +29,7 @@ MODES: tuple[dict[str, Any], ...] = (
 
 def fit_budget(
     model: str | Path | nn.Module,
-    budget_bytes: int,
+    budget_bytes: int | str,
     optim: str = "galore_i3s_adamw",
     *,
     ranks: Sequence[float] | None = None,
@@ -45,16 +46,25 @@ def fit_budget(
 
     Args:
         model: see `estimate_memory`.
-        budget_bytes: bytes there are; leave room for the accelerator's context.
+        budget_bytes: bytes there are, or text such as "24GB" or "24GiB"; leave room for the accelerator's context.
         optim: a method's name without an ending; 8-bit, layerwise and checkpointing are tried.
         ranks: ranks to try; None for the powers of two up to half of the model's width.
         batch, seq, dtype, options, gpus, strategy: see `estimate_memory`.
 
     Returns:
         Estimates of at most `budget_bytes`; none where nothing fits.
+
+    Raises:
+        ValueError: for a budget that is no amount of memory, or none.
     """
+    if isinstance(budget_bytes, str):
+        budget_bytes = parse_bytes(budget_bytes)
+    if budget_bytes <= 0:
+        raise ValueError(f"budget_bytes must be above 0, got {budget_bytes}")
     net = loaded(model)
     row = resolve.split(optim)[0]
+    if ranks is None and resolve.Config.of(row, dict(options or {}), model=True).parts.subspace.whole:
+        ranks = [1]  # it has none
     if ranks is None:
         width = max(min(p.shape[-2:]) for p in net.parameters() if p.dim() >= 2)
         ranks = [2**i for i in range(2, max(3, width.bit_length() - 1))]

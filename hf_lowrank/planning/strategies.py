@@ -257,6 +257,11 @@ NODE = 8
 """Processes of one machine, over which `hsdp` splits a copy of the model: these, or the next lower divisor."""
 
 
+def hybrid_shards(gpus: int) -> int:
+    """Return over how many processes `hsdp` splits a copy of the model: at most NODE and fewer than all; or 0."""
+    return max((n for n in range(2, min(NODE, gpus - 1) + 1) if gpus % n == 0), default=0)
+
+
 def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]) -> Strategy:
     """Return a strategy by its name.
 
@@ -280,8 +285,8 @@ def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]
     if name == "fsdp2":
         return Sharded(gpus, gpus)
     if name == "hsdp":
-        shards = max(n for n in range(1, min(NODE, gpus - 1) + 1) if gpus % n == 0)
-        if shards == 1:
+        shards = hybrid_shards(gpus)
+        if not shards:
             raise ValueError(f"hsdp splits over some processes and copies to others: {gpus} cannot be divided so")
         return Sharded(gpus, shards)
     if name == "tp":

@@ -65,7 +65,9 @@ def test_a_run_of_its_command_line_resumes_exactly(configuration, tmp_path):
     assert OPTIM["optimizer"] in json.dumps(settings)
     whole, checkpoint = load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "checkpoint-4"
     groups = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
-    assert {(g["rank"], g["initial_lr"], g["weight_decay"]) for g in groups if "rank" in g} == {(4, 0.01, 0.1)}
+    assert {(g["rank"], g["initial_lr"], g["weight_decay"]) for g in groups if "rank" in g} == {
+        (4, OPTIM["learning_rate"], 0.1)
+    }
     again = {**configuration, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(checkpoint)}
     done = run(again, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -75,7 +75,9 @@ def test_its_trainer_trains_and_resumes_exactly(configuration, tmp_path):
     assert all(not torch.equal(whole[key], before[key]) for key in whole)
     state = torch.load(tmp_path / "out" / "checkpoint-3" / "optimizer" / "state_dict.pt", weights_only=True)
     groups = [group for group in state["param_groups"] if "rank" in group]
-    assert {(g["method"], g["rank"], g["lr"], g["weight_decay"]) for g in groups} == {(OPTIM["name"], 4, 0.01, 0.1)}
+    assert {(g["method"], g["rank"], g["lr"], g["weight_decay"]) for g in groups} == {
+        (OPTIM["name"], 4, OPTIM["lr"], 0.1)
+    }
     assert sum(len(group["params"]) for group in groups) == 14  # seven of each layer
     resume = str(tmp_path / "out" / "checkpoint-3")
     sft_trainer.run_sft({**configuration, "output_dir": str(tmp_path / "b"), "resume_from_checkpoint": resume})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import OPTIONS, arguments, engine, tiny_llama, train
+from conftest import OPTIONS, arguments, engine, tiny_data, tiny_llama, train
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -18,9 +18,10 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
 )
 
-from hf_lowrank import LowRankOptimizer
+from hf_lowrank import LowRankOptimizer, LowRankTrainer, optimizer_cls_and_kwargs
 
 
 OPTIM = "galore_i3s_adamw"
@@ -176,3 +177,60 @@ def test_peft_with_some_base_weights_unfrozen(tmp_path):
 def test_peft_with_lora_factors_alone_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="every trainable matrix is a LoRA factor.*train the adapters with adamw"):
         train(arguments(tmp_path, OPTIM), lora())
+
+
+@pytest.mark.parametrize("base", [Trainer, LowRankTrainer])
+def test_a_trainer_that_decides_what_decays_is_followed(tmp_path, base):
+    """As adamw_torch follows it: here neither embeddings nor the MLP."""
+
+    class Deciding(base):
+        def get_decay_parameter_names(self, model):
+            names = super().get_decay_parameter_names(model)
+            return [name for name in names if "embed" not in name and "mlp" not in name]
+
+    found = []
+    for optim in ("adamw_torch", OPTIM):
+        trainer = Deciding(tiny_llama(), arguments(tmp_path, optim, weight_decay=0.1), train_dataset=tiny_data())
+        groups = trainer.create_optimizer().param_groups
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        found.append({names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]})
+        assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    assert found[0] == found[1] and any("q_proj" in name for name in found[0])
+
+
+@pytest.mark.parametrize("how", ["given", "created"])
+def test_an_optimizer_of_the_trainers_own_is_told_of(tmp_path, how, caplog):
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            if self.optimizer is None:
+                self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+            return self.optimizer
+
+    model, args = tiny_llama(), arguments(tmp_path, OPTIM, max_steps=1)
+    given = (torch.optim.AdamW(model.parameters(), lr=1e-3), None) if how == "given" else (None, None)
+    with caplog.at_level("WARNING", "hf_lowrank"):
+        (Trainer if how == "given" else Own)(model, args, train_dataset=tiny_data(), optimizers=given).train()
+    assert f"--optim {OPTIM} and its optim_args have no effect" in caplog.text and "AdamW by itself" in caplog.text
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    args = arguments(tmp_path, "adamw_torch", max_steps=1)
+    made = optimizer_cls_and_kwargs(tiny_llama(), OPTIM, args=args, rank=4)
+    trainer = Trainer(
+        None, args, train_dataset=tiny_data(), optimizer_cls_and_kwargs=made, model_init=lambda: tiny_llama()
+    )
+    with pytest.raises(ValueError, match="holds no parameter of the model that is trained"):
+        trainer.train()
+
+
+def test_a_rank_means_nothing_without_a_subspace(tmp_path, caplog):
+    """Matrices that are no wider than it are stepped as all are."""
+    found = []
+    for rank in ("", "rank=30,"):
+        args = arguments(tmp_path, "muon_4bit", optim_args=f"{rank}scale=1")
+        with caplog.at_level("WARNING", "hf_lowrank"):
+            trainer = Trainer(tiny_llama(), args, train_dataset=tiny_data())
+            groups = trainer.create_optimizer().param_groups
+        found.append(sum(len(group["params"]) for group in groups if "rank" in group))
+    assert found[0] == found[1] == 14
+    assert caplog.text.count("muon_4bit has no subspace, so rank has no effect") == 1
