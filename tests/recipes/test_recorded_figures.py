@@ -53,6 +53,21 @@ def test_the_table_of_the_larger_model(larger):
     assert check_lines(PAGES["docs/recommended.md"].partition(LARGER)[2], larger, "large") == 6
 
 
+def test_the_table_of_the_long_runs():
+    section = PAGES["docs/recommended.md"].partition("### Twenty tokens per parameter")[2].partition("###")[0]
+    long = recorded("narrow", 5152)
+    lines = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([^|]+) \| ([^|]+) \| (\d+) \|", section, re.M)
+    assert [name for name, *_ in lines] == [*long]
+    for name, size, loss, difference, seeds in lines:
+        assert size == f"{long[name].middle('matrix_bytes'):.2f}" and loss == text(
+            interval([*long[name].losses.values()])
+        )
+        assert difference == ("-" if name == BASELINE else minus(long, name, BASELINE)), name
+        assert int(seeds) == len(long[name].losses), name
+    for page in PAGES.values():
+        assert minus(long, "frugal_adamw", BASELINE) in page
+
+
 def check_lines(text_of_table, found, model):
     """Every line: bytes, loss, the difference to AdamW, seeds, milliseconds. Returns how many."""
     lines = re.findall(
