@@ -108,7 +108,10 @@ def test_trl_preferences_and_rewards(kind, tokenizer, tmp_path):
     elif kind == "DPO":
         trainer = trl.DPOTrainer(tiny_llama(), ref_model=tiny_llama(), processing_class=tokenizer, **given)
     else:
-        judge = LlamaForSequenceClassification(LlamaConfig(**tiny_llama().config.to_dict() | {"num_labels": 1}))
+        known = {
+            key: value for key, value in tiny_llama().config.to_dict().items() if key not in ("id2label", "label2id")
+        }
+        judge = LlamaForSequenceClassification(LlamaConfig(**known | {"num_labels": 1}))
         judge.config.pad_token_id = tokenizer.pad_token_id
         trainer = trl.RewardTrainer(judge, processing_class=tokenizer, **given)
     trainer.train()
