@@ -397,3 +397,27 @@ def test_a_checkpoint_of_version_1_is_read_with_the_blocks_it_had(form):
         go(optimizer, params, i)
         go(other, copies, i)
     assert all((p - q).norm() <= 0.02 * p.norm() for p, q in zip(params, copies, strict=True))
+
+
+@pytest.mark.parametrize("usual", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["galore_i3s_adamw_8bit", "fira_adamw", "muon_4bit", "full_adamw_8bit"])
+def test_torchs_default_type_changes_nothing(name, usual):
+    """As where a model is built under another one, and it stays set."""
+
+    def finished():
+        p = nn.Parameter(torch.randn(70, 130, generator=torch.Generator().manual_seed(0), dtype=torch.float32))
+        v = nn.Parameter(torch.zeros(300, dtype=torch.float32))
+        opt = LowRankOptimizer([{"params": [p], "rank": 40}, {"params": [v]}], name, lr=1e-2)
+        gen = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            p.grad, v.grad = (torch.randn(x.shape, generator=gen, dtype=torch.float32) for x in (p, v))
+            opt.step()
+        return p.detach(), v.detach()
+
+    expected = finished()
+    torch.set_default_dtype(usual)
+    try:
+        found = finished()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))

@@ -175,7 +175,7 @@ def clip_(work: Sequence[Unit], max_norm: float, summed: Callable[[float], float
         good = agreed(finite(some), held)  # one that is not skips its parameter, and counts for nothing here
         squares = [kernels.sum_of_squares(x).double() for x, taken in zip(some, good, strict=True) if taken]
         device = some[0].device
-        share = sum((square.to(device) for square in squares), torch.zeros((), device=device))
+        share = sum((square.to(device) for square in squares), torch.zeros((), dtype=torch.float32, device=device))
         if pieces is not None:
             (share,) = collectives.sum_together([share.double()], pieces.group)
         total += float(share)

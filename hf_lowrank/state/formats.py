@@ -167,7 +167,7 @@ class EightBit(Blockwise):
     @override
     def _levels(self, codes: Tensor, buffer: Buffer) -> Tensor:
         flat = buffer.flat(codes)
-        ones = torch.ones(-(-len(flat) // 4096), device=flat.device)
+        ones = torch.ones(-(-len(flat) // 4096), dtype=torch.float32, device=flat.device)
         return _valued(flat, ones, 4096, buffer).view(buffer.sides)
 
 

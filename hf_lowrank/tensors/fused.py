@@ -33,7 +33,7 @@ def runs_on(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        W = torch.arange(2000.0, device=device).sub_(1000).bfloat16()
+        W = torch.arange(2000, dtype=torch.float32, device=device).sub_(1000).bfloat16()
         U, kept = W.float(), W.clone()
         rewrite_(W, 0.0, U, 1.0, None, None, 0.0, 1)
         good = torch.equal(W, kept)

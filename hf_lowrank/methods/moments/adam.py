@@ -153,8 +153,8 @@ def _step_tensor(t: float, device: torch.device) -> Tensor:
 @lru_cache
 def has_fused_kernel(device: torch.device) -> bool:
     """Tell whether torch's fused AdamW kernel runs on `device`: tried once on one element."""
-    one = [torch.zeros(1, device=device) for _ in range(4)]
-    step = torch.ones((), device=device)
+    one = [torch.zeros(1, dtype=torch.float32, device=device) for _ in range(4)]
+    step = torch.ones((), dtype=torch.float32, device=device)
     try:
         torch._fused_adamw_(  # type: ignore[call-overload]
             *([x] for x in one),
