@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_lowrank import LowRankOptimizer
 from hf_lowrank.engine import step as engine_step
+from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.tensors import kernels
 
 
@@ -129,6 +130,24 @@ def test_a_step_that_an_error_ends_leaves_nothing_for_the_next(dropped, monkeypa
         give(x, y, 2)
         one.step()
     assert torch.equal(w, v) and torch.equal(b, c)
+
+
+@pytest.mark.parametrize("name", ["scale_sgd", "rmnp"])
+def test_norms_of_a_gradient_whose_step_was_interrupted_are_not_those_of_the_next(name, monkeypatch):
+    ends = []
+    for breaks in (False, True):
+        p = torch.nn.Parameter(torch.randn(6, 10, generator=torch.Generator().manual_seed(0)))
+        opt = LowRankOptimizer([{"params": [p], "rank": 1}], name, lr=1e-2, betas=(0.0, 0.9))
+        if breaks:
+            p.grad = torch.full((6, 10), 1000.0)
+            with monkeypatch.context() as patched:
+                patched.setattr(MatrixStep, "_write_", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    opt.step()
+        p.grad = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
+        opt.step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
 
 
 def interrupted(*_):

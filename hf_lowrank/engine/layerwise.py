@@ -45,7 +45,7 @@ class Layerwise:
     def forget(self, units: Iterable[Unit] = ()) -> None:
         """Drop what was taken, and steps of other units that were started."""
         for unit in (*self.waiting.values(), *units):
-            unit.started = None
+            unit.forget()
         self.waiting.clear()
         self.stepped.clear()
         self.offloaded.forget()

@@ -81,6 +81,11 @@ class MatrixStep(Unit):
             return [self.norms]
         return [self.gradient]
 
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self.averaged, self.norms = False, None
+
     def column_norms(self) -> Tensor | None:
         """Return the norms of the gradient's columns if they are known."""
         return self.norms

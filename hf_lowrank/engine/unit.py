@@ -79,6 +79,10 @@ class Unit(ABC):
     def marks(self) -> list[int]:
         """Return what processes must agree on of every weight: twice its steps, and one more if it will be stepped."""
 
+    def forget(self) -> None:
+        """Drop a step that was started, and what was read of its gradient."""
+        self.started = None
+
     @abstractmethod
     def step_(self) -> Work[None]:
         """Update moments and weights."""
