@@ -108,7 +108,7 @@ def groups_for(
         return own(config.dense(kind))
 
     own_options = own(config)
-    if config.parts.subspace.whole:  # which has no rank: every matrix with two rows and columns is one
+    if config.parts.subspace.whole:  # no rank leaves a matrix out, but one row or column
         own_options["rank"] = 1
     usual = METHODS[config.method].defaults
     return _split_up(model, own_options, of_kind, config.split, target_modules, weight_decay, usual, decaying)

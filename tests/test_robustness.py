@@ -132,12 +132,12 @@ def test_a_step_that_an_error_ends_leaves_nothing_for_the_next(dropped, monkeypa
     assert torch.equal(w, v) and torch.equal(b, c)
 
 
-@pytest.mark.parametrize("name", ["scale_sgd", "rmnp"])
-def test_norms_of_a_gradient_whose_step_was_interrupted_are_not_those_of_the_next(name, monkeypatch):
+def test_norms_of_a_gradient_whose_step_was_interrupted_are_not_those_of_the_next(monkeypatch):
+    """Of SCALE, the row that keeps norms on a CPU, too."""
     ends = []
     for breaks in (False, True):
         p = torch.nn.Parameter(torch.randn(6, 10, generator=torch.Generator().manual_seed(0)))
-        opt = LowRankOptimizer([{"params": [p], "rank": 1}], name, lr=1e-2, betas=(0.0, 0.9))
+        opt = LowRankOptimizer([{"params": [p], "rank": 1}], "scale_sgd", lr=1e-2)
         if breaks:
             p.grad = torch.full((6, 10), 1000.0)
             with monkeypatch.context() as patched:

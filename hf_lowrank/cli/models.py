@@ -107,7 +107,7 @@ def memory(
         raise ValueError(f"the rank is given twice: --rank {rank:g} and rank={options['rank']} in --optim-args")
     from hf_lowrank.planning.budget import fit_budget
     from hf_lowrank.planning.memory import ADAMW, estimate_memory
-    from hf_lowrank.planning.strategies import NAMES, hybrid_shards
+    from hf_lowrank.planning.strategies import NAMES, possible
 
     row = optim if optim in ADAMW and not budget else resolve.split(optim)[0]
     if budget and (checkpointing or row != optim):
@@ -117,11 +117,11 @@ def memory(
     shared: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": dtype, "options": options, "gpus": gpus}
     if strategy == "all" and gpus == 1:
         raise ValueError("--strategy all needs --gpus")
+    strategies = possible(gpus) if strategy == "all" else (strategy,)
+    if strategy == "all" and (left := [name for name in NAMES if name not in strategies]):
+        print(f"hf-lowrank: left out {', '.join(left)}, which {gpus} GPUs cannot be divided for", file=sys.stderr)
     found = []
-    for one in NAMES if strategy == "all" else (strategy,):
-        if strategy == "all" and one == "hsdp" and not hybrid_shards(gpus):
-            print(f"hf-lowrank: left out hsdp, which {gpus} GPUs cannot be divided for", file=sys.stderr)
-            continue
+    for one in strategies:
         if budget:
             ranks = [int(rank) if rank >= 1 else rank] if rank else None
             found += fit_budget(model, parse_bytes(budget), optim, ranks=ranks, strategy=one, **shared)

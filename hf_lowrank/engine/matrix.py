@@ -259,8 +259,8 @@ def context_of(
     """Gather what the parts may know of this step of parameter `index`."""
     beta1, beta2 = group["betas"]
     lr, options = float(group["lr"]), config.options
-    if config.low_rank and options.get("momentum") is not None:  # of matrices alone
-        beta1 = options["momentum"]
+    if config.low_rank:
+        beta1 = config.parts.moments.beta1(beta1)
     return Context(
         step=int(s["step"]),
         moment_step=int(s["moment_step"]) + 1,

@@ -217,6 +217,10 @@ class Moments(Part, ABC):
         """Return c_t, the bias correction of the whole step."""
         return 1.0
 
+    def beta1(self, usual: float) -> float:
+        """Return b1 of matrices, from the first of betas."""
+        return usual
+
     def first_moment(self, s: State, ctx: Context) -> Tensor:
         """Return the first moment (..., r, n) as a running mean: other parts weigh it against gradients."""
         return s["exp_avg"]

@@ -18,7 +18,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = (match[2].upper() or "B") if match else ""
-    unit += "B" if f"{unit}B" in UNITS and unit != "B" else ""
+    unit += "B" if f"{unit}B" in UNITS else ""
     if match is None or unit not in UNITS or (not match[2] and len(match[1].partition(".")[0]) < 7):
         raise ValueError(f"{text!r} is not an amount of memory; write for instance 24GB or 24GiB")
     return int(float(match[1]) * UNITS[unit])

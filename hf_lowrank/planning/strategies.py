@@ -262,6 +262,11 @@ def hybrid_shards(gpus: int) -> int:
     return max((n for n in range(2, min(NODE, gpus - 1) + 1) if gpus % n == 0), default=0)
 
 
+def possible(gpus: int) -> tuple[str, ...]:
+    """Return the strategies that so many processes can be divided for."""
+    return tuple(name for name in NAMES if name != "hsdp" or hybrid_shards(gpus))
+
+
 def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]) -> Strategy:
     """Return a strategy by its name.
 

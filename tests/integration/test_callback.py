@@ -27,10 +27,12 @@ from hf_lowrank import (
     Reconstruction,
     Subspace,
     Update,
+    param_groups,
 )
 from hf_lowrank.hf import console
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.observe import metrics
+from hf_lowrank.observe.describe import summary
 from hf_lowrank.observe.first import FirstSubspaces
 from hf_lowrank.observe.progress import FirstRefresh
 from hf_lowrank.observe.update_rank import UpdateRank
@@ -305,6 +307,12 @@ def test_the_summary_line_of_apollo_has_the_root_by_which_it_multiplies(tmp_path
     caplog.set_level("INFO", logger="hf_lowrank")
     train(arguments(tmp_path, "apollo_mini_adamw", optim_args="scale=100", max_steps=1), callbacks=[LowRankCallback()])
     assert any("lr 0.1 (0.01 x 10, of scale 100)" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", ["galore_i3s_adamw_8bit", "full_muon_layerwise", "fira_adamw", "muon_4bit"])
+def test_the_summary_line_has_the_whole_name(name):
+    model = tiny_llama()
+    assert summary(LowRankOptimizer(param_groups(model, method=name, rank=4), name)).startswith(f"{name}: 14 matrices")
 
 
 def test_a_message_does_not_land_on_the_progress_bars_line():

@@ -84,6 +84,10 @@ class OneMoment(Moments):
     def slots(self, columns: Columns) -> Slots:
         return {"exp_avg": Slot("r n")}
 
+    @override
+    def beta1(self, usual: float) -> float:
+        return usual if self.momentum is None else self.momentum
+
     def taken(self, M: Tensor, R: Tensor, ctx: Context) -> Tensor:
         """Take R into M, in place, and return M, or with `nesterov` b1 M + (1 - b1) R."""
         M.lerp_(R, 1 - ctx.beta1)
