@@ -78,8 +78,9 @@ def split(name: str) -> tuple[str, dict[str, Any]]:
     return row, given
 
 
-def with_endings(row: str, options: Mapping[str, Any]) -> str:
-    """Return the name of a row with the endings that stand for its options."""
+def with_endings(name: str, options: Mapping[str, Any]) -> str:
+    """Return a name with the endings that stand for options, whichever it has."""
+    row = split(name)[0]
     usual = METHODS[row].defaults
     held = [
         ending
