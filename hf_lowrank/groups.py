@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_lowrank import modules
-from hf_lowrank.engine.known import remember
+from hf_lowrank.engine.known import Known, remember
 from hf_lowrank.methods import options, resolve
 from hf_lowrank.methods.common import LowRankOptions
 from hf_lowrank.methods.dense import KINDS, MIXED, SplitOptions
@@ -132,7 +132,7 @@ def _split_up(
     found = [MATRIX if name in targets else kinds.get(id(p), MIXED) for name, p in everything]
     _check_split(model, split, found, usual)
     apart = (MATRIX, MIXED, *split.apart)
-    groups: list[dict[str, Any]] = []
+    groups, known = list[dict[str, Any]](), dict[str, Known]()
     for kind in apart:
         rate = split.rate(kind)
         chosen = {**(own if kind == MATRIX else dense(kind)), **({} if rate is None else {"lr": rate})}
@@ -144,12 +144,13 @@ def _split_up(
             members = []
             for name, p in here:
                 if (name in decaying) == decays:
-                    remember(p, name, options, config)  # for one that is trained later, too
+                    known[name] = Known(name, options, config)  # of one that is trained later, too
                     if p.requires_grad:
                         members.append((name, p))
             if members:
                 names, params = zip(*members, strict=True)
                 groups.append({"params": [*params], "param_names": [*names], **options})
+    remember(model, known)
     return groups
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from time import perf_counter
 from typing import Any, overload
 
@@ -103,13 +105,17 @@ class LowRankOptimizer(Replicas):
         self.layerwise = Layerwise()
         self._ahead = Ahead()
         self._reported_in: Any = None  # the run whose callback reports on this optimizer
-        self._facts: dict[str, Any] = {}  # of the run, as they were told
+        self._facts: dict[str, Any] = getattr(self, "_facts", {})  # of the run, as they were told; a copy has them
         self._work: Work | None = None  # on the state and options as they are
         self._resolved = Resolved()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._begin()
+        if "layerwise" not in self.__dict__:  # a copy; a load begins nothing anew
+            self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_facts": self._facts}
 
     # ---- groups -----------------------------------------------------------------------------------------------------
 
@@ -228,7 +234,7 @@ class LowRankOptimizer(Replicas):
         """Look at the groups again, and at the state of all parameters or of one; return the steps of all."""
         work = self._work
         again = p is None or not self.layerwise.begun  # once for all hooks of a backward pass
-        changed = again and self._resolved.look(self.param_groups, {} if work is None else work.plans)
+        changed = again and self._resolved.look(self.param_groups, self.state if work is None else work.plans)
         if work is None or changed or not work.holds(self.state, work.plans if p is None else (p,)):
             self._ahead.settle()
             self._work = None
@@ -262,7 +268,7 @@ class LowRankOptimizer(Replicas):
 
     def remove_hooks(self) -> None:
         """Take the hooks of the layerwise mode off the parameters."""
-        self.layerwise.detach(self.param_groups)
+        self.layerwise.detach()
 
     @torch.no_grad()
     def take_gradient(self, p: Tensor) -> None:
@@ -285,20 +291,25 @@ class LowRankOptimizer(Replicas):
             ValueError: if the checkpoint does not fit; nothing has been changed then.
         """
         self._ahead.settle()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         check_checkpoint(state_dict, self.param_groups)
         given = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         groups = [
-            merge_options(saved, now, config)
+            merge_options(deepcopy(saved), now, config)
             for saved, now, config in zip(state_dict["param_groups"], given, self.configs, strict=True)
         ]
         configs = [config_of(group) for group in groups]
         known = list(declared(self.param_groups, configs))
         states = load_states(state_dict["state"], state_dict["param_groups"], known)
         loaded = dict(states if self.owners is None else self.owners.taken(known, states))
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state.update(loaded)
-        self._whole = None
+        for group, present in zip(groups, self.param_groups, strict=True):
+            group["params"] = present["params"]
+        self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": groups})
+        self._whole = self._work = None
         self._resolved.take(self.param_groups, configs)
         self.layerwise.forget()
         for now, old, config in zip(self.param_groups, given, configs, strict=True):
             warn_changed(now, old, config)
+        for loaded_hook in self._optimizer_load_state_dict_post_hooks.values():
+            loaded_hook(self)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import warnings
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -55,7 +57,8 @@ def steps(optimizer, p, q, *, schedule=None, first=0, count=STEPS):
     lambda o: CyclicLR(o, base_lr=1e-3, max_lr=0.1, step_size_up=2, cycle_momentum=False),
     lambda o: swa_utils.SWALR(o, swa_lr=0.05, anneal_epochs=2),
     lambda o: LinearLR(o, total_iters=4),
-], ids=["OneCycleLR", "CyclicLR", "SWALR", "LinearLR"])  # fmt: skip
+    lambda o: LinearLR(o, end_factor=0.0, total_iters=10),  # it ends at -3e-20
+], ids=["OneCycleLR", "CyclicLR", "SWALR", "LinearLR", "to zero"])  # fmt: skip
 def test_a_schedule_may_keep_keys_of_its_own_in_the_groups(make):
     """The run with it equals one whose rates and betas are set by hand, also over a checkpoint."""
     optimizer, p, q = two()
@@ -65,7 +68,9 @@ def test_a_schedule_may_keep_keys_of_its_own_in_the_groups(make):
         if t == STEPS:
             again, p3, q3 = two()
             fresh = make(again)
-            again.load_state_dict(optimizer.state_dict())
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of betas, which OneCycleLR edits
+                again.load_state_dict(optimizer.state_dict())
             fresh.load_state_dict(schedule.state_dict())
             with torch.no_grad():
                 p3.copy_(p), q3.copy_(q)
@@ -93,6 +98,34 @@ def test_a_typo_is_caught_where_a_group_is_made(where):
         LowRankOptimizer([group]) if where == "constructor" else optimizer.add_param_group(group)
 
 
+def test_two_parts_that_name_a_tensor_alike_are_refused_and_do_not_share_it(deep):
+    METHODS[deep] = replace(METHODS[deep], moments="natural_adam")
+    deeper = registry.classes("subspace")[deep]
+    slots = deeper.slots
+    deeper.slots = lambda self: {**slots(self), "window": Slot("m r")}
+    with pytest.raises(ValueError, match="two parts of deep_for_a_test both keep a tensor by the name of window"):
+        two(deep)[0].declared().__next__()
+
+
+@pytest.mark.parametrize("how", [{}, {"moments": "natural_adam"}])
+def test_the_mean_of_gradients_is_counted_apart_and_former_checkpoints_are_read(how):
+    """Its count had the name that Natural GaLore has for its own."""
+    made = [two("lowrank", subspace="grassmann", accumulate=True, **how) for _ in range(2)]
+    (optimizer, p, q), (again, p2, q2) = made
+    steps(optimizer, p, q, count=3)
+    state = optimizer.state[p]
+    assert int(state["gradients_seen"]) == 2 and int(state.get("seen", 3)) == 3
+    saved = copy.deepcopy(optimizer.state_dict())
+    if not how:
+        saved["state"][0]["seen"] = saved["state"][0].pop("gradients_seen")
+    again.load_state_dict(saved)
+    with torch.no_grad():
+        p2.copy_(p), q2.copy_(q)
+    steps(optimizer, p, q, first=3)
+    steps(again, p2, q2, first=3)
+    assert torch.equal(p, p2)
+
+
 def test_an_edit_that_would_change_the_state_is_refused_for_a_part_that_nobody_has_heard_of(deep):
     optimizer, p, q = two(deep)
     steps(optimizer, p, q, count=2)
@@ -106,6 +139,32 @@ def test_an_edit_that_would_change_the_state_is_refused_for_a_part_that_nobody_h
     optimizer.param_groups[0]["depth"] = 2
     steps(optimizer, p, q, first=2, count=1)
     assert int(optimizer.state[p]["step"]) == 3
+
+
+@pytest.mark.parametrize("how", ["loaded", "exchanged", "copied"])
+def test_it_is_refused_right_after_a_load_too(how):
+    p, q = weight(TALL), weight((4,))
+    optimizer = LowRankOptimizer([{"params": [p], "rank": 1}, {"params": [q]}], "full_muon", lr=1e-2)
+    steps(optimizer, p, q, count=2)
+    if how == "loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif how == "exchanged":  # as Lightning does
+        optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    else:
+        optimizer, p, q = copy.deepcopy((optimizer, p, q))
+    optimizer.param_groups[0]["row_scales"] = True
+    with pytest.raises(ValueError, match="row_scales .* cannot be changed while training"):
+        steps(optimizer, p, q, first=2, count=1)
+
+
+def test_an_exchanged_group_of_another_rank_is_refused():
+    optimizer, p, q = two()
+    steps(optimizer, p, q, count=2)
+    optimizer.param_groups = [
+        {**group, **({"rank": 3} if "rank" in group else {})} for group in optimizer.param_groups
+    ]
+    with pytest.raises(ValueError, match="rank cannot be changed while training"):
+        steps(optimizer, p, q, first=2, count=1)
 
 
 def test_an_edit_before_the_first_step_counts(deep):

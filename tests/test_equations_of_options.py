@@ -6,6 +6,7 @@ import pytest
 import torch
 from comparing import GAP, SETTING, STEPS, TOLERANCE, agree, optimizer
 from streams import SQUARE, STACK, TALL, WIDE, displacement, finish, gradients, weight
+from torch.optim import lr_scheduler
 
 
 SHAPES = [WIDE, TALL, SQUARE, STACK]
@@ -148,6 +149,37 @@ def test_the_basis_of_online_subspace_descent_follows_the_schedule():
         group["lr"] = refs[0].lr = 1e-2 * (1 - t / STEPS)
 
     agree("online_subspace_adamw", TALL, each=each, basis_lr=0.1)
+
+
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "CyclicLR"])
+def test_it_never_moves_faster_than_at_the_peak(schedule):
+    """OneCycleLR begins at a 25th of its peak, CyclicLR at its least: `initial_lr` is neither's peak."""
+    p = weight(TALL)
+    opt = optimizer(p, "online_subspace_adamw", rank=3, basis_lr=0.01)
+    made = (
+        lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=STEPS, cycle_momentum=False)
+        if schedule == "OneCycleLR"
+        else lr_scheduler.CyclicLR(opt, base_lr=1e-4, max_lr=1e-2, step_size_up=2, cycle_momentum=False)
+    )
+    before = None
+    for G in gradients(TALL, STEPS):
+        p.grad = G
+        opt.step()
+        made.step()
+        P = opt.state[p]["basis"].clone()
+        if before is not None:  # steps of Adam's: at most lr sqrt(1 - b2) / (1 - b1), less at the start
+            assert float((P - before).abs().max()) < 0.01 * 1.5
+        before = P
+
+
+def test_a_rate_of_zero_stops_the_basis_too():
+    p = weight(TALL)
+    opt = optimizer(p, "online_subspace_adamw", rank=3, lr=0.0)
+    first, *others = gradients(TALL, 4)
+    finish(opt, p, [first])
+    before = opt.state[p]["basis"].clone()
+    finish(opt, p, others)
+    assert torch.equal(before, opt.state[p]["basis"])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

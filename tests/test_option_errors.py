@@ -147,6 +147,26 @@ def test_a_bad_value_of_a_part_is_refused_with_what_is_valid(name, option, value
         LowRankOptimizer([{"params": [weight(WIDE)], "rank": 3, option: value}], name)
 
 
+@pytest.mark.parametrize("parts, reason", [
+    ({"moments": "adafactor", "reconstruction": "error_feedback"}, "against gradients.*moments=momentum or adam"),
+    ({"moments": "natural_adam", "subspace": "block_power"}, "against gradients.*moments=momentum or adam"),
+    ({"moments": "racs", "reconstruction": "error_feedback"}, "moments must be one of"),
+    ({"moments": "sgd", "reconstruction": "error_feedback"}, "keep none: choose moments=momentum or adam"),
+    ({"subspace": "sketch", "reconstruction": "error_feedback"}, "not orthonormal: choose another.*subspace=dominant"),
+    ({"subspace": "sketch", "reconstruction": "frugal"}, "not orthonormal"),
+    ({"subspace": "rows", "reconstruction": "compensation"}, "not orthonormal"),
+    ({"subspace": "rows", "rows": "top", "reconstruction": "compensation"}, None),
+    ({"subspace": "sketch", "reconstruction": "error_feedback", "error_feedback": "off"}, None),
+])  # fmt: skip
+def test_parts_that_step_uphill_together_are_refused(parts, reason):
+    """They ran, with a residual that is none, or with errors in units of normalised updates."""
+    if reason is None:
+        resolve.complete("lowrank", parts)
+    else:
+        with pytest.raises(ValueError, match=f"optimizer lowrank: .*{reason}|{reason}"):
+            resolve.complete("lowrank", parts)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("typo, meant", [
     ("update_proj_gpa", "update_proj_gap"), ("scal", "scale"), ("on_refesh", "on_refresh"), ("proj_typ", "proj_type"),

@@ -195,7 +195,7 @@ def test_scaling_the_gradients_leaves_subtracks_bases(step, accumulate):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind, damping", [("relative", 0.1), ("absolute", 30.0)])
 def test_natural_galores_solve_is_the_dense_solve(shape, kind, damping):
-    """With b1 = 0 the first moment is F^-1 g itself."""
+    """With b1 = 0 the first moment is F^-1 g itself, in units of a relative damping."""
     p, stream = weight(shape), gradients(shape, 7)
     opt = optimizer(
         p, "natural_galore_adamw", damping_kind=kind, damping=damping, update_proj_gap=100, betas=(0.0, 0.9)
@@ -206,7 +206,8 @@ def test_natural_galores_solve_is_the_dense_solve(shape, kind, damping):
         gram = H.mT @ H
         share = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] if kind == "relative" else 1.0
         F = damping * share * torch.eye(H.shape[-2]) + H @ H.mT
-        natural = torch.linalg.solve(F, H[..., -1:]).squeeze(-1)
+        unit = damping * share if kind == "relative" else 1.0
+        natural = (unit * torch.linalg.solve(F, H[..., -1:])).squeeze(-1)
         assert (opt.state[p]["exp_avg"].double().flatten(-2) - natural).norm() < 1e-5 * natural.norm()
 
 

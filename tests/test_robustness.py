@@ -1,7 +1,9 @@
 """What people do around an optimizer: copy it, edit it, replace it, clip, autocast, load the wrong thing."""
 
 import copy
+import gc
 import io
+import pickle
 
 import pytest
 import torch
@@ -59,6 +61,64 @@ def test_a_model_with_hooks_can_be_saved_whole():
     models.train(net, models.optimizer(net, "galore_i3s_adamw_layerwise"), 1)
     torch.save(net.state_dict(), io.BytesIO())
     assert not any("hf_lowrank" in key for p in net.parameters() for key in vars(p))
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+def test_torch_may_still_swap_the_parameters_of_a_model(hooks):
+    """As FSDP2's modules have theirs moved and cast: a weak reference to a parameter would forbid it."""
+    net = models.model()
+    models.optimizer(net, "galore_i3s_adamw" + "_layerwise" * hooks).train()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+
+
+def test_hooks_are_those_of_the_optimizer_after_a_load_too():
+    net = models.model()
+    opt = models.optimizer(net, "galore_i3s_adamw_layerwise")
+    models.train(net, opt, 2)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.remove_hooks()
+    models.loss_of(net, 2).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_the_hooks_of_an_optimizer_go_with_it():
+    net = models.model()
+    for _ in range(3):
+        models.optimizer(net, "galore_i3s_adamw_layerwise").train()
+        gc.collect()
+    assert max(len(p._post_accumulate_grad_hooks or ()) for p in net.parameters()) == 0
+
+
+@pytest.mark.parametrize("how", ["loaded", "copied", "unpickled"])
+def test_what_was_told_of_the_run_is_known_to_a_group_that_is_added_later(how):
+    opt, _, _ = pair("golore_adamw")
+    opt.tell(total_steps=10)
+    if how == "loaded":
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    else:
+        opt = copy.deepcopy(opt) if how == "copied" else pickle.loads(pickle.dumps(opt))
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(4, 8))], "rank": 2})
+    assert [group["total_steps"] for group in opt.param_groups if "rank" in group] == [10, 10]
+
+
+def test_hooks_around_a_load_see_what_is_loaded():
+    opt, w, b = pair()
+    give(w, b, 0)
+    opt.step()
+    saved, seen = opt.state_dict(), []
+    new, v, _ = pair()
+    new.register_load_state_dict_pre_hook(lambda _, given: seen.append(len(given["state"])))
+    new.register_load_state_dict_pre_hook(lambda _, given: {**given, "state": {**given["state"], 0: changed}})
+    new.register_load_state_dict_post_hook(lambda it: seen.append(int(it.state[v]["step"])))
+    changed = {**saved["state"][0], "step": torch.tensor(7)}
+    new.load_state_dict(saved)
+    assert seen == [2, 7]
+    assert int(saved["state"][0]["step"]) == 1  # the caller's is left as it was
 
 
 @pytest.mark.parametrize("other", ["plain", "layerwise"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fitting import fitting
 from streams import (
     COVERING,
     PLAIN,
@@ -121,6 +122,32 @@ def test_an_expert_that_is_idle_from_the_start_has_axes_and_wakes_up(name):
     finish(opt, p, stream[4:])
     step = (p - start).norm(dim=(1, 2))
     assert step[1] > 0.1 * step[0]  # five live steps against nine
+
+
+@pytest.mark.parametrize("name", ["grasswalk_adamw", "subtrack_pp_adamw", "ldadam", "online_subspace_adamw"])
+def test_an_expert_that_wakes_up_late_begins_as_the_others_did(name):
+    """Rules that follow a basis have nothing to follow there: it gets the leading vectors of its first gradient."""
+    stream, p, alone = gradients(STACK, 12), weight(STACK), weight(STACK[1:])
+    for G in stream[:5]:
+        G[1] = 0
+    options = fitting(name, {"rank": 2, "update_proj_gap": 5})
+    opt, other = optimizer(p, name, **options), optimizer(alone, name, **options)
+    finish(opt, p, stream[:6])
+    finish(other, alone, [stream[5][1]])
+    late, first = opt.state[p]["basis"][1], other.state[alone]["basis"]
+    assert (late @ late.mT - first @ first.mT).norm() < 1e-5
+
+
+@pytest.mark.parametrize("steps_of_zeros", [1, 2, 3])
+def test_the_basis_of_online_subspace_descent_never_steps_along_its_own_first_gradient(steps_of_zeros):
+    """There f is stationary, and Adam makes a step of full size of the rounding noise."""
+    ends = []
+    for zeros in (0, steps_of_zeros):
+        p = weight(WIDE)
+        opt = optimizer(p, "online_subspace_adamw", rank=2)
+        finish(opt, p, [torch.zeros(WIDE)] * zeros + gradients(WIDE, 1))
+        ends.append((int(opt.state[p]["refreshes"]), opt.state[p]["basis"].clone()))
+    assert ends[0][0] == ends[1][0] == 1 and torch.equal(ends[0][1], ends[1][1])
 
 
 @pytest.mark.parametrize("name", [n for n in COVERING if METHODS[n].subspace == "dominant"])

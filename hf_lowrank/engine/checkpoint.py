@@ -13,7 +13,7 @@ from hf_lowrank.engine.sharding import adopt, allocate, whole_if_needed
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state import view
-from hf_lowrank.state.former import from_even_levels, from_one_line
+from hf_lowrank.state.former import from_even_levels, from_one_line, from_shared_name
 
 
 FORMAT_VERSION = 3
@@ -70,8 +70,9 @@ def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any], config: Conf
 
 
 def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Config) -> None:
-    """Warn about options that differ from the checkpoint's; the schedule's lr and how the run is run aside."""
-    for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params", *RUN_OPTIONS, *config.facts}):
+    """Warn about options that differ from the checkpoint's; what a schedule edits and how the run is run aside."""
+    scheduled = {"lr", *({"betas"} if "max_momentum" in loaded else ())}  # OneCycleLR has its momentum in betas
+    for key in sorted(set(loaded) & set(given) - {"param_names", "params", *scheduled, *RUN_OPTIONS, *config.facts}):
         if loaded[key] != given[key]:
             warnings.warn(
                 f"{key}={given[key]} was given, the checkpoint has {loaded[key]}: the checkpoint's value is used",
@@ -88,6 +89,7 @@ def load_states(
     saved_ids = [(i, group["format"]) for group in saved_groups for i in group["params"]]
     for (saved_id, version), (name, p, _, plan) in zip(saved_ids, known, strict=True):
         saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
+        saved = from_shared_name(saved, plan.whole)
         if version < 2:
             saved = from_one_line(saved, plan.whole, plan.encodings)
         if version < 3:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from math import inf, nan
 from typing import Any
 
@@ -24,6 +24,10 @@ TORCH_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "na
 """Keys of a group that are no options of a method."""
 
 
+ROUNDING = 1e-15
+"""How far below 0 a schedule that ends there may land by rounding, as torch's LinearLR does."""
+
+
 def check_numbers(group: Mapping[str, Any]) -> None:
     """Refuse a learning rate, betas, eps or weight decay that cannot be."""
     betas = group["betas"]
@@ -39,7 +43,7 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             number = nan if isinstance(value, (str, bool)) else float(value)
         except (TypeError, ValueError):
             number = nan
-        if not 0 <= number < below:
+        if not -ROUNDING <= number < below:
             what = "two numbers" if name == "betas" else "a number"
             text = "; YAML reads 1e-2 as text: write 0.01 or 1.0e-2" if isinstance(value, str) else ""
             raise ValueError(f"{name} must be {what} in [0, {below:g}), got {group[name]!r}{text}")
@@ -142,7 +146,7 @@ def config_of(group: Mapping[str, Any]) -> Config:
     return Config.of(group["method"], given, low_rank="rank" in group)
 
 
-def edited(group: Mapping[str, Any], config: Config, plans: Mapping[Tensor, Plan]) -> Config:
+def edited(group: Mapping[str, Any], config: Config, stepped: Container[Tensor]) -> Config:
     """Return the options of a group as they are now.
 
     Keys that are no option are left alone: a schedule keeps its own there.
@@ -150,7 +154,7 @@ def edited(group: Mapping[str, Any], config: Config, plans: Mapping[Tensor, Plan
     Args:
         group: the group.
         config: what it had when it was last looked at.
-        plans: the parameters' plans under that.
+        stepped: the parameters that have a state, which that says the form of.
 
     Raises:
         ValueError: for a value that is not valid, and for an edit of what the state is built on.
@@ -166,7 +170,7 @@ def edited(group: Mapping[str, Any], config: Config, plans: Mapping[Tensor, Plan
     given = {key: group.get(key, value) for key, value in config.options.items()}
     now = Config.of(config.method, given, low_rank=config.low_rank)
     for name, p in zip(names_of(group), group["params"], strict=True):
-        if p in plans and Plan.of(p, now, name).kept != plans[p].kept:
+        if p in stepped and Plan.of(p, now, name).kept != Plan.of(p, config, name).kept:
             was = ", ".join(f"{key} ({config.options[key]})" for key in changed)
             raise ValueError(f"{was} says which state there is and cannot be changed while training")
     return now

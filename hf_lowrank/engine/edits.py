@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from math import inf
 from typing import Any
 
 from torch import Tensor
 
 from hf_lowrank.engine.checks import check_numbers, check_parameters, config_of, edited
-from hf_lowrank.engine.plan import Plan
 from hf_lowrank.methods.resolve import Config
 
 
@@ -25,7 +24,8 @@ class Resolved:
         """Return what every group is resolved to, as it was when last looked at."""
         known = self._known
         if len(known) != len(groups) or any(one is not now for (one, _), now in zip(known, groups, strict=True)):
-            self.take(groups, [config_of(group) for group in groups])
+            was = {_members(group): config for group, config in known}  # what the state is built on
+            self.take(groups, [was.get(_members(group)) or config_of(group) for group in groups])
         return [config for _, config in self._known]
 
     def take(self, groups: Sequence[dict[str, Any]], configs: Sequence[Config]) -> None:
@@ -33,25 +33,30 @@ class Resolved:
         self._known, self._changed = list(zip(groups, configs, strict=True)), True
         self._seen.clear()
 
-    def look(self, groups: Sequence[dict[str, Any]], plans: Mapping[Tensor, Plan]) -> bool:
+    def look(self, groups: Sequence[dict[str, Any]], stepped: Container[Tensor]) -> bool:
         """Check what was edited since the last look, and tell whether steps have to be made anew.
 
         Args:
             groups: the groups.
-            plans: the parameters' plans as they were.
+            stepped: the parameters that have a state.
 
         Raises:
             ValueError: for a value or a parameter that is not valid, and for an edit of what the state is built on.
         """
         for i, (group, config) in enumerate(zip(groups, self.configs(groups), strict=True)):
             lr, before = group["lr"], self._seen.get(i)  # a schedule edits it at every step, and nothing else
-            now = {**group, "lr": 0.0, "params": [*map(id, group["params"])]}
+            now = {**group, "lr": 0.0, "params": _members(group)}
             if now == before and isinstance(lr, float) and 0 <= lr < inf:
                 continue
             check_numbers(group)
             check_parameters(group, config)
-            self._known[i] = group, edited(group, config, plans)
+            self._known[i] = group, edited(group, config, stepped)
             self._changed |= self._known[i][1] is not config or before is None or now["params"] != before["params"]
             self._seen[i] = now
         changed, self._changed = self._changed, False
         return changed
+
+
+def _members(group: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return which parameters a group has."""
+    return tuple(map(id, group["params"]))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_lowrank.methods.resolve import Config
+from hf_lowrank.modules import trainable
 
 
 class Known(NamedTuple):
@@ -20,12 +21,22 @@ class Known(NamedTuple):
     config: Config | None
 
 
-_known: MutableMapping[Tensor, Known] = WeakIdKeyDictionary()
+_known: MutableMapping[nn.Module, dict[str, Known]] = WeakIdKeyDictionary()
+"""By model, and name there: a weak reference to a parameter would keep torch from swapping it (`Module.to`)."""
 
 
-def remember(p: Tensor, name: str, options: Mapping[str, Any], config: Config | None) -> None:
-    """Keep what is known of a parameter, as long as it lives."""
-    _known[p] = Known(name, options, config)
+def remember(model: nn.Module, known: dict[str, Known]) -> None:
+    """Keep what is known of a model's parameters, by the names that they have in it, as long as it lives."""
+    _known.pop(model, None)
+    _known[model] = known
+
+
+def _of(params: Sequence[Any]) -> list[Known | None]:
+    """Return what is known of some parameters; what was said last, if of two models that share one."""
+    found: dict[int, Known] = {}
+    for model, known in _known.items():
+        found |= {id(p): known[name] for name, p in trainable(model, frozen=True) if name in known}
+    return [found.get(id(p)) for p in params]
 
 
 def resolved(group: Mapping[str, Any], given: Mapping[str, Any]) -> Config | None:
@@ -36,7 +47,7 @@ def resolved(group: Mapping[str, Any], given: Mapping[str, Any]) -> Config | Non
         given: its options, and the seed.
     """
     first = next(iter(group["params"]), None)
-    found = _known.get(first[1] if isinstance(first, tuple) else first) if first is not None else None
+    (found,) = _of([first[1] if isinstance(first, tuple) else first])
     if found is None or found.config is None or group.get("method") != found.config.method:
         return None
     config = found.config.with_(seed=given["seed"])
@@ -52,7 +63,7 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
     names, params = group.get("param_names"), group["params"]
     if not names:
         return [""] * len(params)
-    given = [_known[p].name if p in _known else "" for p in params]
+    given = [known.name if known else "" for known in _of(params)]
     return given if set(given) <= set(names) else list(names)
 
 
@@ -80,7 +91,7 @@ def named_groups(group: Mapping[str, Any], present: Sequence[Mapping[str, Any]])
         yield dict(group)
         return
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    found = [_known.get(p) if isinstance(p, Tensor) else None for p in params]
+    found = _of(params)
     unnamed = present and "param_names" in present[0] and not {"rank", "param_names"} & set(group) and params
     if not unnamed or any(known is None for known in found):
         yield {**group, "params": params}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.hooks import RemovableHandle
 
 from hf_lowrank.engine import step
 from hf_lowrank.engine.averaging import average_gradients_
@@ -25,8 +25,8 @@ from hf_lowrank.methods.resolve import Config
 T = TypeVar("T")
 Take = Callable[[Tensor], None]
 Refresh = Callable[[Sequence[MatrixStep], Mapping[Unit, Sequence[bool]]], None]
-_hooks: MutableMapping[Tensor, tuple[weakref.ref[Layerwise], Any]] = WeakIdKeyDictionary()
-"""By parameter: (reference to the mode of an optimizer, handle) of the hook it has from us."""
+_modes: weakref.WeakSet[Layerwise] = weakref.WeakSet()
+"""Of every optimizer that has hooks."""
 
 
 class Layerwise:
@@ -41,6 +41,8 @@ class Layerwise:
         self.waiting: dict[Tensor, MatrixStep] = {}
         self.stepped: set[Tensor] = set()
         self.offloaded = Offloaded()
+        self._hooks: dict[Tensor, RemovableHandle] = {}
+        weakref.finalize(self, _remove, self._hooks)
 
     def forget(self, units: Iterable[Unit] = ()) -> None:
         """Drop what was taken, and steps of other units that were started."""
@@ -179,25 +181,24 @@ class Layerwise:
             if wanted := config.hooked:
                 check_replicas(group, config)
             for p in group["params"]:
-                owner, handle = _hooks.get(p, (None, None))
-                if wanted and owner is not None and owner() is self:
-                    continue
-                if handle is not None:
-                    handle.remove()
-                    del _hooks[p]
-                if wanted and p.requires_grad:
+                for mode in [mode for mode in _modes if mode is not self or not wanted]:
+                    _remove(mode._hooks, p)
+                if wanted and p.requires_grad and p not in self._hooks:
                     hook = partial(_on_gradient, weakref.WeakMethod(take))
-                    _hooks[p] = weakref.ref(self), p.register_post_accumulate_grad_hook(hook)
+                    self._hooks[p] = p.register_post_accumulate_grad_hook(hook)
+                    _modes.add(self)
 
-    def detach(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def detach(self) -> None:
         """Take the hooks off again, so that another optimizer finds the gradients."""
         self.offloaded = Offloaded()
-        for group in groups:
-            for p in group["params"]:
-                owner, handle = _hooks.get(p, (None, None))
-                if owner is not None and handle is not None and owner() is self:
-                    handle.remove()
-                    del _hooks[p]
+        _remove(self._hooks)
+
+
+def _remove(hooks: dict[Tensor, RemovableHandle], *some: Tensor) -> None:
+    """Take hooks off: those of some parameters, or all."""
+    for p in some or [*hooks]:
+        if p in hooks:
+            hooks.pop(p).remove()
 
 
 def _on_gradient(take: weakref.WeakMethod[Any], p: Tensor) -> None:

@@ -84,7 +84,7 @@ class MatrixStep(Unit):
     @override
     def forget(self) -> None:
         super().forget()
-        self.averaged, self.norms = False, None
+        self.refreshed, self.averaged, self.norms = False, False, None
 
     def column_norms(self) -> Tensor | None:
         """Return the norms of the gradient's columns if they are known."""
@@ -269,7 +269,7 @@ def context_of(
         beta2=float(beta2),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
-        initial_lr=float(group.get("initial_lr", lr)),
+        peak_lr=float(group.get("max_lr", group.get("initial_lr", lr))),  # OneCycleLR starts far below it
         scale=options.get("scale", 1.0),
         correct_bias=options.get("correct_bias", True),
         eps_place=options.get("eps_place", "torch"),

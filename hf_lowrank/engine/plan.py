@@ -110,15 +110,21 @@ def _of_matrix(layout: Layout, config: Config, name: str) -> Plan:
     moments = {
         key: replace(slot, axes=slot.axes.replace("n", across)) for key, slot in parts.moments.slots(columns).items()
     }
-    slots: Slots = {
-        **parts.subspace.slots(),
-        **moments,
-        **parts.reconstruction.slots(),
-        **{key: Slot("", "gauge", "exact") for key in config.gauges},
-        **(ahead(parts.subspace.slots()) if options.get("async_refresh") else {}),
-        **COUNTERS,
-        **REFRESH,
-    }
+    slots: dict[str, Slot] = {}
+    for some in (
+        parts.subspace.slots(),
+        moments,
+        parts.reconstruction.slots(),
+        {key: Slot("", "gauge", "exact") for key in config.gauges},
+        ahead(parts.subspace.slots()) if options.get("async_refresh") else {},
+        COUNTERS,
+        REFRESH,
+    ):
+        if twice := slots.keys() & some.keys():
+            raise ValueError(
+                f"two parts of {config.method} both keep a tensor by the name of {', '.join(sorted(twice))}"
+            )
+        slots |= some
     piece = dict(zip("mn", layout.piece, strict=True))
     here, whole = ({"m": layout.m, "n": n, "r": r} for n in (layout.projected.length, layout.n))
 

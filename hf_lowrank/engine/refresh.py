@@ -153,6 +153,8 @@ class Refresh:
         old = {name: tensor.clone() for name, tensor in self.new.items()} if stacked else {}
         s = self.unit.view.with_({**self.known, **self.new})
         sigma = self.subspace.refresh_(s, G, self.ctx)
+        if old and self.ctx.number and self.subspace.begins_apart:
+            self._begin_(live & self._untouched(old), old, G)
         for name, tensor in old.items():  # a slice of zeros (an expert that saw no token) keeps its basis
             keep = live[(...,) + (None,) * (tensor.dim() - live.dim())]
             self.new[name].copy_(torch.where(keep, self.new[name], tensor))
@@ -168,6 +170,21 @@ class Refresh:
             energy.copy_(kernels.squared_norm(basis.project(G)).sum() / total.sum())
         if sigma is not None:
             stable_rank.copy_(_stable_rank(total, sigma, live))
+
+    def _untouched(self, old: Mapping[str, Tensor]) -> Tensor:
+        """Return which matrices of a stack have had no basis yet: an expert that saw no token at the first refresh."""
+        first = [name for name, slot in self.subspace.slots().items() if slot.axes_first]
+        axes = ((x := old[name]) == torch.eye(*x.shape[-2:], device=x.device, dtype=x.dtype) for name in first)
+        return torch.stack([same.all(-1).all(-1) for same in axes]).all(0)
+
+    def _begin_(self, which: Tensor, old: Mapping[str, Tensor], G: Tensor) -> None:
+        """Choose the first basis of some matrices of a stack, which the others have had long ago."""
+        if bool(which.any()):  # the host waits here, for stacks of a rule that begins apart alone
+            first = {name: tensor.clone() for name, tensor in old.items()}
+            self.subspace.refresh_(self.unit.view.with_({**self.known, **first}), G, self.unit.context(number=0))
+            for name, tensor in first.items():
+                here = which[(...,) + (None,) * (tensor.dim() - which.dim())]
+                self.new[name].copy_(torch.where(here, tensor, self.new[name]))
 
     def adopt_(self, overlap: float, first_interval: int | None) -> None:
         """Take over the basis that the owner chose, and carry the moments into it."""

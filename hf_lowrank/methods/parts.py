@@ -132,6 +132,11 @@ class Subspace(Part, ABC):
         """Choose the first basis; the default is as any other. See `choose`."""
         return self.choose(s, G, ctx)
 
+    @property
+    def begins_apart(self) -> bool:
+        """Whether the first basis is chosen in another way than those after it."""
+        return type(self).first is not Subspace.first
+
     def refresh_(self, s: State, G: Tensor, ctx: Context) -> Tensor | None:
         """Replace the basis; return the singular values of G where the rule knows them."""
         P, sigma = (self.choose if ctx.number else self.first)(s, G, ctx)
@@ -173,6 +178,7 @@ class Moments(Part, ABC):
         elementwise: whether every element is stepped for itself. Dense tensors then keep their own shape, and pieces
             may be stepped alone.
         keeps_momentum: whether there is a first moment, at which other parts may look.
+        of_gradients: whether that is a running mean of R itself, which may be weighed against gradients.
         needs_weight: whether it looks at the weight itself (`ctx.weight`).
         images: how many fp32 tensors of a dense parameter's size its step makes, at most, beside weight and gradient.
         transports: what it can do at a refresh.
@@ -180,6 +186,7 @@ class Moments(Part, ABC):
 
     elementwise: ClassVar[bool] = False
     keeps_momentum: ClassVar[bool] = True
+    of_gradients: ClassVar[bool] = True
     needs_weight: ClassVar[bool] = False
     images: ClassVar[int] = 4
     transports: ClassVar[tuple[str, ...]] = TRANSPORTS
@@ -253,6 +260,7 @@ class Reconstruction(Part, ABC):
     Attributes:
         needs_gradient: whether the step looks at more of G than R, so that G must live until the weight is written.
         needs_momentum: whether it is told of a change of basis (`change_basis_`).
+        needs_orthonormal: whether G - P R must be what P leaves out, which it is of an orthonormal basis alone.
         replaces_gradient: whether `absorb` returns a new matrix.
         plain: whether the step is alpha P N and nothing else.
         by_columns: whether all that it looks at of G, beside R, are the norms of columns, and all that it does is P Z
@@ -263,6 +271,7 @@ class Reconstruction(Part, ABC):
     by_columns: ClassVar[bool] = False
     plain: ClassVar[bool] = False
     needs_momentum: ClassVar[bool] = False
+    needs_orthonormal: ClassVar[bool] = False
     replaces_gradient: ClassVar[bool] = False
 
     def slots(self) -> Slots:

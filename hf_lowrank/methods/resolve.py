@@ -300,6 +300,16 @@ def _check_together(made: Parts, options: Mapping[str, Any]) -> None:
         )
     if (made.subspace.needs_momentum or made.reconstruction.needs_momentum) and not made.moments.keeps_momentum:
         raise ValueError("a part looks at the momentum, and these moments keep none: choose moments=momentum or adam")
+    if (made.subspace.needs_momentum or made.reconstruction.needs_momentum) and not made.moments.of_gradients:
+        raise ValueError(
+            "a part weighs the momentum against gradients, and that of these moments is of normalised updates: choose "
+            "moments=momentum or adam"
+        )
+    if made.reconstruction.needs_orthonormal and not made.subspace.orthonormal:
+        raise ValueError(
+            "its step takes what the basis leaves out of the gradient, and the columns of this basis are not "
+            "orthonormal: choose another subspace, such as subspace=dominant"
+        )
     if "rank" in options:
         made.subspace.check_rank(options["rank"])
     if ahead := options.get("async_refresh"):

@@ -15,6 +15,11 @@ from hf_lowrank.state.view import Encodings
 from hf_lowrank.tensors.layout import local
 
 
+def from_shared_name(saved: Mapping[str, Tensor], buffers: Buffers) -> Stored:
+    """Return the state of a parameter whose count of gradients had another part's name for one, `seen`."""
+    return {"gradients_seen" if key == "seen" and key not in buffers else key: x for key, x in saved.items()}
+
+
 class EvenFourBit(FourBit):
     """4-bit codes as they were up to version 2: the levels of moments evenly spaced."""
 

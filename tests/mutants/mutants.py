@@ -123,7 +123,7 @@ MUTANTS = [
     Mutant("decay grows", SUBSPACES + "online.py", "P.mul_(1 - lr", "P.mul_(1 + lr", run_of("online_subspace_adamw")),
     Mutant("no bias correction", SUBSPACES + "online.py", "value=-lr / (1 - 0.9**t)", "value=-lr",
            run_of("online_subspace_adamw")),
-    Mutant("schedule ignored", SUBSPACES + "online.py", "(ctx.lr / ctx.initial_lr if ctx.initial_lr else 1.0)", "1.0",
+    Mutant("schedule ignored", SUBSPACES + "online.py", "min(ctx.lr / ctx.peak_lr, 1.0)", "1.0",
            OPTIONS + "test_the_basis_of_online_subspace_descent_follows_the_schedule"),
     Mutant("biased rows", SUBSPACES + "rows.py", "(r * q).rsqrt()", "q.rsqrt()", run_of("grass_adamw")),
     Mutant("squared norms", SUBSPACES + "rows.py", "column_squared_norms(G.mT).sqrt()", "column_squared_norms(G.mT)",

@@ -132,7 +132,7 @@ class RACS:
 def switching(case: Case) -> dict[str, Any]:
     o, numbers = case.options, count()
     r = min(case.rank, case.m)
-    leading = 5 * r // 16 if o["leading"] is None else min(o["leading"], r)
+    leading = max(5 * r // 16, 1) if o["leading"] is None else min(o["leading"], r)
 
     def noise(m: int, drawn: int) -> Tensor:
         draws = torch.randn(*case.stack, m, drawn, generator=case.generator(next(numbers)))

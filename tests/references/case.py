@@ -125,13 +125,11 @@ class Entry:
             no others, a class of its own.
         fields: its arguments for a case.
         tolerance: how far an fp32 run may end from this, in units of the displacement, with any other parts.
-        without: parts with which, all together, it diverges.
     """
 
     loop: type[Matrix] = LowRank
     fields: Callable[[Case], Mapping[str, Any]] = lambda case: {}
     tolerance: Callable[[Case], float] = lambda case: 1e-5
-    without: frozenset[str] = frozenset()
 
 
 def assemble(entries: Iterable[Entry], case: Case, W: Tensor, **extra: Any) -> Matrix:

@@ -14,8 +14,9 @@ from references.case import Case, Entry
 class NaturalAdam(Adam):
     """F = lambda I + H H^T, H the last `window` projected gradients, the current one among them, as columns.
 
-    lambda = damping tr(H^T H) / s for the s columns held so far, or damping itself if `absolute`. At a refresh the
-    window is turned into the new basis (on_window="rotate") or emptied ("clear").
+    lambda = damping tr(H^T H) / s for the s columns held so far, with the step lambda F^-1 vec(R); or damping itself,
+    with the step F^-1 vec(R), if `absolute`. At a refresh the window is turned into the new basis (on_window="rotate")
+    or emptied ("clear").
     """
 
     H: tuple[Tensor, ...] = ()
@@ -33,7 +34,8 @@ class NaturalAdam(Adam):
         if damping == 0:  # nothing but zeros so far
             return R
         F = damping * torch.eye(len(H), dtype=torch.float64) + H @ H.T
-        return torch.linalg.solve(F, R.flatten()).reshape(R.shape)
+        natural = torch.linalg.solve(F, R.flatten()).reshape(R.shape)
+        return natural if self.absolute else damping * natural
 
     def transport(self, how: str, C: Tensor, h: Any) -> None:
         super().transport(how, C, h)

@@ -100,6 +100,7 @@ class Adafactor(Moments, key="adafactor"):
     lags by 1 / (1 - b1) steps; here it comes last. There is no relative step and no parameter scaling.
     """
 
+    of_gradients: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
@@ -182,6 +183,7 @@ class CAME(Moments, key="came"):
     measure, is refused.
     """
 
+    of_gradients: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
 

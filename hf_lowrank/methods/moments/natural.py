@@ -30,9 +30,10 @@ class NaturalAdam(Moments, key="natural_adam"):
         Natural GaLore, arXiv 2410.16029, section 4 (the Fisher's factor 1/s is dropped there too).
 
     Differs from the authors' code: damping is relative to the window's mean squared norm by default, so that scaling
-    all gradients changes nothing (an absolute one switches the method off as gradients shrink); one side is projected,
-    as the paper's text says; the window does not outlive its basis; the default history is 4 instead of 20, which
-    would be ten times Adam's moments.
+    all gradients changes nothing (an absolute one switches the method off as gradients shrink), and the step is then
+    lambda F^-1 R, since F^-1 makes the smallest gradients the largest, in whose units Adam would go on; one side is
+    projected, as the paper's text says; the window does not outlive its basis; the default history is 4 instead of
+    20, which would be ten times Adam's moments.
     """
 
     history: int = integer(4, minimum=1, help="Natural GaLore: projected gradients in the window")
@@ -42,6 +43,7 @@ class NaturalAdam(Moments, key="natural_adam"):
     )
     window: str = choice("rotate", "clear", help="Natural GaLore: what becomes of the window at a refresh")
 
+    of_gradients: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = Adam.transports
 
     @property
@@ -66,10 +68,12 @@ class NaturalAdam(Moments, key="natural_adam"):
         if self.damping_kind == "relative":
             damping = damping * norms.sum(-1) / min(seen + 1, self.history)
         damping = damping.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+        # in units of the window's damping, which would make small gradients large
+        unit = 1.0 if self.damping_kind == "relative" else damping
         system = torch.eye(self.history, dtype=gram.dtype, device=gram.device) + gram / damping[..., None]
         chosen = torch.zeros_like(norms)
         chosen[..., place] = 1  # g is a column of H
-        z = torch.linalg.solve_ex(system, chosen)[0] / damping  # (..., history)
+        z = torch.linalg.solve_ex(system, chosen)[0] / unit  # (..., history)
         natural = (z.to(R.dtype).unsqueeze(-2) @ rows).view(R.shape)
         return Adam().update(s, natural, ctx)
 

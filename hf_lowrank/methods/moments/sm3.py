@@ -33,6 +33,7 @@ class SM3(Moments, key="sm3"):
     matrices, with their first axis as columns.
     """
 
+    of_gradients: ClassVar[bool] = False
     transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
 

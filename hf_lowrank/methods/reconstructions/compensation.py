@@ -44,6 +44,7 @@ class Compensation(Reconstruction, key="compensation"):
     noise gets none.
     """
 
+    needs_orthonormal: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = True
     by_columns: ClassVar[bool] = True
     gauges: ClassVar[Mapping[str, Gauge]] = LIMITED

@@ -47,6 +47,11 @@ class ErrorFeedback(Reconstruction, key="error_feedback"):
 
     @property
     @override
+    def needs_orthonormal(self) -> bool:  # type: ignore[override]
+        return self.needs_gradient
+
+    @property
+    @override
     def replaces_gradient(self) -> bool:  # type: ignore[override]
         return self.needs_gradient
 

@@ -38,6 +38,7 @@ class Frugal(Reconstruction, key="frugal"):
     here the subspace is what `subspace` says.
     """
 
+    needs_orthonormal: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = True
 
     free: str = choice("sign", "column_norm", help="FRUGAL: the rule for what the subspace leaves out")

@@ -54,6 +54,11 @@ class StableSpam(Reconstruction):
 
     @property
     @override
+    def needs_orthonormal(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_orthonormal
+
+    @property
+    @override
     def gauges(self) -> Mapping[str, Gauge]:  # type: ignore[override]
         return self.inner.gauges
 

@@ -35,7 +35,7 @@ class Alice(Subspace, key="alice"):
 
     References:
         Alice, arXiv 2502.07752, section 5 (subspace switching and tracking). Its `leading` is 40 at ranks 128 and 256,
-        160 at 512; the default here is 5/16 of the rank.
+        160 at 512; the default here is 5/16 of the rank, at least 1.
 
     Differs from the authors' code: none was released; read were notes on the paper, not its text. The complement is
     drawn as a random orthonormal frame in it, not as columns of one basis of it; signs are aligned with the basis
@@ -43,7 +43,7 @@ class Alice(Subspace, key="alice"):
     """
 
     leading: int | None = integer(
-        None, minimum=0, help="Alice: leading vectors that are always taken; default 5/16 rank"
+        None, minimum=0, help="Alice: leading vectors that are always taken; default 5/16 rank, at least 1"
     )
     tracking: bool = flag(False, help="Alice: follow the running mean of R R^T and not this gradient alone")
     tracking_decay: float = number(0.999, below=1.0, help="Alice: b3, decay of the running mean of R R^T")
@@ -84,7 +84,7 @@ class Alice(Subspace, key="alice"):
     def _switched(self, U: Tensor, ctx: Context) -> Tensor:
         """Return U with its last columns replaced by a random frame of the complement of all of U."""
         m, r = U.shape[-2:]
-        wanted = r - (5 * r // 16 if self.leading is None else min(self.leading, r))
+        wanted = r - (max(5 * r // 16, 1) if self.leading is None else min(self.leading, r))
         drawn = min(wanted, m - r)
         if drawn == 0:
             return U

@@ -77,23 +77,23 @@ class Grassmann(Subspace, key="grassmann"):
     def slots(self) -> Slots:
         if not self.accumulate:
             return super().slots()
-        return {**super().slots(), "gradients": Slot("m n", values="exact", held=True), "seen": counter()}
+        return {**super().slots(), "gradients": Slot("m n", values="exact", held=True), "gradients_seen": counter()}
 
     @override
     def refresh_gradient(self, s: State, G: Tensor, ctx: Context) -> Tensor:
-        return (s["gradients"] + G).div_(int(s["seen"]) + 1) if self.accumulate else G
+        return (s["gradients"] + G).div_(int(s["gradients_seen"]) + 1) if self.accumulate else G
 
     @override
     def accumulate_(self, s: State, G: Tensor) -> None:
         if self.accumulate:
             s["gradients"].add_(G)
-            s["seen"].add_(1)
+            s["gradients_seen"].add_(1)
 
     @override
     def interval_(self, s: State, gap: int, overlap: float) -> int:
         if self.accumulate:
             s["gradients"].zero_()
-            s["seen"].zero_()
+            s["gradients_seen"].zero_()
         return gap
 
     @override

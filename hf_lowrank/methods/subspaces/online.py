@@ -69,7 +69,7 @@ class Online(Subspace, key="online"):
         GA = G @ A.mT
         gradient = 2 * (P @ (A @ A.mT) + GA @ (P.mT @ P) - 2 * GA)
         t = ctx.number  # steps of the basis, this one included
-        lr = self.basis_lr * (ctx.lr / ctx.initial_lr if ctx.initial_lr else 1.0)
+        lr = self.basis_lr * (min(ctx.lr / ctx.peak_lr, 1.0) if ctx.peak_lr else float(ctx.lr > 0))
         M.lerp_(gradient, 1 - 0.9)
         V.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
         denominator = V.sqrt().div_(sqrt(1 - 0.999**t)).add_(1e-8)
@@ -78,5 +78,5 @@ class Online(Subspace, key="online"):
 
     @override
     def interval_(self, s: State, gap: int, overlap: float) -> int:
-        """Every step but the one that the first basis, which is stationary, came from."""
-        return 1 if int(s["refreshes"]) else 2
+        """Every step but the one that the first basis, which is stationary, came from, whenever that was."""
+        return 1 if int(s["refreshes"]) else int(s["step"]) - int(s["refresh_at"]) + 2

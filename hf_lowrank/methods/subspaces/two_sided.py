@@ -44,6 +44,11 @@ class BothSides(Subspace):
     def rank(self, m: int, n: int, rank: float) -> int:
         return self.inner.rank(m, n, rank)
 
+    @property
+    @override
+    def begins_apart(self) -> bool:
+        return self.inner.begins_apart
+
     @override
     def slots(self) -> Slots:
         return {
