@@ -69,6 +69,8 @@ def param_groups(
     given = method_options if rank is None else {"rank": rank, **method_options}
     if method is not None:
         config = Config.of(method, given, model=True, facts=model_facts(model))
+        if text := config.doubt(given):
+            warnings.warn(text, stacklevel=2)
         own_seed = "seed" in given
         return groups_for(model, config, target_modules=target_modules, weight_decay=weight_decay, own_seed=own_seed)
     rank = options.parse("rank", given.pop("rank", 128), options.schema(LowRankOptions), what="rank")
@@ -163,7 +165,7 @@ def _check_split(model: nn.Module, split: SplitOptions, found: Collection[str], 
         for name in split.given(kind):
             if usual.get(name) == getattr(split, name):
                 continue
-            if kind == "head" and modules.tied(model):
+            if kind not in found and kind == "head" and modules.tied(model):
                 other = name.replace("head", "embedding")
                 warnings.warn(
                     f"{name}: the output head is the embedding's weight, one parameter, to which {other} applies",
@@ -253,6 +255,10 @@ def _short(p: Tensor) -> int:
 def _no_match(model: nn.Module, pattern: str, modules: list[str]) -> str:
     """Say that a pattern matches nothing, and what there is to match."""
     text = f"optim_target_modules: {pattern!r} matches no trainable matrix"
+    if pattern.endswith(".weight"):
+        return f"{text}: name modules, without .weight"
+    if part := next((module for module in modules if re.search(pattern, module)), ""):
+        return f"{text}: it matches a part of {part!r}, and an expression must match the whole name"
     kinds = sorted({module.split(".")[-1] for module in modules})
     if kinds == [""]:
         return f"{text}: the model is one {type(model).__name__} without a name of its own; leave the option out"

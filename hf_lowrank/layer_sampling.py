@@ -17,11 +17,15 @@ from typing_extensions import override
 
 from hf_lowrank import modules
 from hf_lowrank.methods import options as opt
+from hf_lowrank.methods.suggestions import nearest as nearest_of
 from hf_lowrank.tensors import random
 
 
 OPTION = "layer_sampling"
 """The option that names a rule."""
+
+MISSPELT = 0.9
+"""Likeness from which on another word is taken for one of these options (methods.suggestions)."""
 
 _EVERY = "steps of the optimizer until other layers are trained"
 _LAYERS = "layers that are trained at once"
@@ -194,6 +198,10 @@ def take(options: MutableMapping[str, Any]) -> Rule | None:
     own = {item.name for rule in RULES.values() for item in fields(rule)}
     given = {key: options.pop(key) for key in [*options] if key in own}
     name = options.pop(OPTION, None)
+    for key in options:  # beside another optimizer nobody else would say so
+        nearest, near = nearest_of(key, [*own, OPTION])
+        if near >= MISSPELT:
+            raise ValueError(f"optim_args: there is no option {key!r}; did you mean {nearest!r}?")
     if name is not None:
         return rule_of(name, given)
     if given:

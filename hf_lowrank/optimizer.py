@@ -20,6 +20,7 @@ from hf_lowrank.engine.checks import (
     TORCH_KEYS,
     check_given_once,
     check_materialized,
+    check_method,
     check_numbers,
     check_parameters,
     check_together,
@@ -40,6 +41,10 @@ from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.resolve import Config, split
 
 
+USUAL = "galore_dominant_adamw"
+"""The method where nothing names one."""
+
+
 class LowRankOptimizer(Replicas):
     """Trains every parameter, with the moments of the matrices kept in a subspace of their gradient.
 
@@ -50,7 +55,7 @@ class LowRankOptimizer(Replicas):
 
     Args:
         params: parameters or groups, as for any torch optimizer; `param_groups` makes them from a model.
-        method: a name from METHODS.
+        method: a name from METHODS for the groups that name none, by default "galore_dominant_adamw".
         lr: learning rate; the matrices see it times `Reconstruction.rate(scale)`, which is scale for most.
         betas, eps, weight_decay: as torch.optim.AdamW's, weight decay decoupled.
         seed: seed of the private generators; the global ones are never used.
@@ -71,7 +76,7 @@ class LowRankOptimizer(Replicas):
     def __init__(
         self,
         params: Iterable[Any],
-        method: str = "galore_dominant_adamw",
+        method: str | None = None,
         *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -81,6 +86,7 @@ class LowRankOptimizer(Replicas):
         share_refreshes: bool = False,
         shard_state: bool = False,
     ) -> None:
+        given, method = method, USUAL if method is None else method
         split(method)
         self._share(refreshes=share_refreshes, state=shard_state)
         self._begin()
@@ -88,6 +94,8 @@ class LowRankOptimizer(Replicas):
         super().__init__(params, defaults)
         if shard_state:
             check_shardable(self.param_groups)
+        if given is not None:
+            check_method(given, self.configs)
         for text in doubts(self.param_groups, self.configs):
             warnings.warn(text, stacklevel=2)
 
@@ -113,6 +121,7 @@ class LowRankOptimizer(Replicas):
         super().__setstate__(state)
         if "layerwise" not in self.__dict__:  # a copy; a load begins nothing anew
             self._begin()
+            self._resolved.configs(self.param_groups)  # as they are now, before anybody edits them
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_facts": self._facts}

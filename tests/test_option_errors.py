@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from streams import (
@@ -15,7 +17,7 @@ from streams import (
     weight,
 )
 
-from hf_lowrank import METHODS, LowRankOptimizer
+from hf_lowrank import METHODS, LowRankOptimizer, param_groups
 from hf_lowrank.methods import resolve
 
 
@@ -242,3 +244,40 @@ def test_defaults_are_the_documented_ones():
         projecting = [name for name in NAMES if METHODS[name].subspace != "whole"]
         found = {name: resolve.complete(name, {}).get(option, usual) for name in projecting}
         assert {name: value for name, value in found.items() if value != usual} == others
+
+
+def test_a_name_beside_groups_of_another_method_is_refused():
+    """It had no effect: the groups' method stepped them."""
+    net = torch.nn.Linear(8, 8)
+    groups = param_groups(net, method="fira_adamw", rank=2)
+    with pytest.raises(ValueError, match="made for fira_adamw and the optimizer is to be galore_i3s_adamw: give"):
+        LowRankOptimizer(groups, "galore_i3s_adamw")
+    assert LowRankOptimizer(groups).configs[0].method == "fira_adamw"
+    mixed = [{"params": [net.weight], "rank": 2, "method": "fira_adamw"}, {"params": [net.bias]}]
+    made = LowRankOptimizer(mixed, "galore_i3s_adamw")
+    assert [config.method for config in made.configs] == ["fira_adamw", "galore_i3s_adamw"]
+
+
+def test_a_rank_without_a_subspace_is_told_of_by_param_groups():
+    with pytest.warns(UserWarning, match="full_muon has no subspace, so rank has no effect"):
+        param_groups(torch.nn.Linear(8, 8), method="full_muon", rank=2)
+
+
+@pytest.mark.parametrize("given, text", [
+    ("0.weight", "'0.weight' matches no trainable matrix: name modules, without .weight"),
+    ("^block.*fc", "it matches a part of 'blocks.fc_in', and an expression must match the whole name"),
+])  # fmt: skip
+def test_target_modules_that_match_nothing_are_told_why(given, text):
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    net.add_module("blocks", torch.nn.ModuleDict({"fc_in": torch.nn.Linear(8, 8)}))
+    with pytest.raises(ValueError, match=re.escape(text)):
+        param_groups(net, rank=2, target_modules=given)
+
+
+@pytest.mark.parametrize("key, there, here", [("rank", 2, 3), ("state_format", "8bit", "fp32")])
+def test_a_checkpoint_that_does_not_fit_says_what_to_do(key, there, here):
+    made = [LowRankOptimizer([{"params": [weight(WIDE)], "rank": 2, key: value}]) for value in (there, here)]
+    with pytest.raises(
+        ValueError, match=f"has {key}={there}, this .*={here}: give it {there}, or start from .*weights"
+    ):
+        made[1].load_state_dict(made[0].state_dict())

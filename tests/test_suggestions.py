@@ -25,6 +25,9 @@ from hf_lowrank.methods.table import METHODS
         ("Fira_I3S_AdamW", "fira_i3s_adamw"),
         ("galore_i3s_adam_8bit", "galore_i3s_adamw"),  # an ending is no word of the name
         ("subtrack++", "subtrack_adamw"),
+        ("muon", "full_muon"),  # the method itself, before others that have it in them
+        ("adamw", "full_adamw"),
+        ("adafactor", "full_adafactor"),
     ],
 )
 def test_the_nearest_method(given, meant):
@@ -47,6 +50,10 @@ def test_a_name_of_transformers_is_called_so_and_ours_is_named(theirs, ours):
     with pytest.raises(ValueError, match=f"transformers' own.*the method here is '{ours}'"):
         resolve.split(theirs)
     assert ours in resolve.names()
+
+
+def test_of_a_method_that_transformers_has_too_ours_is_what_was_meant():
+    assert suggest("galore", ["galore_adamw", *resolve.names()]).startswith("; did you mean 'galore_dominant_adamw'?")
 
 
 def test_a_name_of_transformers_means_nothing_among_other_names():

@@ -20,6 +20,9 @@ FORMAT_VERSION = 3
 """Version of the layout of `optimizer.state_dict()`; stored in every group. In 1 blocks of codes crossed columns; up
 to 2 the levels of 4-bit moments were evenly spaced."""
 
+AFRESH = "start from the checkpoint's weights alone, without resuming"
+"""What can always be done."""
+
 RUN_OPTIONS = ("layerwise", "max_grad_norm", "stagger", "reduce_projected")
 """How a run is run, not what it computes: the caller's value holds, not the checkpoint's. So do the options that are a
 fact of the model or the run."""
@@ -53,15 +56,21 @@ def check_checkpoint(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str
             "the checkpoint's parameter groups hold "
             f"{[len(g['params']) for g in saved_groups]} parameters, this optimizer's "
             f"{[len(g['params']) for g in groups]}: another model, rank or set of target modules, or other kinds of "
-            "parameters with a rate or rule of their own"
+            f"parameters with a rate or rule of their own. Give it what was trained, or {AFRESH}"
         )
     for saved, now in zip(saved_groups, groups, strict=True):
         names = saved.get("param_names"), now.get("param_names")
         if all(names) and names[0] != names[1]:
-            raise ValueError("the checkpoint's parameters have other names, or another order, than this optimizer's")
+            raise ValueError(
+                "the checkpoint's parameters have other names, or another order, than this optimizer's: give it the "
+                f"model that was trained, or {AFRESH}"
+            )
         for key in STRUCTURE:
             if key != "proj_type" and saved.get(key) != now.get(key):
-                raise ValueError(f"the checkpoint has {key}={saved.get(key)}, this optimizer {key}={now.get(key)}")
+                raise ValueError(
+                    f"the checkpoint has {key}={saved.get(key)}, this optimizer {key}={now.get(key)}: give it "
+                    f"{saved.get(key)}, or {AFRESH}"
+                )
 
 
 def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any], config: Config) -> dict[str, Any]:

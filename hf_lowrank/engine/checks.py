@@ -16,7 +16,7 @@ from hf_lowrank.engine.sharding import check_weight
 from hf_lowrank.methods import options as opt
 from hf_lowrank.methods.dense import SAME, SplitOptions
 from hf_lowrank.methods.registry import KINDS
-from hf_lowrank.methods.resolve import Config
+from hf_lowrank.methods.resolve import Config, split
 from hf_lowrank.methods.table import METHODS
 
 
@@ -117,6 +117,16 @@ def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config
     along = [config.method for config in configs if config.low_rank and config.parts.needs_gradient]
     if norms and along and not all(whole):
         raise ValueError(f"{along[0]} steps along the gradient itself, which is not clipped: set max_grad_norm=0")
+
+
+def check_method(name: str, configs: Sequence[Config]) -> None:
+    """Refuse a name beside groups that all name another method, by which they would be stepped."""
+    made = dict.fromkeys(config.method for config in configs)
+    if split(name)[0] not in made:
+        raise ValueError(
+            f"the groups were made for {', '.join(made)} and the optimizer is to be {name}: give param_groups and "
+            "LowRankOptimizer the same method, or the latter none"
+        )
 
 
 def doubts(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> Iterator[str]:

@@ -58,7 +58,8 @@ def optimizer_cls_and_kwargs(
     shared = _of_replicas(options)
     chosen = options if rank is None else {"rank": rank, **options}
     config = Config.of(method, chosen, model=True, facts=model_facts(model))
-    _warn_of_rank(config, chosen)
+    if text := config.doubt(chosen):
+        logger.warning("%s", text)
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
     return LowRankOptimizer, {**_keywords(model, config, values, target_modules), **shared}
@@ -75,12 +76,6 @@ def _keywords(
     decay = values.pop("weight_decay")
     groups = groups_for(model, config, target_modules=target_modules, weight_decay=decay, decaying=decaying)
     return {"params": groups, "method": config.method, **values}
-
-
-def _warn_of_rank(config: Config, given: Iterable[str]) -> None:
-    """Say that a method without a subspace has no rank."""
-    if "rank" in given and config.parts.subspace.whole:
-        logger.warning("%s has no subspace, so rank has no effect: leave it out", config.method)
 
 
 def _of_replicas(options: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +116,9 @@ def create_for(trainer: Any, model: nn.Module | None) -> bool:
 
     Any other asks `get_optimizer_cls_and_kwargs`, which knows of no Trainer.
     """
-    decides = type(trainer).get_decay_parameter_names is not Trainer.get_decay_parameter_names
+    kind = type(trainer)
+    decides = kind.get_decay_parameter_names is not Trainer.get_decay_parameter_names
+    decides &= kind.get_optimizer_cls_and_kwargs is Trainer.get_optimizer_cls_and_kwargs  # else it is asked
     there = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     if there or not decides or name_of(trainer.args) not in resolve.names():
         return False
@@ -155,7 +152,8 @@ def from_arguments(
     if shared and _fsdp_version(args) is not None:
         raise ValueError("optim_args: shard_state is for DDP; FSDP2 shards the state by itself, so leave it out")
     config = _taken_over(args, Config.of(name_of(args), options, model=True, facts=model_facts(model)))
-    _warn_of_rank(config, options)
+    if text := config.doubt(options):
+        logger.warning("%s", text)
     keywords = _keywords(model, config, values, args.optim_target_modules, decaying)
     replicated = _replicated(args)
     if replicated and reduces(config):  # Trainer wraps the model after this

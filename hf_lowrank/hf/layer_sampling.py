@@ -64,6 +64,13 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         if self.rule.by_outliers:
             self.shares = _shares(self.layers, args, state, model, kwargs["train_dataloader"])
         chosen = self._follow(args, state, model, optimizer)
+        switches = -(-state.max_steps // self.rule.switch_every)
+        reached, count = switches * self.rule.sampled_layers, len(self.layers.members)
+        if state.is_world_process_zero and reached < count:
+            logger.warning(
+                "%s=%s: in %d steps at most %d of %d layers train: other layers come every switch_every=%d steps",
+                *(OPTION, type(self.rule).__name__.lower(), state.max_steps, reached, count, self.rule.switch_every),
+            )
         if state.is_world_process_zero:
             logger.info("%s: %d layers, of which %s train now", self.rule, len(self.layers.members), chosen)
 
@@ -203,10 +210,13 @@ def wake_layers(trainer: Any) -> None:
 
 def for_any_optimizer(args: TrainingArguments) -> TrainingArguments:
     """Return training arguments whose optim_args say nothing of layer sampling, which other optimizers do not know."""
-    if OPTION not in (args.optim_args or ""):
+    if "=" not in (args.optim_args or ""):
         return args
     options: dict[str, Any] = split_assignments(args.optim_args)
+    given = len(options)
     take(options)
+    if len(options) == given:
+        return args
     without = copy.copy(args)
     without.optim_args = ",".join(f"{key}={value}" for key, value in options.items()) or None
     return without

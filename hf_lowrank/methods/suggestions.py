@@ -36,10 +36,18 @@ def suggest(word: str, valid: Iterable[str]) -> str:
     if ours := _of_transformers(word, names):
         return f"; that is transformers' own, which keeps its name: the method here is {ours!r}"
     likeness = {name: _likeness(word, name) for name in names}
-    nearest = max(names, key=lambda name: likeness[name], default="")  # of equal ones the first that is listed
+    # of equal ones the method itself, without a subspace, if there is one; else the first that is listed
+    nearest = max(names, key=lambda name: (likeness[name], name == f"full_{word.lower()}"), default="")
     if likeness.get(nearest, 0.0) < NEAR:
         return "." + listed
+    ours = _TRANSFORMERS.get(nearest, nearest)
+    nearest = ours if ours in names else nearest
     return f"; did you mean {nearest!r}?" + (listed if len(names) <= LONG else "")
+
+
+def nearest(word: str, valid: Iterable[str]) -> tuple[str, float]:
+    """Return the name that is nearest to a word, and how near it is, in [0, 1]."""
+    return max(((name, _likeness(word, name)) for name in valid), key=lambda found: found[1], default=("", 0.0))
 
 
 def _of_transformers(word: str, names: list[str]) -> str:

@@ -44,6 +44,12 @@ def has_subspaces(optimizer: LowRankOptimizer) -> bool:
     return any(one.config.low_rank and not one.config.parts.subspace.whole for one in optimizer.declared())
 
 
+def called(optimizer: LowRankOptimizer) -> str:
+    """Return the name of the optimizer, with the endings that its options stand for."""
+    main = next((config for config in optimizer.configs if config.low_rank), None)
+    return with_endings(optimizer.defaults["method"], main.options if main else {})
+
+
 def gauge_text(name: str, gauge: Gauge, value: float) -> str:
     """Say what a gauge shows."""
     words = name.replace("_", " ")
@@ -54,7 +60,7 @@ def resolved_options(optimizer: LowRankOptimizer) -> dict[str, Any]:
     """Return every group's options and the names and shapes of its parameters, as plain data."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     shapes = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
-    return {"optimizer": optimizer.defaults["method"], "groups": groups, "shapes": shapes}
+    return {"optimizer": called(optimizer), "groups": groups, "shapes": shapes}
 
 
 def described(optimizer: LowRankOptimizer, model: nn.Module | None = None) -> dict[str, Any]:
@@ -82,8 +88,7 @@ def summary(optimizer: LowRankOptimizer) -> str:
     lr = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])  # a warm-up starts at zero
     whole = bool(matrices) and matrices[0].config.parts.subspace.whole
     place = "stepped whole" if whole else f"at rank {_span(ranks)}"
-    name = with_endings(optimizer.defaults["method"], matrices[0].config.options if matrices else {})
-    text = f"{name}: {len(matrices)} matrices {place}"
+    text = f"{called(optimizer)}: {len(matrices)} matrices {place}"
     if matrices:
         config = matrices[0].config
         scale = config.options["scale"]

@@ -314,6 +314,15 @@ def test_measuring_outliers_moves_no_generator(tmp_path):
     )
 
 
+def test_a_run_that_ends_before_all_layers_were_trained_says_so(tmp_path, caplog):
+    for switch_every, said in ((1, False), (3, True)):
+        text = f"layer_sampling=badam,switch_every={switch_every}"
+        caplog.clear()
+        with caplog.at_level("WARNING", "hf_lowrank"):
+            train(arguments(tmp_path / str(switch_every), "adamw_torch", optim_args=text, max_steps=6), deep())
+        assert ("in 6 steps at most 2 of 4 layers train" in caplog.text) is said
+
+
 # ---- refused --------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +333,10 @@ def test_what_cannot_be_is_said_in_one_sentence(tmp_path):
         train(arguments(tmp_path, OURS, optim_args="rank=4,layer_sampling=badam,switch_every=0"), deep())
     with pytest.raises(ValueError, match="switch_every: for layer sampling only; add layer_sampling="):
         train(arguments(tmp_path, OURS, optim_args="rank=4,switch_every=5"), deep())
+    for text in ("layer_sampling=badam,switch_evry=5", "layer_samplng=badam"):  # beside any optimizer
+        for optim in (OURS, "adamw_torch"):
+            with pytest.raises(ValueError, match="there is no option '(switch_evry|layer_samplng)'; did you mean '"):
+                train(arguments(tmp_path, optim, optim_args=text), deep())
     with pytest.raises(ValueError, match="given twice"):
         train(sampled(tmp_path, OURS, "lisa"), deep(), callbacks=[LayerSampling("badam")])
 

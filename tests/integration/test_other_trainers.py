@@ -201,6 +201,20 @@ def test_a_trainer_that_decides_what_decays_is_followed(tmp_path, base):
     assert found[0] == found[1] and any("q_proj" in name for name in found[0])
 
 
+def test_a_trainer_that_chooses_optimizer_and_decay_by_itself_is_asked(tmp_path):
+    class Choosing(Trainer):
+        def get_decay_parameter_names(self, model):
+            return ["model.norm.weight"]
+
+        @staticmethod
+        def get_optimizer_cls_and_kwargs(args, model=None):
+            return torch.optim.SGD, {"lr": 0.5}
+
+    trainer = Choosing(tiny_llama(), arguments(tmp_path, OPTIM), train_dataset=tiny_data())
+    made = trainer.create_optimizer()
+    assert isinstance(made, torch.optim.SGD) and {group["lr"] for group in made.param_groups} == {0.5}
+
+
 @pytest.mark.parametrize("how", ["given", "created"])
 def test_an_optimizer_of_the_trainers_own_is_told_of(tmp_path, how, caplog):
     class Own(Trainer):
