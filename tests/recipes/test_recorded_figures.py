@@ -65,7 +65,12 @@ def test_the_table_of_the_long_runs():
         assert difference == ("-" if name == BASELINE else minus(long, name, BASELINE)), name
         assert int(seeds) == len(long[name].losses), name
     for page in PAGES.values():
-        assert minus(long, "frugal_adamw", BASELINE) in page
+        assert minus(long, "muon_4bit", BASELINE) in page and minus(long, "frugal_adamw", BASELINE) in page
+    for row in ("fira_adamw", "frugal_adamw"):
+        check_behind(long, row, "muon_4bit", section)
+        assert interval([*long[row].losses.values()])[0] - interval([*long[row].losses.values()])[1] > sum(
+            interval([*long["muon_4bit"].losses.values()])
+        )
 
 
 def check_lines(text_of_table, found, model):
