@@ -220,7 +220,7 @@ MUTANTS = [
     Mutant("details lost", STEPS + "compressed.py", "Z = (N - R / D) * factor", "Z = N * factor", run_of("gwt_adamw")),
     Mutant("residual left out of v", STEPS + "compressed.py", "v.addcmul_(E, E)", "v", run_of("foam_adamw")),
     Mutant("leading vectors all there are", SUBSPACES + "alice.py",
-           "5 * r // 16 if self.leading is None", "r if self.leading is None",
+           "max(5 * r // 16, 1) if self.leading is None", "r if self.leading is None",
            run_of("alice_adamw")),
     Mutant("smallest first", SUBSPACES + "alice.py",
            "torch.linalg.eigh(inner)[1].flip(-1)", "torch.linalg.eigh(inner)[1]",
