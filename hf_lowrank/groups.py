@@ -134,7 +134,7 @@ def _split_up(
     found = [MATRIX if name in targets else kinds.get(id(p), MIXED) for name, p in everything]
     _check_split(model, split, found, usual)
     apart = (MATRIX, MIXED, *split.apart)
-    groups, known = list[dict[str, Any]](), dict[str, Known]()
+    groups, known = list[dict[str, Any]](), dict[Tensor, Known]()
     for kind in apart:
         rate = split.rate(kind)
         chosen = {**(own if kind == MATRIX else dense(kind)), **({} if rate is None else {"lr": rate})}
@@ -146,7 +146,7 @@ def _split_up(
             members = []
             for name, p in here:
                 if (name in decaying) == decays:
-                    known[name] = Known(name, options, config)  # of one that is trained later, too
+                    known[p] = Known(name, options, config)  # of one that is trained later, too
                     if p.requires_grad:
                         members.append((name, p))
             if members:

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from hf_lowrank import modules
 from hf_lowrank.methods import options as opt
-from hf_lowrank.methods.suggestions import nearest as nearest_of
+from hf_lowrank.methods.suggestions import nearest
 from hf_lowrank.tensors import random
 
 
@@ -199,9 +199,9 @@ def take(options: MutableMapping[str, Any]) -> Rule | None:
     given = {key: options.pop(key) for key in [*options] if key in own}
     name = options.pop(OPTION, None)
     for key in options:  # beside another optimizer nobody else would say so
-        nearest, near = nearest_of(key, [*own, OPTION])
+        meant, near = nearest(key, [*own, OPTION])
         if near >= MISSPELT:
-            raise ValueError(f"optim_args: there is no option {key!r}; did you mean {nearest!r}?")
+            raise ValueError(f"optim_args: there is no option {key!r}; did you mean {meant!r}?")
     if name is not None:
         return rule_of(name, given)
     if given:

@@ -300,8 +300,10 @@ class LowRankOptimizer(Replicas):
             ValueError: if the checkpoint does not fit; nothing has been changed then.
         """
         self._ahead.settle()
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict  # a hook may edit it
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         check_checkpoint(state_dict, self.param_groups)
         given = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         groups = [

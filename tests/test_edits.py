@@ -157,12 +157,13 @@ def test_it_is_refused_right_after_a_load_too(how):
         steps(optimizer, p, q, first=2, count=1)
 
 
-def test_an_exchanged_group_of_another_rank_is_refused():
+@pytest.mark.parametrize("split", [False, True])
+def test_an_exchanged_group_of_another_rank_is_refused(split):
     optimizer, p, q = two()
     steps(optimizer, p, q, count=2)
-    optimizer.param_groups = [
-        {**group, **({"rank": 3} if "rank" in group else {})} for group in optimizer.param_groups
-    ]
+    groups = [{**group, **({"rank": 3} if "rank" in group else {})} for group in optimizer.param_groups]
+    empty = [{**group, "params": []} for group in groups] if split else []
+    optimizer.param_groups = [*empty, *groups]
     with pytest.raises(ValueError, match="rank cannot be changed while training"):
         steps(optimizer, p, q, first=2, count=1)
 
@@ -225,6 +226,16 @@ def frozen_net():
     net = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.LayerNorm(12), torch.nn.Linear(12, 8))
     net[0].requires_grad_(False)
     return net
+
+
+def test_what_was_said_of_a_parameter_outlives_wrappers_and_names():
+    net = frozen_net()
+    groups = hf_lowrank.param_groups(torch.nn.ModuleDict({"in": net}), method="galore_i3s_adamw", rank=2)
+    optimizer = LowRankOptimizer(groups, "galore_i3s_adamw", lr=1e-2)
+    net[0].requires_grad_(True)
+    net[0] = torch.nn.Sequential(net[0])
+    optimizer.add_param_group({"params": [net[0][0].weight]})
+    assert optimizer.param_groups[-1]["param_names"] == ["in.0.weight"] and optimizer.param_groups[-1]["rank"] == 2
 
 
 @pytest.mark.parametrize("method", ["galore_i3s_adamw", None])

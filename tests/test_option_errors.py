@@ -19,6 +19,7 @@ from streams import (
 
 from hf_lowrank import METHODS, LowRankOptimizer, param_groups
 from hf_lowrank.methods import resolve
+from hf_lowrank.observe.describe import summary
 
 
 NAN, INF = float("nan"), float("inf")
@@ -252,7 +253,12 @@ def test_a_name_beside_groups_of_another_method_is_refused():
     groups = param_groups(net, method="fira_adamw", rank=2)
     with pytest.raises(ValueError, match="made for fira_adamw and the optimizer is to be galore_i3s_adamw: give"):
         LowRankOptimizer(groups, "galore_i3s_adamw")
+    with pytest.raises(ValueError, match="made for fira_adamw and the optimizer is to be fira_adamw_8bit: give"):
+        LowRankOptimizer(groups, "fira_adamw_8bit")
+    eight = LowRankOptimizer(param_groups(net, method="fira_adamw_8bit", rank=2), "fira_adamw_8bit")
+    assert summary(eight).startswith("fira_adamw_8bit: 1 matrices")
     assert LowRankOptimizer(groups).configs[0].method == "fira_adamw"
+    assert summary(LowRankOptimizer(groups)).startswith("fira_adamw: 1 matrices")
     mixed = [{"params": [net.weight], "rank": 2, "method": "fira_adamw"}, {"params": [net.bias]}]
     made = LowRankOptimizer(mixed, "galore_i3s_adamw")
     assert [config.method for config in made.configs] == ["fira_adamw", "galore_i3s_adamw"]

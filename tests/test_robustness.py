@@ -67,13 +67,18 @@ def test_a_model_with_hooks_can_be_saved_whole():
 def test_torch_may_still_swap_the_parameters_of_a_model(hooks):
     """As FSDP2's modules have theirs moved and cast: a weak reference to a parameter would forbid it."""
     net = models.model()
-    models.optimizer(net, "galore_i3s_adamw" + "_layerwise" * hooks).train()
+    first = models.optimizer(net, "galore_i3s_adamw" + "_layerwise" * hooks)
+    first.train()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         net.to(torch.bfloat16)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    if hooks:  # they went with what was swapped out
+        first.train()
+        models.loss_of(net, 0).backward()
+        assert any(p.grad is None for p in net.parameters())
 
 
 def test_hooks_are_those_of_the_optimizer_after_a_load_too():
@@ -117,7 +122,10 @@ def test_hooks_around_a_load_see_what_is_loaded():
     new.register_load_state_dict_post_hook(lambda it: seen.append(int(it.state[v]["step"])))
     changed = {**saved["state"][0], "step": torch.tensor(7)}
     new.load_state_dict(saved)
-    assert seen == [2, 7]
+    new.register_load_state_dict_pre_hook(lambda _, given: given.pop("state"))
+    with pytest.raises(ValueError, match="no optimizer checkpoint"):
+        new.load_state_dict(saved)
+    assert seen == [2, 7, 2]
     assert int(saved["state"][0]["step"]) == 1  # the caller's is left as it was
 
 

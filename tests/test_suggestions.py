@@ -26,6 +26,7 @@ from hf_lowrank.methods.table import METHODS
         ("galore_i3s_adam_8bit", "galore_i3s_adamw"),  # an ending is no word of the name
         ("subtrack++", "subtrack_adamw"),
         ("muon", "full_muon"),  # the method itself, before others that have it in them
+        ("muon_layerwise", "full_muon"),
         ("adamw", "full_adamw"),
         ("adafactor", "full_adafactor"),
     ],

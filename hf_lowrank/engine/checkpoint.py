@@ -80,8 +80,9 @@ def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any], config: Conf
 
 def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Config) -> None:
     """Warn about options that differ from the checkpoint's; what a schedule edits and how the run is run aside."""
-    scheduled = {"lr", *({"betas"} if "max_momentum" in loaded else ())}  # OneCycleLR has its momentum in betas
-    for key in sorted(set(loaded) & set(given) - {"param_names", "params", *scheduled, *RUN_OPTIONS, *config.facts}):
+    if "max_momentum" in loaded and "betas" in given:  # OneCycleLR has its momentum there
+        given = {**given, "betas": (loaded["betas"][0], given["betas"][1])}
+    for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params", *RUN_OPTIONS, *config.facts}):
         if loaded[key] != given[key]:
             warnings.warn(
                 f"{key}={given[key]} was given, the checkpoint has {loaded[key]}: the checkpoint's value is used",

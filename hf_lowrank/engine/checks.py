@@ -16,7 +16,7 @@ from hf_lowrank.engine.sharding import check_weight
 from hf_lowrank.methods import options as opt
 from hf_lowrank.methods.dense import SAME, SplitOptions
 from hf_lowrank.methods.registry import KINDS
-from hf_lowrank.methods.resolve import Config, split
+from hf_lowrank.methods.resolve import Config, complete, split
 from hf_lowrank.methods.table import METHODS
 
 
@@ -43,7 +43,7 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             number = nan if isinstance(value, (str, bool)) else float(value)
         except (TypeError, ValueError):
             number = nan
-        if not -ROUNDING <= number < below:
+        if not (-ROUNDING if name == "lr" else 0) <= number < below:
             what = "two numbers" if name == "betas" else "a number"
             text = "; YAML reads 1e-2 as text: write 0.01 or 1.0e-2" if isinstance(value, str) else ""
             raise ValueError(f"{name} must be {what} in [0, {below:g}), got {group[name]!r}{text}")
@@ -121,8 +121,12 @@ def check_together(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config
 
 def check_method(name: str, configs: Sequence[Config]) -> None:
     """Refuse a name beside groups that all name another method, by which they would be stepped."""
+    row, endings = split(name)
     made = dict.fromkeys(config.method for config in configs)
-    if split(name)[0] not in made:
+    matrices = [config.options for config in configs if config.low_rank and config.method == row]
+    usual = complete(row, {}) if endings else {}
+    lost = [key for key, value in endings.items() if {value} != {o[key] for o in matrices} == {usual[key]}]
+    if row not in made or lost:
         raise ValueError(
             f"the groups were made for {', '.join(made)} and the optimizer is to be {name}: give param_groups and "
             "LowRankOptimizer the same method, or the latter none"

@@ -24,8 +24,10 @@ class Resolved:
         """Return what every group is resolved to, as it was when last looked at."""
         known = self._known
         if len(known) != len(groups) or any(one is not now for (one, _), now in zip(known, groups, strict=True)):
-            was = {_members(group): config for group, config in known}  # what the state is built on
-            self.take(groups, [was.get(_members(group)) or config_of(group) for group in groups])
+            was = {id(p): config for group, config in known for p in group["params"]}  # what the state is built on
+            before = (next((was[i] for i in _members(group) if i in was), None) for group in groups)
+            same = [c if c and c.low_rank == ("rank" in g) else None for c, g in zip(before, groups, strict=True)]
+            self.take(groups, [config or config_of(group) for config, group in zip(same, groups, strict=True)])
         return [config for _, config in self._known]
 
     def take(self, groups: Sequence[dict[str, Any]], configs: Sequence[Config]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_lowrank.methods.resolve import Config
-from hf_lowrank.modules import trainable
 
 
 class Known(NamedTuple):
@@ -21,22 +20,34 @@ class Known(NamedTuple):
     config: Config | None
 
 
-_known: MutableMapping[nn.Module, dict[str, Known]] = WeakIdKeyDictionary()
-"""By model, and name there: a weak reference to a parameter would keep torch from swapping it (`Module.to`)."""
+class _Place(NamedTuple):
+    """Where a parameter is. A weak reference to itself would keep torch from swapping it (`Module.to`)."""
+
+    module: weakref.ref[nn.Module]
+    attribute: str
+    known: Known
 
 
-def remember(model: nn.Module, known: dict[str, Known]) -> None:
-    """Keep what is known of a model's parameters, by the names that they have in it, as long as it lives."""
-    _known.pop(model, None)
-    _known[model] = known
+_places: dict[int, _Place] = {}
+"""By the id of a parameter, which may be another one's by now."""
 
 
-def _of(params: Sequence[Any]) -> list[Known | None]:
-    """Return what is known of some parameters; what was said last, if of two models that share one."""
-    found: dict[int, Known] = {}
-    for model, known in _known.items():
-        found |= {id(p): known[name] for name, p in trainable(model, frozen=True) if name in known}
-    return [found.get(id(p)) for p in params]
+def remember(model: nn.Module, known: Mapping[Tensor, Known]) -> None:
+    """Keep what is known of a model's parameters, as long as the modules live that have them."""
+    for key in [key for key, place in _places.items() if place.module() is None]:
+        del _places[key]
+    for module in model.modules():
+        for attribute, p in module._parameters.items():
+            if p is not None and p in known:
+                _places[id(p)] = _Place(weakref.ref(module), attribute, known[p])
+
+
+def _of(p: Any) -> Known | None:
+    """Return what is known of a parameter."""
+    place = _places.get(id(p))
+    module = None if place is None else place.module()
+    found = place is not None and module is not None and module._parameters.get(place.attribute) is p
+    return place.known if place is not None and found else None
 
 
 def resolved(group: Mapping[str, Any], given: Mapping[str, Any]) -> Config | None:
@@ -47,7 +58,7 @@ def resolved(group: Mapping[str, Any], given: Mapping[str, Any]) -> Config | Non
         given: its options, and the seed.
     """
     first = next(iter(group["params"]), None)
-    (found,) = _of([first[1] if isinstance(first, tuple) else first])
+    found = _of(first[1] if isinstance(first, tuple) else first)
     if found is None or found.config is None or group.get("method") != found.config.method:
         return None
     config = found.config.with_(seed=given["seed"])
@@ -63,7 +74,7 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
     names, params = group.get("param_names"), group["params"]
     if not names:
         return [""] * len(params)
-    given = [known.name if known else "" for known in _of(params)]
+    given = [known.name if (known := _of(p)) else "" for p in params]
     return given if set(given) <= set(names) else list(names)
 
 
@@ -91,7 +102,7 @@ def named_groups(group: Mapping[str, Any], present: Sequence[Mapping[str, Any]])
         yield dict(group)
         return
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    found = _of(params)
+    found = [_of(p) for p in params]
     unnamed = present and "param_names" in present[0] and not {"rank", "param_names"} & set(group) and params
     if not unnamed or any(known is None for known in found):
         yield {**group, "params": params}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -26,7 +26,15 @@ T = TypeVar("T")
 Take = Callable[[Tensor], None]
 Refresh = Callable[[Sequence[MatrixStep], Mapping[Unit, Sequence[bool]]], None]
 _modes: weakref.WeakSet[Layerwise] = weakref.WeakSet()
-"""Of every optimizer that has hooks."""
+"""Of every optimizer that has, or had, hooks."""
+
+
+class _Hook(NamedTuple):
+    """A hook on a parameter, and the address of the tensor behind it: torch may swap that (`Module.to` of FSDP2's
+    modules), and no hook is called any more."""
+
+    handle: RemovableHandle
+    behind: int
 
 
 class Layerwise:
@@ -41,7 +49,7 @@ class Layerwise:
         self.waiting: dict[Tensor, MatrixStep] = {}
         self.stepped: set[Tensor] = set()
         self.offloaded = Offloaded()
-        self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._hooks: dict[Tensor, _Hook] = {}
         weakref.finalize(self, _remove, self._hooks)
 
     def forget(self, units: Iterable[Unit] = ()) -> None:
@@ -183,9 +191,12 @@ class Layerwise:
             for p in group["params"]:
                 for mode in [mode for mode in _modes if mode is not self or not wanted]:
                     _remove(mode._hooks, p)
+                if p in self._hooks and self._hooks[p].behind != p._cdata:
+                    _remove(self._hooks, p)
+                    p._post_accumulate_grad_hooks = None  # what is registered in that dict would never be called
                 if wanted and p.requires_grad and p not in self._hooks:
                     hook = partial(_on_gradient, weakref.WeakMethod(take))
-                    self._hooks[p] = p.register_post_accumulate_grad_hook(hook)
+                    self._hooks[p] = _Hook(p.register_post_accumulate_grad_hook(hook), p._cdata)
                     _modes.add(self)
 
     def detach(self) -> None:
@@ -194,11 +205,11 @@ class Layerwise:
         _remove(self._hooks)
 
 
-def _remove(hooks: dict[Tensor, RemovableHandle], *some: Tensor) -> None:
+def _remove(hooks: dict[Tensor, _Hook], *some: Tensor) -> None:
     """Take hooks off: those of some parameters, or all."""
     for p in some or [*hooks]:
         if p in hooks:
-            hooks.pop(p).remove()
+            hooks.pop(p).handle.remove()
 
 
 def _on_gradient(take: weakref.WeakMethod[Any], p: Tensor) -> None:

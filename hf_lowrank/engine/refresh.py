@@ -22,6 +22,9 @@ from hf_lowrank.tensors import kernels, products
 from hf_lowrank.tensors.splits import Team
 
 
+AXES = 1e-3
+"""How far the first axes may be from themselves in the formats of bases: 2e-5 in 8 bits."""
+
 UNKNOWN = -1.0
 """Entry of a report that the rule does not know."""
 
@@ -174,8 +177,8 @@ class Refresh:
     def _untouched(self, old: Mapping[str, Tensor]) -> Tensor:
         """Return which matrices of a stack have had no basis yet: an expert that saw no token at the first refresh."""
         first = [name for name, slot in self.subspace.slots().items() if slot.axes_first]
-        axes = ((x := old[name]) == torch.eye(*x.shape[-2:], device=x.device, dtype=x.dtype) for name in first)
-        return torch.stack([same.all(-1).all(-1) for same in axes]).all(0)
+        away = [(x := old[name]) - torch.eye(*x.shape[-2:], device=x.device, dtype=x.dtype) for name in first]
+        return torch.stack([X.abs().amax((-2, -1)) < AXES for X in away]).all(0)
 
     def _begin_(self, which: Tensor, old: Mapping[str, Tensor], G: Tensor) -> None:
         """Choose the first basis of some matrices of a stack, which the others have had long ago."""

@@ -111,14 +111,15 @@ class AskedWithoutModel(LowRankOptimizer):
         super().__init__(groups, *args, **kwargs)
 
 
-def create_for(trainer: Any, model: nn.Module | None) -> bool:
+def create_for(trainer: Any, model: nn.Module | None, asked: Any) -> bool:
     """Give a Trainer that decides by itself which weights decay the optimizer that its arguments name; tell whether.
 
-    Any other asks `get_optimizer_cls_and_kwargs`, which knows of no Trainer.
+    Any other asks `get_optimizer_cls_and_kwargs`, which knows of no Trainer; so does one that has its own in the place
+    of `asked`.
     """
     kind = type(trainer)
     decides = kind.get_decay_parameter_names is not Trainer.get_decay_parameter_names
-    decides &= kind.get_optimizer_cls_and_kwargs is Trainer.get_optimizer_cls_and_kwargs  # else it is asked
+    decides &= kind.get_optimizer_cls_and_kwargs is asked
     there = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     if there or not decides or name_of(trainer.args) not in resolve.names():
         return False

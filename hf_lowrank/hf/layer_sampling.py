@@ -187,7 +187,7 @@ def sample_layers(trainer: Any) -> None:
         ValueError: where it has another one already.
     """
     text = trainer.args.optim_args or ""
-    rule = take(split_assignments(text)) if OPTION in text else None
+    rule = take(split_assignments(text)) if "=" in text else None
     if rule is None:
         return
     callbacks = trainer.callback_handler.callbacks

@@ -78,7 +78,7 @@ def _with_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
 def _where_decay_is_decided(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
-        if create_for(self, model):
+        if create_for(self, model, Trainer.get_optimizer_cls_and_kwargs):
             return self.optimizer
         return original(self, *([] if model is None else [model]))
 

@@ -34,7 +34,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that `args.optim` names."""
-        if create_for(self, model):
+        if create_for(self, model, LowRankTrainer.get_optimizer_cls_and_kwargs):
             return self.optimizer  # type: ignore[no-any-return]
         return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[no-any-return]
 

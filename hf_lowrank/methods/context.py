@@ -42,7 +42,7 @@ class Context(NamedTuple):
         number: which basis is in use or being chosen: 0 is the first.
         earlier, dropped_at: bases that were chosen, and updates, before the state was last dropped.
         lr, beta1, beta2, eps, weight_decay: the group's values at this step.
-        peak_lr: the largest learning rate of the schedule, as far as it says; 0 if unknown.
+        peak_lr: the largest learning rate of the schedule, as far as it says; else `lr`.
         scale: the factor alpha on the low-rank update.
         correct_bias: whether Adam's bias correction is applied.
         eps_place: where Adam's eps is added; see `moments.adam.eps_of_root`.

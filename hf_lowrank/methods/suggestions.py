@@ -35,19 +35,22 @@ def suggest(word: str, valid: Iterable[str]) -> str:
     listed = f" Valid: {', '.join(names) or 'none'}"
     if ours := _of_transformers(word, names):
         return f"; that is transformers' own, which keeps its name: the method here is {ours!r}"
-    likeness = {name: _likeness(word, name) for name in names}
-    # of equal ones the method itself, without a subspace, if there is one; else the first that is listed
-    nearest = max(names, key=lambda name: (likeness[name], name == f"full_{word.lower()}"), default="")
-    if likeness.get(nearest, 0.0) < NEAR:
+    found, near = nearest(word, names)
+    if near < NEAR:
         return "." + listed
-    ours = _TRANSFORMERS.get(nearest, nearest)
-    nearest = ours if ours in names else nearest
-    return f"; did you mean {nearest!r}?" + (listed if len(names) <= LONG else "")
+    ours = _TRANSFORMERS.get(found, found)
+    return f"; did you mean {ours if ours in names else found!r}?" + (listed if len(names) <= LONG else "")
 
 
 def nearest(word: str, valid: Iterable[str]) -> tuple[str, float]:
-    """Return the name that is nearest to a word, and how near it is, in [0, 1]."""
-    return max(((name, _likeness(word, name)) for name in valid), key=lambda found: found[1], default=("", 0.0))
+    """Return the name that is nearest to a word, and how near it is, in [0, 1].
+
+    Of equally near ones that is the method itself, without a subspace, if there is one; else the first that is listed.
+    """
+    itself = "full_" + "_".join(one for one in _words(word) if one not in _ENDINGS)
+    likeness = {name: _likeness(word, name) for name in valid}
+    found = max(likeness, key=lambda name: (likeness[name], name == itself), default="")
+    return found, likeness.get(found, 0.0)
 
 
 def _of_transformers(word: str, names: list[str]) -> str:

@@ -46,8 +46,8 @@ def has_subspaces(optimizer: LowRankOptimizer) -> bool:
 
 def called(optimizer: LowRankOptimizer) -> str:
     """Return the name of the optimizer, with the endings that its options stand for."""
-    main = next((config for config in optimizer.configs if config.low_rank), None)
-    return with_endings(optimizer.defaults["method"], main.options if main else {})
+    main = next((config for config in optimizer.configs if config.low_rank), optimizer.configs[0])
+    return with_endings(main.method, main.options)
 
 
 def gauge_text(name: str, gauge: Gauge, value: float) -> str:

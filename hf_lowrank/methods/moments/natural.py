@@ -19,7 +19,7 @@ from hf_lowrank.tensors.sums import Asking, Sum
 
 @dataclass(frozen=True)
 class NaturalAdam(Moments, key="natural_adam"):
-    """g = vec(R), H the last `history` of them (this one included), F = lambda I + H H^T;  R <- F^-1 R, then Adam.
+    """g = vec(R), H the last `history` of them (this one included), F = lambda I + H H^T: Adam on lambda F^-1 g.
 
     By Woodbury, g being the column e of H, F^-1 g = H z with (lambda I + H^T H) z = e: one small solve per matrix.
     At a refresh the window is rotated into the new basis, or cleared, whatever becomes of the moments.
@@ -68,7 +68,7 @@ class NaturalAdam(Moments, key="natural_adam"):
         if self.damping_kind == "relative":
             damping = damping * norms.sum(-1) / min(seen + 1, self.history)
         damping = damping.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-        # in units of the window's damping, which would make small gradients large
+        # a relative damping is the unit of the step; an absolute one is left in F^-1, as the authors have it
         unit = 1.0 if self.damping_kind == "relative" else damping
         system = torch.eye(self.history, dtype=gram.dtype, device=gram.device) + gram / damping[..., None]
         chosen = torch.zeros_like(norms)
