@@ -66,7 +66,9 @@ def test_the_table_of_the_long_runs():
         assert int(seeds) == len(long[name].losses), name
     for page in PAGES.values():
         assert minus(long, "muon_4bit", BASELINE) in page and minus(long, "frugal_adamw", BASELINE) in page
-    for row in ("fira_adamw", "frugal_adamw"):
+    for row in ("full_adamw", "frugal_adamw", "subtrack_pp_adamw"):
+        check_behind(long, row, "alice_adamw", section)
+    for row in ("fira_adamw", "frugal_adamw", "subtrack_pp_adamw"):
         check_behind(long, row, "muon_4bit", section)
         assert interval([*long[row].losses.values()])[0] - interval([*long[row].losses.values()])[1] > sum(
             interval([*long["muon_4bit"].losses.values()])
