@@ -167,7 +167,7 @@ def test_it_never_moves_faster_than_at_the_peak(schedule):
         opt.step()
         made.step()
         P = opt.state[p]["basis"].clone()
-        if before is not None:  # steps of Adam's: at most lr sqrt(1 - b2) / (1 - b1), less at the start
+        if before is not None:  # steps of Adam's have about the size of its rate
             assert float((P - before).abs().max()) < 0.01 * 1.5
         before = P
 

@@ -13,7 +13,7 @@ from hf_lowrank.engine.sharding import adopt, allocate, whole_if_needed
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state import view
-from hf_lowrank.state.former import from_even_levels, from_one_line, from_shared_name
+from hf_lowrank.state.former import from_even_levels, from_former_names, from_one_line
 
 
 FORMAT_VERSION = 3
@@ -99,7 +99,7 @@ def load_states(
     saved_ids = [(i, group["format"]) for group in saved_groups for i in group["params"]]
     for (saved_id, version), (name, p, _, plan) in zip(saved_ids, known, strict=True):
         saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
-        saved = from_shared_name(saved, plan.whole)
+        saved = from_former_names(saved, plan.whole)
         if version < 2:
             saved = from_one_line(saved, plan.whole, plan.encodings)
         if version < 3:

@@ -184,12 +184,13 @@ class Layerwise:
         Raises:
             ValueError: under DistributedDataParallel where it reduces these weights too, after the hooks.
         """
+        others = [mode for mode in _modes if mode is not self]
         for group, config in zip(groups, configs, strict=True):
             config = config.with_(layerwise=group["layerwise"])  # as it was edited to be
             if wanted := config.hooked:
                 check_replicas(group, config)
             for p in group["params"]:
-                for mode in [mode for mode in _modes if mode is not self or not wanted]:
+                for mode in others if wanted else (*others, self):
                     _remove(mode._hooks, p)
                 if p in self._hooks and self._hooks[p].behind != p._cdata:
                     _remove(self._hooks, p)

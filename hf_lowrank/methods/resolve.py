@@ -80,12 +80,12 @@ def split(name: str) -> tuple[str, dict[str, Any]]:
 
 def with_endings(name: str, options: Mapping[str, Any]) -> str:
     """Return a name with the endings that stand for options, whichever it has."""
-    row, also = split(name)[0], (OFFLOAD,)  # which is a kind of layerwise
-    usual = METHODS[row].defaults
+    row = split(name)[0]
+    usual, options = METHODS[row].defaults, {**options, "layerwise": bool(options.get("layerwise"))}  # offload, too
     held = [
         ending
         for ending, given in SUFFIXES.items()
-        if all(options.get(key) in (value, *also) and usual.get(key) != value for key, value in given.items())
+        if all(options.get(key) == value and usual.get(key) != value for key, value in given.items())
     ]
     return row + "".join(held)
 

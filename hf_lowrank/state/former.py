@@ -15,9 +15,10 @@ from hf_lowrank.state.view import Encodings
 from hf_lowrank.tensors.layout import local
 
 
-def from_shared_name(saved: Mapping[str, Tensor], buffers: Buffers) -> Stored:
-    """Return the state of a parameter whose count of gradients had another part's name for one, `seen`."""
-    return {"gradients_seen" if key == "seen" and key not in buffers else key: x for key, x in saved.items()}
+def from_former_names(saved: Mapping[str, Tensor], buffers: Buffers) -> Stored:
+    """Return the state of a parameter by the names that its tensors have now, where their slots had others."""
+    renamed = {buffer.slot.formerly: key for key, buffer in buffers.items() if buffer.slot.formerly not in buffers}
+    return {renamed.get(key, key): x for key, x in saved.items()}
 
 
 class EvenFourBit(FourBit):

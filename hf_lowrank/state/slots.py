@@ -33,6 +33,7 @@ class Slot:
         host: whether it lives on the CPU, so that the host may read it without waiting for the device.
         axes_first: start as the first axes (ones on the diagonal) instead of zeros.
         dtype: how it is stored.
+        formerly: the name that it has in checkpoints of earlier versions, if another.
         encoding: name of its number format where an option of its own says so, else that of its lifetime.
     """
 
@@ -45,6 +46,7 @@ class Slot:
     axes_first: bool = False
     dtype: torch.dtype = torch.float32
     encoding: str = ""
+    formerly: str = ""
 
     @property
     def of_basis(self) -> bool:

@@ -6,7 +6,7 @@ m), sigma, v (..., r) · theta rotation angle.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,7 +77,11 @@ class Grassmann(Subspace, key="grassmann"):
     def slots(self) -> Slots:
         if not self.accumulate:
             return super().slots()
-        return {**super().slots(), "gradients": Slot("m n", values="exact", held=True), "gradients_seen": counter()}
+        return {
+            **super().slots(),
+            "gradients": Slot("m n", values="exact", held=True),
+            "gradients_seen": replace(counter(), formerly="seen"),
+        }
 
     @override
     def refresh_gradient(self, s: State, G: Tensor, ctx: Context) -> Tensor:
