@@ -69,8 +69,6 @@ def param_groups(
     given = method_options if rank is None else {"rank": rank, **method_options}
     if method is not None:
         config = Config.of(method, given, model=True, facts=model_facts(model))
-        if text := config.doubt(given):
-            warnings.warn(text, stacklevel=2)
         own_seed = "seed" in given
         return groups_for(model, config, target_modules=target_modules, weight_decay=weight_decay, own_seed=own_seed)
     rank = options.parse("rank", given.pop("rank", 128), options.schema(LowRankOptions), what="rank")

@@ -76,7 +76,7 @@ class LowRankOptimizer(Replicas):
     def __init__(
         self,
         params: Iterable[Any],
-        method: str | None = None,
+        method: str = "",
         *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -86,7 +86,7 @@ class LowRankOptimizer(Replicas):
         share_refreshes: bool = False,
         shard_state: bool = False,
     ) -> None:
-        given, method = method, USUAL if method is None else method
+        given, method = method, USUAL if method == "" else method
         split(method)
         self._share(refreshes=share_refreshes, state=shard_state)
         self._begin()
@@ -94,7 +94,7 @@ class LowRankOptimizer(Replicas):
         super().__init__(params, defaults)
         if shard_state:
             check_shardable(self.param_groups)
-        if given is not None:
+        if given:
             check_method(given, self.configs)
         for text in doubts(self.param_groups, self.configs):
             warnings.warn(text, stacklevel=2)

@@ -264,11 +264,6 @@ def test_a_name_beside_groups_of_another_method_is_refused():
     assert [config.method for config in made.configs] == ["fira_adamw", "galore_i3s_adamw"]
 
 
-def test_a_rank_without_a_subspace_is_told_of_by_param_groups():
-    with pytest.warns(UserWarning, match="full_muon has no subspace, so rank has no effect"):
-        param_groups(torch.nn.Linear(8, 8), method="full_muon", rank=2)
-
-
 @pytest.mark.parametrize("given, text", [
     ("0.weight", "'0.weight' matches no trainable matrix: name modules, without .weight"),
     ("^block.*fc", "it matches a part of 'blocks.fc_in', and an expression must match the whole name"),

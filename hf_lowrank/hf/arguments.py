@@ -58,8 +58,7 @@ def optimizer_cls_and_kwargs(
     shared = _of_replicas(options)
     chosen = options if rank is None else {"rank": rank, **options}
     config = Config.of(method, chosen, model=True, facts=model_facts(model))
-    if text := config.doubt(chosen):
-        logger.warning("%s", text)
+    _warn_of_rank(config, chosen)
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
     return LowRankOptimizer, {**_keywords(model, config, values, target_modules), **shared}
@@ -76,6 +75,12 @@ def _keywords(
     decay = values.pop("weight_decay")
     groups = groups_for(model, config, target_modules=target_modules, weight_decay=decay, decaying=decaying)
     return {"params": groups, "method": config.method, **values}
+
+
+def _warn_of_rank(config: Config, given: Iterable[str]) -> None:
+    """Say that a method without a subspace has no rank."""
+    if "rank" in given and config.parts.subspace.whole:
+        logger.warning("%s has no subspace, so rank has no effect: leave it out", config.method)
 
 
 def _of_replicas(options: dict[str, Any]) -> dict[str, Any]:
@@ -153,8 +158,7 @@ def from_arguments(
     if shared and _fsdp_version(args) is not None:
         raise ValueError("optim_args: shard_state is for DDP; FSDP2 shards the state by itself, so leave it out")
     config = _taken_over(args, Config.of(name_of(args), options, model=True, facts=model_facts(model)))
-    if text := config.doubt(options):
-        logger.warning("%s", text)
+    _warn_of_rank(config, options)
     keywords = _keywords(model, config, values, args.optim_target_modules, decaying)
     replicated = _replicated(args)
     if replicated and reduces(config):  # Trainer wraps the model after this

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -160,11 +160,6 @@ class Config:
             key: opt.parse(key, value, schema, what=f"optimizer {self.method}") for key, value in options.items()
         }
         return replace(self, options=MappingProxyType({**self.options, **values}))
-
-    def doubt(self, given: Iterable[str]) -> str:
-        """Return a sentence if an option that was given has no effect: a method without a subspace has no rank."""
-        without = "rank" in given and self.parts.subspace.whole
-        return f"{self.method} has no subspace, so rank has no effect: leave it out" if without else ""
 
     def dense(self, kind: str = MIXED) -> Config:
         """Return the same for a group of dense parameters of one kind."""
