@@ -257,6 +257,10 @@ def test_a_name_beside_groups_of_another_method_is_refused():
         LowRankOptimizer(groups, "fira_adamw_8bit")
     eight = LowRankOptimizer(param_groups(net, method="fira_adamw_8bit", rank=2), "fira_adamw_8bit")
     assert summary(eight).startswith("fira_adamw_8bit: 1 matrices")
+    apart = param_groups(
+        net, method="fira_adamw_8bit", rank=2, dense_state_format="fp32"
+    )  # as given beside the ending
+    assert summary(LowRankOptimizer(apart, "fira_adamw_8bit")).startswith("fira_adamw: 1 matrices")
     assert LowRankOptimizer(groups).configs[0].method == "fira_adamw"
     assert summary(LowRankOptimizer(groups)).startswith("fira_adamw: 1 matrices")
     mixed = [{"params": [net.weight], "rank": 2, "method": "fira_adamw"}, {"params": [net.bias]}]

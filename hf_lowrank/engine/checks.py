@@ -16,7 +16,7 @@ from hf_lowrank.engine.sharding import check_weight
 from hf_lowrank.methods import options as opt
 from hf_lowrank.methods.dense import SAME, SplitOptions
 from hf_lowrank.methods.registry import KINDS
-from hf_lowrank.methods.resolve import Config, complete, split
+from hf_lowrank.methods.resolve import SUFFIXES, Config, complete, split
 from hf_lowrank.methods.table import METHODS
 
 
@@ -125,8 +125,8 @@ def check_method(name: str, configs: Sequence[Config]) -> None:
     made = dict.fromkeys(config.method for config in configs)
     matrices = [config.options for config in configs if config.low_rank and config.method == row]
     usual = complete(row, {}) if endings else {}
-    lost = [key for key, value in endings.items() if {value} != {o[key] for o in matrices} == {usual[key]}]
-    if row not in made or lost:
+    lost = {key for key, value in endings.items() if {value} != {o[key] for o in matrices} == {usual[key]}}
+    if row not in made or any(given.keys() <= lost for given in SUFFIXES.values()):
         raise ValueError(
             f"the groups were made for {', '.join(made)} and the optimizer is to be {name}: give param_groups and "
             "LowRankOptimizer the same method, or the latter none"
