@@ -106,6 +106,16 @@ def test_an_enormous_finite_gradient_leaves_everything_finite(name, shape, rank,
         assert torch.isfinite(value).all(), key
 
 
+@pytest.mark.parametrize("size", [1e9, 1e15])
+def test_what_foam_squares_itself_need_not_be_squared_again(size):
+    """It projects G and G∘G; every other row steps by a gradient of this size."""
+    p = weight(WIDE)
+    opt = optimizer(p, "foam_adamw", rank=0.5)
+    finish(opt, p, [G * size for G in gradients(WIDE, 3)])
+    assert int(opt.state[p]["step"]) == 3
+    assert int(opt.state[p]["skipped"]) == 0
+
+
 @pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [3, None])

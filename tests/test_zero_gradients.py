@@ -203,3 +203,15 @@ def test_gradients_at_the_end_of_the_range_of_fp32_leave_everything_finite(name,
     p, opt = train(name, shape, rank, stream)
     assert p.isfinite().all()
     assert all(value.isfinite().all() for value in opt.state[p].values())
+
+
+@pytest.mark.parametrize("size", [1e-23, 1e-25, 1e-30])
+def test_stable_spam_takes_a_gradient_whose_squares_underflow_as_it_is(size):
+    """Divided by a norm of 0 it would be 1e37 times as large, and the second moment would remember it for good."""
+    shape, stream = (8, 16), gradients((8, 16), 20)
+    stream[10] = stream[10] / stream[10].abs().max() * size
+    p = weight(shape)
+    opt = optimizer(p, "galore_dominant_adamw", rank=4, stable_spam=True)
+    finish(opt, p, stream)
+    largest = max(float(G.square().sum()) for G in stream)
+    assert float(opt.state[p]["exp_avg_sq"].max()) < largest

@@ -114,7 +114,7 @@ class MatrixStep(Unit):
         if not self.keeps_gradient:
             G = None  # the layerwise mode frees it while this waits
         here = self.weight.grad is not None if self.local else None
-        if not (yield Reading([self._read(R)], here))[0]:
+        if not (yield Reading([self._read(basis.witness(R))], here))[0]:
             self._skip_()
             return
         with self.view.writing() as s:
@@ -199,7 +199,9 @@ class MatrixStep(Unit):
             return self.basis
         products = self.config.options.get("products", "auto")
         s = self.view.with_(self.whole_bases()) if self.plan.pieces else self.view
-        basis = self.placed(self.config.parts.subspace.basis(s, self.context()).multiplied(products))
+        exact = self.config.parts.reconstruction.scales_residual
+        chosen = self.config.parts.subspace.basis(s, self.context())
+        basis = self.placed(chosen.multiplied(products, exact=exact))
         if (self.view.plain or not self.view.bases) and not self.plan.pieces:
             self.basis = basis
         return basis

@@ -261,6 +261,8 @@ class Reconstruction(Part, ABC):
         needs_gradient: whether the step looks at more of G than R, so that G must live until the weight is written.
         needs_momentum: whether it is told of a change of basis (`change_basis_`).
         needs_orthonormal: whether G - P R must be what P leaves out, which it is of an orthonormal basis alone.
+        scales_residual: whether G - P R is brought to a size of its own, however small it is, so that rounding would
+            be taken for it: R is in fp32 then, whatever the option `products` says.
         replaces_gradient: whether `absorb` returns a new matrix.
         plain: whether the step is alpha P N and nothing else.
         by_columns: whether all that it looks at of G, beside R, are the norms of columns, and all that it does is P Z
@@ -272,6 +274,7 @@ class Reconstruction(Part, ABC):
     plain: ClassVar[bool] = False
     needs_momentum: ClassVar[bool] = False
     needs_orthonormal: ClassVar[bool] = False
+    scales_residual: ClassVar[bool] = False
     replaces_gradient: ClassVar[bool] = False
 
     def slots(self) -> Slots:

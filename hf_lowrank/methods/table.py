@@ -39,6 +39,7 @@ _GOLORE = "arXiv 2410.11289"
 _APOLLO = "arXiv 2412.05270"
 _SUMO = "arXiv 2505.24749"
 _UNSCALED: dict[str, Any] = {"scale": 1.0}
+_NO_BOUND = "no bound on its first steps: warm up"
 
 _ALICE = "arXiv 2502.07752"
 _SINKGD = "arXiv 2502.06742"
@@ -187,7 +188,7 @@ METHODS: dict[str, Method] = {
         "GWT: Adam on the Haar approximation, details scaled alike; rank 2^-level of the last axis",
         "arXiv 2501.07237",
         {"rank": 0.25, "proj_type": "right"},
-        limits="no bound on its first steps: warm up",
+        limits=_NO_BOUND,
     ),
     "foam_adamw": Method(
         "fold",
@@ -201,7 +202,7 @@ METHODS: dict[str, Method] = {
     "full_adafactor": Method(
         "whole", "adafactor", "project", "Adafactor with first moment", "arXiv 1804.04235", _WHOLE
     ),
-    "full_came": Method("whole", "came", "project", "CAME", "arXiv 2307.02047", _WHOLE),
+    "full_came": Method("whole", "came", "project", "CAME", "arXiv 2307.02047", _WHOLE, limits=_NO_BOUND),
     "full_adam_mini": Method("whole", "adam_mini", "project", "Adam-mini", "arXiv 2406.16793", _WHOLE),
     "full_msgd": Method("whole", "momentum", "project", "SGD with momentum", "-", _WHOLE),
     "full_sgd": Method("whole", "sgd", "project", "SGD; LOMO where it is layerwise", "arXiv 2306.09782", _WHOLE),
@@ -291,7 +292,9 @@ def _with_other_moments(family: str) -> dict[str, Method]:
     titles = {"adafactor": "Adafactor with first moment", "adam_mini": "Adam-mini", "came": "CAME"}
     summary = f"the subspace and step of `{family}_adamw` with"
     return {
-        f"{family}_{moments}": replace(row, moments=moments, summary=f"{summary} {title}")
+        f"{family}_{moments}": replace(
+            row, moments=moments, summary=f"{summary} {title}", limits=_NO_BOUND if moments == "came" else row.limits
+        )
         for moments, title in titles.items()
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -84,7 +85,7 @@ class Buffer:
     split: str = ""
     start: int = 0
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
@@ -99,7 +100,7 @@ class Buffer:
         own = self.slot.axes.split()
         return len(self.shape) - len(own) + own.index(name) if name in own else None
 
-    @property
+    @cached_property
     def sides(self) -> tuple[int, int, int]:
         """(before, line, after): what `flat` returns, seen so, has the lines along its second axis."""
         axis, first = self.axis(self.split), len(self.shape) - len(self.slot.axes.split())
@@ -107,7 +108,7 @@ class Buffer:
         line = prod(n for i, n in enumerate(self.shape) if i >= first and i != axis)
         return (stack, line, length) if self.splits_last else (stack * length, line, 1)
 
-    @property
+    @cached_property
     def splits_last(self) -> bool:
         """Whether the axis that may be split is the last one in memory."""
         return self.axis(self.split) == len(self.shape) - 1 and not self.turned

@@ -74,6 +74,7 @@ class View(Mapping[str, Tensor]):
         self.stored, self.buffers, self.encodings = stored, buffers, chosen
         self.plain = all(encoding is FORMATS["fp32"] for encoding in chosen.values())
         self._decoded: dict[str, Tensor] = {}
+        self._shorter: dict[int, tuple[Buffers, Encodings, list[str]]] = {}
         self._fixed = [name for name, buffer in buffers.items() if buffer.slot.lifetime == "basis"]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -132,12 +133,13 @@ class View(Mapping[str, Tensor]):
 
     def narrow(self, start: int, length: int) -> View:
         """Return the moments of a dense tensor at some places of its first axis, for rules that act on each alone."""
-        names = [name for name, buffer in self.buffers.items() if buffer.slot.values != "exact"]
-        chosen = {name: self.encodings[name] for name in names}
-        keys = kept({name: self.buffers[name] for name in names}, chosen)
-        stored = {key: self.stored[key].narrow(0, start, length) for key in keys}
-        buffers = {name: replace(self.buffers[name], shape=(length, *self.buffers[name].shape[1:])) for name in names}
-        return View(stored, buffers, chosen)
+        if length not in self._shorter:
+            moments = {name: buffer for name, buffer in self.buffers.items() if buffer.slot.values != "exact"}
+            buffers = {name: replace(buffer, shape=(length, *buffer.shape[1:])) for name, buffer in moments.items()}
+            chosen = {name: self.encodings[name] for name in moments}
+            self._shorter[length] = buffers, chosen, list(kept(buffers, chosen))
+        shorter, formats, keys = self._shorter[length]
+        return View({key: self.stored[key].narrow(0, start, length) for key in keys}, shorter, formats)
 
 
 def allocate(buffers: Buffers, chosen: Encodings, weight: Tensor) -> Stored:

@@ -48,9 +48,19 @@ class Basis(ABC):
         """Return (..., n) as the columns of R lie, from what the rows that are held add to it."""
         return x
 
-    def multiplied(self, kind: str) -> Basis:
-        """Return the same map, whose matrix products are of this kind (tensors.products)."""
+    def multiplied(self, kind: str, *, exact: bool = False) -> Basis:
+        """Return the same map, whose matrix products are of this kind (tensors.products).
+
+        Args:
+            kind: the precision.
+            exact: whether those that a small difference is left of, of gradients and of fp32 matrices, are not rounded
+                all the same.
+        """
         return self
+
+    def witness(self, R: Tensor) -> Tensor:
+        """Return what of R tells whether the gradient is finite, and the sum of its squares a number in fp32."""
+        return R
 
     def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
         """Return the map and coefficients with which a weight is written: rounded to bf16, once for all blocks, where
@@ -77,14 +87,21 @@ class Dense(Basis):
     Attributes:
         P: the matrix, fp32; in bf16 where it was rounded to be multiplied.
         products: the precision of what is computed with it (tensors.products).
+        exact: see `multiplied`.
     """
 
     P: Tensor
     products: str = "auto"
+    exact: bool = False
+
+    def kind(self, like: Tensor) -> str:
+        """Return the precision of products of a gradient, or for an fp32 matrix."""
+        kind = products.chosen(self.products, like)
+        return products.unrounded(like) if self.exact else kind
 
     @override
     def project(self, G: Tensor) -> Tensor:
-        kind, P = products.chosen(self.products, G), self.P
+        kind, P = self.kind(G), self.P
         if G.dtype == P.dtype and kind == products.OWN:
             return P.mT @ G
         A = products.left_factor(P, kind)
@@ -94,8 +111,8 @@ class Dense(Basis):
         return products.joined(out, kind)
 
     @override
-    def multiplied(self, kind: str) -> Dense:
-        return Dense(self.P, kind)
+    def multiplied(self, kind: str, *, exact: bool = False) -> Dense:
+        return Dense(self.P, kind, exact)
 
     @override
     def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
@@ -109,11 +126,11 @@ class Dense(Basis):
 
     @override
     def add_(self, W: Tensor, Z: Tensor, *, beta: float, alpha: float) -> None:
-        products.add_(W, self.P, Z, beta=beta, alpha=alpha, kind=products.chosen(self.products, W))
+        products.add_(W, self.P, Z, beta=beta, alpha=alpha, kind=self.kind(W))
 
     @override
     def rows(self, start: int, length: int) -> Dense:
-        return Dense(self.P.narrow(-2, start, length), self.products)
+        return Dense(self.P.narrow(-2, start, length), self.products, self.exact)
 
     @override
     def gram(self) -> Tensor:
@@ -182,8 +199,8 @@ class TwoSided(Basis):
     right: Tensor
 
     @override
-    def multiplied(self, kind: str) -> TwoSided:
-        return TwoSided(self.left.multiplied(kind), self.right)
+    def multiplied(self, kind: str, *, exact: bool = False) -> TwoSided:
+        return TwoSided(self.left.multiplied(kind, exact=exact), self.right)
 
     @override
     def project(self, G: Tensor) -> Tensor:

@@ -247,6 +247,10 @@ class RowsOf(Basis):
         return self.here.rows(start, length)
 
     @override
+    def witness(self, R: Tensor) -> Tensor:
+        return self.whole.witness(R)
+
+    @override
     def gram(self) -> Tensor:
         return self.whole.gram()
 

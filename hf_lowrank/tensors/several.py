@@ -43,7 +43,7 @@ class Several(Basis):
     def project(self, G: Any) -> Tensor:
         if self.P is None:
             return torch.stack([basis.project(one) for basis, one in zip(self.bases, G, strict=True)])
-        kind = products.chosen(self.bases[0].products, G[0])  # type: ignore[attr-defined]
+        kind = self.bases[0].kind(G[0])  # type: ignore[attr-defined]
         A = self._of_each(lambda P: products.left_factor(P, kind))
         out = torch.empty(len(G), A.shape[-1], G[0].shape[-1], dtype=torch.float32, device=A.device)
         for product, factor, one in zip(out.unbind(0), A.unbind(0), G, strict=True):

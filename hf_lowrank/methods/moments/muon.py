@@ -158,7 +158,8 @@ class Muon(Orthogonalised, key="muon"):
     Differs from the authors' code: SUMO's was not read; from the paper, in that the polar factor comes from K instead
     of a singular value decomposition of M, which needs all columns in one place; SUMO always carries M along, here
     every refresh does what `on_refresh` says (SUMO: rotate); its limiter of the update's growth is left out, since the
-    size of N does not depend on the gradient's. torch.optim.Muon takes matrices only; here all else takes Adam.
+    size of N does not depend on the gradient's. torch.optim.Muon takes matrices only; here all else takes Adam. It
+    divides by a norm of at least 1e-7, so that smaller momenta make smaller steps; here their steps have full size.
     """
 
     adjust_lr: str = again(ADJUST_LR)

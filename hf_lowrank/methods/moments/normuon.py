@@ -28,7 +28,9 @@ class NorMuon(Orthogonalised, key="normuon"):
     References:
         NorMuon, arXiv 2510.05491, Algorithm 1.
 
-    Differs from the authors' code: that was not read; see Muon for how O is had.
+    Differs from the authors' code: N has the size of Adam's step; there it has the norm of O, times sqrt(max(1,
+    outputs / inputs)). Momentum and b2 are both 0.95 there, and eps 1e-10: here they are those of the group. See Muon
+    for how O is had.
     """
 
     @override

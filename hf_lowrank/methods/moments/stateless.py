@@ -50,7 +50,8 @@ class Sinkhorn(Stateless, key="sinkhorn"):
         SinkGD: Gradient Multi-Normalization for Stateless and Scalable LLM Training, arXiv 2502.06742, Algorithm 3
         (SR-Sinkhorn).
 
-    Differs from the authors' code: that was not read. A row or column of zeros stays so.
+    Differs from the authors' code: that was not read. A row or column of zeros stays so. Others who have written it
+    multiply the rate by 0.05; here `scale` is 1, and the rate is that of the step.
     """
 
     iterations: int = integer(5, minimum=1, help="SinkGD: how many times rows and columns are normalised")

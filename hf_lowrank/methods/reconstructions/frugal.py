@@ -39,6 +39,7 @@ class Frugal(Reconstruction, key="frugal"):
     """
 
     needs_orthonormal: ClassVar[bool] = True
+    scales_residual: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = True
 
     free: str = choice("sign", "column_norm", help="FRUGAL: the rule for what the subspace leaves out")

@@ -59,6 +59,11 @@ class StableSpam(Reconstruction):
 
     @property
     @override
+    def scales_residual(self) -> bool:  # type: ignore[override]
+        return self.inner.scales_residual
+
+    @property
+    @override
     def gauges(self) -> Mapping[str, Gauge]:  # type: ignore[override]
         return self.inner.gauges
 
@@ -82,7 +87,7 @@ class StableSpam(Reconstruction):
         square = torch.lerp(s["norm_sq"], squares, new * (1 - SQUARE_DECAY))
         root = (square / (1 - SQUARE_DECAY**t)).sqrt() + 1e-8
         wanted = mean / (1 - MEAN_DECAY**t) / root
-        X = X * (wanted / norm.clamp_min(torch.finfo(X.dtype).tiny))[..., None, None]
+        X = X * torch.where(norm > 0, wanted / norm, 1.0)[..., None, None]  # squares that underflow: left alone
         rule = self.inner.absorb(s, X, ctx)
         X, fresh = (yield from rule) if isinstance(rule, Generator) else rule
         return X, {"spike": spike, "norm_mean": mean, "norm_sq": square, **fresh}
