@@ -47,6 +47,8 @@ def test_a_flipped_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
     file = tmp_path / "optimizer.pt"
     torch.save(optimizer.state_dict(), file)
     (tmp_path / "trainer_state.json").write_text("{}")
+    assert checkpoints.checkpoint_fault(tmp_path) == "scheduler.pt is missing"
+    torch.save({}, tmp_path / "scheduler.pt")
     assert checkpoints.checkpoint_fault(tmp_path) is None
     data = bytearray(file.read_bytes())
     largest = max(optimizer.state[p].values(), key=lambda t: t.numel() * t.element_size())

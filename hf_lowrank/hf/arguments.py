@@ -16,6 +16,7 @@ from hf_lowrank import layer_sampling
 from hf_lowrank.engine.averaging import exclude_
 from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.groups import groups_for, model_facts
+from hf_lowrank.hf.clipping import give_clipping_back
 from hf_lowrank.methods import options as opt
 from hf_lowrank.methods import resolve
 from hf_lowrank.methods.common import OFFLOAD, ReplicaOptions
@@ -61,7 +62,9 @@ def optimizer_cls_and_kwargs(
     _warn_of_rank(config, chosen)
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
-    return LowRankOptimizer, {**_keywords(model, config, values, target_modules), **shared}
+    if args is not None:
+        config = _taken_over(args, config, method)
+    return OfAPair, {**_keywords(model, config, values, target_modules), **shared}
 
 
 def _keywords(
@@ -105,15 +108,26 @@ def _hyperparameters(args: TrainingArguments | None) -> dict[str, Any]:
 class AskedWithoutModel(LowRankOptimizer):
     """What Trainer is handed where it asks for an optimizer without a model: groups must say what is projected."""
 
+    without = (
+        "get_optimizer_cls_and_kwargs(args) was asked without a model, so no group says which matrices get a "
+        "subspace. Ask with the model: cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model), then "
+        "cls(**kwargs); or take groups from hf_lowrank.param_groups(model, method=...)"
+    )
+
     def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
         groups = list(params)
         if not any(isinstance(group, dict) and "rank" in group for group in groups):
-            raise ValueError(
-                "get_optimizer_cls_and_kwargs(args) was asked without a model, so no group says which matrices get a "
-                "subspace. Ask with the model: cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model), then "
-                "cls(**kwargs); or take groups from hf_lowrank.param_groups(model, method=...)"
-            )
+            raise ValueError(self.without)
         super().__init__(groups, *args, **kwargs)
+
+
+class OfAPair(AskedWithoutModel):
+    """What `optimizer_cls_and_kwargs` returns: Trainer takes the groups out of a pair as it uses it."""
+
+    without = (
+        "no group says which matrices get a subspace: the pair of optimizer_cls_and_kwargs has been used, and Trainer "
+        "takes the groups out of it. Ask for a new one, for the model that is trained"
+    )
 
 
 def create_for(trainer: Any, model: nn.Module | None, asked: Any) -> bool:
@@ -157,7 +171,8 @@ def from_arguments(
     shared = _of_replicas(options)
     if shared and _fsdp_version(args) is not None:
         raise ValueError("optim_args: shard_state is for DDP; FSDP2 shards the state by itself, so leave it out")
-    config = _taken_over(args, Config.of(name_of(args), options, model=True, facts=model_facts(model)))
+    name = name_of(args)
+    config = _taken_over(args, Config.of(name, options, model=True, facts=model_facts(model)), name)
     _warn_of_rank(config, options)
     keywords = _keywords(model, config, values, args.optim_target_modules, decaying)
     replicated = _replicated(args)
@@ -183,13 +198,13 @@ def _replicated(args: TrainingArguments) -> bool:
     return bool(args.world_size > 1 and _fsdp_version(args) is None)
 
 
-def _taken_over(args: TrainingArguments, config: Config) -> Config:
+def _taken_over(args: TrainingArguments, config: Config, name: str) -> Config:
     """Return the options with what follows where Trainer does not find whole gradients, whose norm it would clip.
 
     Raises:
         ValueError: for what cannot be honoured there.
     """
-    name, in_hook = name_of(args), config.parts.needs_gradient
+    in_hook = config.parts.needs_gradient
     layerwise, reduced = config.options["layerwise"], config.options["reduce_projected"]
     if reduced and _fsdp_version(args):
         raise ValueError("reduce_projected is for DistributedDataParallel: FSDP2 reduces nothing whole; leave it out")
@@ -202,8 +217,8 @@ def _taken_over(args: TrainingArguments, config: Config) -> Config:
             f"{name} does not run under DistributedDataParallel: its step needs whole gradients. Use FSDP2, or "
             "leave out layerwise"
         )
-    norm = args.max_grad_norm or 0.0
-    if in_hook and (norm or args.gradient_accumulation_steps > 1):
+    norm, jit = args.max_grad_norm or 0.0, getattr(args, "enable_jit_checkpoint", False)  # saved before the step
+    if in_hook and (norm or jit or args.gradient_accumulation_steps > 1):
         config = config.with_(layerwise=OFFLOAD)
     if config.offloads:
         logger.info("%s: whole gradients wait in host memory until the step (layerwise=offload)", name)
@@ -248,20 +263,6 @@ def refuse_unsupported(args: TrainingArguments) -> None:
             f"{name_of(args)} does not run under FSDP1, which flattens the matrices that are projected. "
             'Use FSDP2: --fsdp with {"version": 2} in --fsdp_config.'
         )
-
-
-def hold_clipping(args: TrainingArguments) -> None:
-    """Keep Trainer from clipping in this step; its argument lies beside it, also where the step ends in an error or
-    never comes, as at the end of an epoch of unknown length."""
-    if "_held_max_grad_norm" in vars(args):
-        return
-    args._held_max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
-
-
-def give_clipping_back(args: TrainingArguments) -> None:
-    """Undo `hold_clipping`, if that has been done."""
-    if "_held_max_grad_norm" in vars(args):
-        args.max_grad_norm = vars(args).pop("_held_max_grad_norm")
 
 
 def name_of(args: Any) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_lowrank.hf.arguments import give_clipping_back, hold_clipping, name_of, refuse_unsupported, unwrapped
+from hf_lowrank.hf.arguments import name_of, refuse_unsupported, unwrapped
+from hf_lowrank.hf.clipping import clip_as_told, give_clipping_back, hold_clipping
 from hf_lowrank.hf.model_card import TAG
 from hf_lowrank.hf.unsloth import take_embedding_learning_rate
 from hf_lowrank.methods import resolve
@@ -83,6 +84,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         optimizer._reported_in = (state, self)
         optimizer.layerwise.forget()  # of a backward pass that an error has ended
         self.optimizer = optimizer
+        clip_as_told(optimizer, args, named=name_of(args) in resolve.names())
         optimizer.tell(total_steps=state.max_steps)  # for the rules that switch at a share of the run
         saved = (state.stateful_callbacks or {}).get(SAVED, {})
         main, step = state.is_world_process_zero, state.global_step
@@ -131,6 +133,11 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self.run.end_step(state.global_step, logging=control.should_log, first_overlap=self.first_overlap)
         if control.should_save:
             self._before_saving(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put what a resumed run needs into the state: Trainer may save the best model now."""
+        if self.run is not None:
+            state.stateful_callbacks[SAVED] = self.run.kept()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As at the end of a step, where Trainer saves by epochs."""

@@ -62,12 +62,16 @@ def naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
-        if checkpoint is None or name_of(self.args) not in resolve.names():
+        if checkpoint is None or not is_ours(self):
             return original(self, checkpoint)
         if fault := checkpoint_fault(Path(checkpoint)):
             raise ValueError(f"cannot resume from {checkpoint}: {fault}. Name an earlier checkpoint.")
         if weights_only(Path(checkpoint)):
-            logger.warning("%s holds weights alone (save_only_model): moments and subspaces start anew", checkpoint)
+            logger.warning(
+                "%s holds weights alone (save_only_model): moments, subspaces and the schedule of the learning rate "
+                "start anew",
+                checkpoint,
+            )
         try:
             return original(self, checkpoint)
         except pickle.UnpicklingError as error:
@@ -90,7 +94,7 @@ def with_sums(original: Callable[..., None]) -> Callable[..., None]:
     def _save_optimizer_and_scheduler(self: Trainer, output_dir: str) -> None:
         consolidate(self)
         original(self, output_dir)
-        if not self.args.should_save or name_of(self.args) not in resolve.names():
+        if not self.args.should_save or not is_ours(self):
             return
         folder = Path(output_dir)
         sums = {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in folder.glob(SHARDED)}
@@ -98,6 +102,11 @@ def with_sums(original: Callable[..., None]) -> Callable[..., None]:
             (folder / SUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n")
 
     return _save_optimizer_and_scheduler
+
+
+def is_ours(self: Trainer) -> bool:
+    """Tell whether a Trainer trains with an optimizer of ours, by its name or however it came to it."""
+    return name_of(self.args) in resolve.names() or isinstance(unwrapped(self.optimizer), LowRankOptimizer)
 
 
 def consolidate(self: Trainer) -> None:
@@ -119,6 +128,8 @@ def checkpoint_fault(path: Path) -> str | None:
         return f"{trainer.TRAINER_STATE_NAME} is missing or unreadable ({type(error).__name__})"
     if weights_only(path):
         return None
+    if not (path / trainer.SCHEDULER_NAME).exists():  # Trainer would load neither, and say nothing
+        return f"{trainer.SCHEDULER_NAME} is missing"
     files = path / trainer.OPTIMIZER_NAME, path / trainer.OPTIMIZER_NAME_BIN  # the second is FSDP's full state dict
     sharded = any((folder / ".metadata").exists() for folder in path.glob("optimizer_*"))  # FSDP's own format
     if not sharded and not any(file.exists() and zipfile.is_zipfile(file) for file in files):

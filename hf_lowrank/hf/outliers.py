@@ -5,8 +5,9 @@ Legend: W weight (outputs, inputs) · X inputs of a matrix (tokens, inputs) · A
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from hf_lowrank import modules
 from hf_lowrank.layer_sampling import Layers, OwLore, Rule
@@ -41,8 +43,10 @@ def outlier_shares(layers: Layers, model: nn.Module, batches: Iterable[Any]) -> 
             stack.callback(module.register_forward_pre_hook(partial(_add_squares, squares)).remove)
         stack.callback(model.train, training)
         model.eval()
-        for batch in batches:
-            model(**batch)
+        taken = inspect.signature(model.forward).parameters
+        anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+        for batch in batches:  # what a loss of the user's own reads beside them is left out
+            model(**{key: x for key, x in batch.items() if anything or key in taken})
     return [_share([m for m in some if m in squares], squares, layers.rule.outlier_threshold) for some in linear]
 
 
@@ -74,11 +78,17 @@ def calibration_batches(loader: Any, args: Any, rule: Rule) -> Iterator[Any]:
     assert isinstance(rule, OwLore)
     size, dataset = args.per_device_train_batch_size, loader.dataset
     with _own_randomness():
-        rows = (dataset[i] for i in range(len(dataset))) if hasattr(dataset, "__getitem__") else iter(dataset)
+        streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+        rows = iter(dataset) if streams else (dataset[i] for i in range(len(dataset)))
         for _ in range(rule.calibration_batches):
             if not (some := list(islice(rows, size))):
                 return
             batch = loader.collate_fn(some)
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    "OwLore looks at the inputs of every layer before the training, and its batches are no keyword "
+                    f"arguments of the model, but of type {type(batch).__name__}: use layer_sampling=lisa"
+                )
             yield {key: x.to(args.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
 
 

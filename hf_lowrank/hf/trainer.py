@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, trainer_utils
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank.hf import checkpoints, console, names
@@ -45,10 +45,13 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             return from_arguments(args, model)
         return Trainer.get_optimizer_cls_and_kwargs(for_any_optimizer(args), model)  # type: ignore[no-any-return]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; however it ends, nothing of ours is left on the model or the output folder."""
+        if resume_from_checkpoint is True:
+            last = checkpoints.skipping_incomplete(trainer_utils.get_last_checkpoint)(self.args.output_dir)
+            resume_from_checkpoint = last or True  # Trainer says that there is none
         with around_training(self):
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         checkpoints.naming_what_is_wrong(Trainer._load_optimizer_and_scheduler)(self, checkpoint)

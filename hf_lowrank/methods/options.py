@@ -80,7 +80,7 @@ def switch(default: bool | str = "auto", *, word: str = "auto", help: str) -> An
 
 
 def rank(default: float, *, help: str) -> Any:
-    """Declare a rank: an integer >= 1, or a decimal below 1 as a fraction of the short side."""
+    """Declare a rank: an integer >= 1, or a decimal below 1 as a fraction of the short side; 1.0 may mean either."""
     return _option(
         default, _rank, lambda v: v > 0, "an integer >= 1, or a decimal < 1 as a fraction of the short side", help
     )
@@ -104,8 +104,10 @@ def _boolean(value: Any) -> bool:
 
 
 def _rank(value: Any) -> float | int:
-    number = float(value)
+    number, text = float(value), str(value)
     if isinstance(value, bool) or not isfinite(number) or (number >= 1 and number != int(number)):
+        raise ValueError
+    if number == 1 and text != "1":
         raise ValueError
     return int(number) if number >= 1 else number
 

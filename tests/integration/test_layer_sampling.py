@@ -275,6 +275,29 @@ def test_shares_of_outliers_by_their_definition():
     assert model.training
 
 
+class Streamed(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(tiny_data())
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss * inputs["weight"].mean()
+
+
+def test_outliers_are_looked_for_in_a_stream_and_in_batches_that_hold_more_than_the_model_takes(tmp_path):
+    rule = "layer_sampling=owlore,sampled_layers=1,switch_every=2,outlier_threshold=2"
+    args = arguments(tmp_path, "galore_i3s_adamw", optim_args=f"rank=4,{rule}", remove_unused_columns=False)
+    Trainer(deep(), args, train_dataset=Streamed()).train()
+    data = [{**row, "weight": torch.ones(1)} for row in tiny_data()]
+    model = deep()
+    original = model.forward  # of a model that takes nothing beside what it names
+    model.forward = lambda input_ids=None, labels=None: original(input_ids=input_ids, labels=labels)
+    OwnLoss(model, args, train_dataset=data).train()
+    with pytest.raises(ValueError, match="OwLore looks at the inputs.*of type list: use layer_sampling=lisa"):
+        Trainer(deep(), args, train_dataset=tiny_data(), data_collator=list).train()
+
+
 class Apart(torch.nn.Module):
     """Linear layers that all have the same input."""
 

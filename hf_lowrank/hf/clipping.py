@@ -1,0 +1,52 @@
+"""Clipping where gradients are gone before Trainer could clip them: by the optimizer, as Trainer's argument says."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import TrainingArguments
+
+from hf_lowrank.engine.collectives import replicas
+from hf_lowrank.engine.matrix import reduces
+from hf_lowrank.optimizer import LowRankOptimizer
+
+
+logger = logging.getLogger("hf_lowrank")
+
+
+def clip_as_told(optimizer: LowRankOptimizer, args: TrainingArguments, *, named: bool) -> None:
+    """Let an optimizer that does not leave whole gradients to Trainer clip by Trainer's argument, as it is now.
+
+    Args:
+        optimizer: the one that trains.
+        args: the training arguments.
+        named: whether they name it; else a group that has a norm of its own keeps that.
+    """
+    norm, configs = args.max_grad_norm or 0.0, optimizer.configs
+    if not any(config.hooked or (reduces(config) and replicas() is not None) for config in configs):
+        return
+    if norm and any(config.hooked and config.parts.needs_gradient and not config.offloads for config in configs):
+        logger.warning(
+            "max_grad_norm=%g has no effect: %s steps by a gradient as soon as it is there. Set layerwise=offload, or "
+            "max_grad_norm=0",
+            norm,
+            configs[0].method,
+        )
+        return
+    for group in optimizer.param_groups:
+        if named or not group["max_grad_norm"]:
+            group["max_grad_norm"] = norm
+
+
+def hold_clipping(args: TrainingArguments) -> None:
+    """Keep Trainer from clipping in this step; its argument lies beside it, also where the step ends in an error or
+    never comes, as at the end of an epoch of unknown length."""
+    if "_held_max_grad_norm" in vars(args):
+        return
+    args._held_max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
+
+def give_clipping_back(args: TrainingArguments) -> None:
+    """Undo `hold_clipping`, if that has been done."""
+    if "_held_max_grad_norm" in vars(args):
+        args.max_grad_norm = vars(args).pop("_held_max_grad_norm")
