@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from fitting import fitting
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -207,6 +208,26 @@ def test_activation_rule_is_near_what_autograd_keeps(dtype):
     assert 0.9 < rule / kept < 1.1
 
 
+SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 176}
+IMAGES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+PLAIN = transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig(**TEXT)
+
+
+@pytest.mark.parametrize("kind, config, near", [
+    (*PLAIN, 1.0),
+    (transformers.Gemma3ForConditionalGeneration, transformers.Gemma3Config(
+        text_config=TEXT, vision_config={**IMAGES, "image_size": 28, "patch_size": 14}), 1.0),
+    (transformers.MistralForCausalLM, transformers.MistralConfig(**{**TEXT, "num_hidden_layers": 4}), 1.8),
+    (transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig(
+        **TEXT, moe_intermediate_size=88, num_experts=4, num_experts_per_tok=2), 1.0),
+], ids=["text alone", "with images", "twice the layers", "two experts of half the width"])  # fmt: skip
+def test_sizes_are_found_wherever_a_config_has_them(kind, config, near):
+    rule = {"batch": 2, "seq": 64, "itemsize": 4, "checkpointing": False}
+    plain, other = (activations.activation_bytes(kind(config), **rule) for kind, config in (PLAIN, (kind, config)))
+    assert other / plain == pytest.approx(near, rel=0.15)  # logits and norms are no part of the layers
+
+
 def test_a_budget_is_kept_and_used():
     fitting = budget.fit_budget("7b", memory.parse_bytes("24GB"), "galore_i3s_adamw")
     assert fitting
@@ -217,10 +238,45 @@ def test_a_budget_is_kept_and_used():
         assert more.total > 24e9 or estimate.rank == 2048
     assert budget.fit_budget("7b", 10**9) == []
     assert budget.fit_budget("60m", "1GB") == budget.fit_budget("60m", 10**9) != []
-    assert {found.rank for found in budget.fit_budget("60m", "2GB", "muon_4bit")} == {1}  # it has none
+    assert {found.rank for found in budget.fit_budget("60m", "2GB", "muon_4bit")} == {None}  # it has none
+    assert {found.rank for found in budget.fit_budget("60m", "2GB", "gwt_adamw")} <= {2.0**-i for i in range(1, 7)}
+    assert {found.rank for found in budget.fit_budget("60m", "2GB", options={"rank": 100})} == {100}
     for amount in (0, -1, "24"):
         with pytest.raises(ValueError, match="must be above 0|not an amount of memory"):
             budget.fit_budget("60m", amount)
+    with pytest.raises(ValueError, match="tries layerwise and the plain mode by itself"):
+        budget.fit_budget("60m", "1GB", options={"layerwise": "offload"})
+
+
+@pytest.mark.parametrize("strategy, optim, options, reason", [
+    ("ddp", "fira_adamw_layerwise", {}, "whole gradients: use fsdp2"),
+    ("ddp", "galore_i3s_adamw", {"layerwise": "offload"}, "whole gradients: use fsdp2"),
+    ("ddp_sharded", "galore_i3s_adamw_layerwise", {}, "does not go together with layerwise"),
+    ("", "galore_i3s_adamw", {"shard_state": True, "reduce_projected": True}, "leave out reduce_projected"),
+    ("fsdp2", "galore_i3s_adamw", {"reduce_projected": True}, "leave out reduce_projected"),
+    ("fsdp2", "galore_i3s_adamw", {"async_refresh": 2}, "leave out async_refresh"),
+    ("fsdp2", "galore_i3s_adamw", {"proj_type": "full"}, "needs whole weights"),
+    ("fsdp2", "galore_i3s_adamw", {"shard_basis": True, "basis_format": "4bit"}, "shard_basis keeps pieces"),
+    ("fsdp2", "galore_i3s_adamw", {"shard_state": True}, "shard_state is for DistributedDataParallel"),
+])  # fmt: skip
+def test_what_training_refuses_has_no_figures(strategy, optim, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        memory.estimate_memory("9m", optim, rank=8, gpus=2, strategy=strategy, options=options)
+    modes = {found.layerwise for found in budget.fit_budget("60m", "2GB", "fira_adamw", gpus=2)}
+    assert modes == {False}  # a budget passes over them
+
+
+@pytest.mark.parametrize("value, strategy", [("false", "ddp"), ("true", "ddp_sharded")])
+def test_shard_state_is_read_as_the_trainer_reads_it(value, strategy):
+    found = memory.estimate_memory("9m", "galore_i3s_adamw", rank=8, gpus=2, options={"shard_state": value})
+    assert found.strategy == strategy
+    with pytest.raises(ValueError, match="shard_state must be true or false, got 'maybe'"):
+        memory.estimate_memory("9m", "galore_i3s_adamw", rank=8, gpus=2, options={"shard_state": "maybe"})
+
+
+def test_options_of_ours_are_none_of_torchs():
+    with pytest.raises(ValueError, match="adamw_torch is torch's, and has none of these options: layerwise"):
+        memory.estimate_memory("9m", "adamw_torch", layerwise=True)
 
 
 def test_text_and_json():

@@ -291,7 +291,47 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     rows = [*history(), {"step": 110, "loss": float("nan")}, {"step": 120, "eval_loss": float("inf")}, {"loss": 1}, 7]
     (run / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
     report = write_report([run], tmp_path / "out")
-    assert "loss_steps" in report.figures and report.problems == ()
+    assert "loss_steps" in report.figures
+    assert report.problems == (f"{run}: losses from step 110 on are not finite numbers: the run diverged",)
+
+
+@pytest.mark.parametrize("damage", ["not finite", "another shape", "no index"])
+def test_weights_that_cannot_be_compared_take_no_run_with_them(damage, tmp_path):
+    bad = make_run(tmp_path / "bad")
+    wrong = torch.full((8, 12), math.nan) if damage == "not finite" else torch.ones(9, 12)
+    save_file({f"{name}.weight": wrong.clone() for name in MODULES}, bad / "checkpoint-100" / "model.safetensors")
+    if damage == "no index":
+        (bad / "checkpoint-100" / "model.safetensors.index.json").write_text("[]")
+    else:
+        with pytest.raises(ValueError, match="weights of checkpoints 50 and 100 are not finite, or of other shapes"):
+            weight_change(read_run(bad), 1)
+    report = write_report([make_run(tmp_path / "good"), bad], tmp_path / "out")
+    assert {"spectrum", "loss_steps"} <= set(report.figures)
+
+
+def test_a_run_that_went_on_after_its_end_is_read_from_its_last_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run")
+    later = [*history(), {"step": 150, "loss": 2.0}]
+    (run / "checkpoint-100").rename(run / "checkpoint-150")
+    (run / "checkpoint-150" / "trainer_state.json").write_text(json.dumps({"log_history": later}))
+    assert read_run(run).curve("loss")[-1] == (150.0, 2.0)
+
+
+def test_the_table_counts_all_steps_and_all_sessions(tmp_path):
+    run = make_run(tmp_path / "run", ours=False)
+    rows = [*history(), {"step": 160, "train_runtime": 30.0, "train_loss": 3.0}]  # logged too rarely for a second loss
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    read = read_run(run)
+    (row,) = summary_rows([read])
+    assert (row["steps"], row["seconds"]) == ("160", "80")
+    assert read.seconds()[0](80.0) == pytest.approx(40.0)
+
+
+def test_names_of_folders_are_shown_as_they_are(tmp_path):
+    pytest.importorskip("matplotlib")
+    report = write_report([make_run(tmp_path / "_old"), make_run(tmp_path / "a$b_{$")], tmp_path / "out")
+    svg = report.page.read_text()
+    assert svg.count("_old</text>") >= 2 and svg.count("a$b_{$</text>") >= 2
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):

@@ -128,6 +128,8 @@ def memory(
         else:
             kwargs = {"rank": rank or None, "checkpointing": checkpointing, "strategy": one, **shared}
             found.append(estimate_memory(model, optim, **kwargs))
+    if found and found[0].rank is None and (rank or "rank" in options):
+        print(f"hf-lowrank: {optim} has no subspace, so rank has no effect", file=sys.stderr)
     if as_json:
         print(json.dumps([estimate.as_dict() for estimate in found], indent=2))
     elif not found:

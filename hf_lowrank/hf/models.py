@@ -55,7 +55,7 @@ def load_model(model: str | Path | nn.Module) -> nn.Module:
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(str(model))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # those of huggingface_hub for a bad value are no ValueError
             if Path(model).exists():
                 raise ValueError(f"the config {str(model)!r} cannot be read: {error}") from error
             raise ValueError(

@@ -26,6 +26,7 @@ from hf_lowrank.observe import counting as bytes_of
 from hf_lowrank.observe.units import parse_bytes as parse_bytes
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.planning.activations import activation_bytes
+from hf_lowrank.planning.refusals import check as check_runs
 from hf_lowrank.planning.strategies import strategy_of
 from hf_lowrank.planning.traffic import Tokens, Traffic
 
@@ -162,7 +163,8 @@ def estimate_memory(
         strategy: how the run is spread over them, one of strategies.NAMES; "" for DistributedDataParallel.
 
     Raises:
-        ValueError: for an unknown model, method, option, dtype or strategy; the message lists what is valid.
+        ValueError: for an unknown model, method, option, dtype or strategy, with what is valid; for a combination that
+            training refuses (`refusals.DoesNotRun`).
     """
     _check(dtype, counting, batch, seq)
     net = loaded(model)
@@ -172,7 +174,7 @@ def estimate_memory(
     blank = MemoryEstimate(
         model=str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         optim=optim,
-        rank=rank,
+        rank=None,
         batch=batch,
         seq=seq,
         dtype=dtype,
@@ -197,7 +199,11 @@ def estimate_memory(
     )
     tokens = Tokens(batch, seq, _usual(net, size))
     rule = layer_sampling.take(given)
+    if optim in ADAMW and given:
+        raise ValueError(f"{optim} is torch's, and has none of these options: {', '.join(given)}")
     optimizer = None if optim in ADAMW else build_optimizer(net, optim, rank, given)
+    if optimizer is not None:
+        check_runs(spread, optim, optimizer.configs)
     trained = [(name, p) for name, p in modules.trainable(net)]
     with layer_sampling.at_most(net, [p for _, p in trained], rule):
         if optimizer is None:
@@ -211,7 +217,7 @@ def estimate_memory(
             low_rank, dense = bytes_of.state_bytes(kept_pieces, *([paper_bytes] if counting == "bf16" else []))
             found = replace(
                 blank,
-                rank=matrices[0]["rank"] if matrices else rank,
+                rank=_rank_of(optimizer),
                 layerwise=any(group["layerwise"] for group in matrices),
                 gradients=bytes_of.gradient_bytes(pieces, size),
                 workspace=bytes_of.workspace_bytes(pieces, size),
@@ -220,6 +226,12 @@ def estimate_memory(
             )
         step = [one for one in whole if one.weight.requires_grad]
         return replace(found, gathered=spread.gathered(net, step, size), sent=spread.traffic(net, step, size, tokens))
+
+
+def _rank_of(optimizer: LowRankOptimizer) -> float | None:
+    """Return the rank of the matrices, or None where they are stepped whole."""
+    low_rank = [config for config in optimizer.configs if config.low_rank]
+    return low_rank[0].options["rank"] if low_rank and not low_rank[0].parts.subspace.whole else None
 
 
 DENSE = Config.of("full_adamw", {}, low_rank=False)

@@ -20,6 +20,8 @@ from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.engine.plan import Plan, projected_bytes
 from hf_lowrank.engine.schedule import owners
 from hf_lowrank.engine.work import Declared
+from hf_lowrank.methods import options as opt
+from hf_lowrank.methods.common import ReplicaOptions
 from hf_lowrank.observe.counting import Size, weight_bytes
 from hf_lowrank.planning.traffic import (
     Split,
@@ -277,12 +279,17 @@ def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]
         options: of the optimizer: `shard_state` is looked at.
 
     Raises:
-        ValueError: for a name that is none of these, too few processes, or a model that has no plan for it.
+        ValueError: for a name that is none of these, too few processes, a model that has no plan for it, or
+            `shard_state` beside another strategy than DistributedDataParallel.
     """
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     if name and name not in NAMES:
         raise ValueError(f"strategy must be one of {', '.join(NAMES)}, got {name!r}")
+    own = opt.schema(ReplicaOptions)
+    sharded = opt.parse("shard_state", options.get("shard_state", False), own, what="optimizer")
+    if sharded and name not in ("", "ddp", "ddp_sharded"):
+        raise ValueError(f"shard_state is for DistributedDataParallel: leave it out for {name}")
     if gpus == 1:
         if name:
             raise ValueError(f"strategy={name} needs more than one process: set gpus")
@@ -299,5 +306,4 @@ def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]
         if not plan:
             raise ValueError(f"{type(net).__name__} has no plan for tensor parallel training: take fsdp2 or ddp")
         return Tensors(gpus, dict(plan))
-    owned = name == "ddp_sharded" or options.get("shard_state", False)
-    return (Owned if owned else Replicated)(gpus)
+    return (Owned if sharded or name == "ddp_sharded" else Replicated)(gpus)

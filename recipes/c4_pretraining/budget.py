@@ -29,7 +29,8 @@ class BudgetArguments:
         },
     )
     warmup_share: float = field(
-        default=0.1, metadata={"help": "Warm-up as a share of all steps, where --warmup_steps gives none."}
+        default=0.1,
+        metadata={"help": "Warm-up as a share of all steps, where --warmup_steps gives none; 0: no warm-up at all."},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,8 +33,9 @@ class Cell:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells this training from others in a file of results."""
-        return {"row": self.row, "task": self.task, "seed": self.seed, "options": " ".join(self.options)}
+        """What tells this training from others in a file of results; not whether it goes on from a checkpoint."""
+        text = re.sub(r" --resume_from_checkpoint[ =](?!--)\S+", "", " " + " ".join(self.options)).strip()
+        return {"row": self.row, "task": self.task, "seed": self.seed, "options": text}
 
     def command(self, folder: Path) -> list[str]:
         """Return the whole command line."""

@@ -76,7 +76,9 @@ def _scores(row: str, by_task: dict[str, list[Run]], first: dict[str, str] | Non
 
 
 def _seconds(row: str, by_task: dict[str, list[Run]]) -> list[str]:
-    """Return a row of wall times."""
+    """Return a row of wall times, of the trainings whose time is known."""
+    timed = {name: [run for run in runs if "train_seconds" in run] for name, runs in by_task.items()}
+    by_task = {name: runs for name, runs in timed.items() if runs}
     cells = [spread([run["train_seconds"] for run in by_task.get(name, [])], "{:.1f}") for name in TASKS]
     return [row, *cells, _average(by_task, lambda run, name: run["train_seconds"], "{:.1f}")]
 

@@ -113,7 +113,8 @@ def prepared(rows: Dataset, split: str, glue: GlueArguments, tokenizer: PreTrain
 
 
 def finish(trainer: Trainer, result: dict[str, Any]) -> None:
-    """Leave the results, and an ordinary model where models are saved."""
+    """Leave the results and the log, and an ordinary model where models are saved."""
+    trainer.save_state()
     if trainer.is_world_process_zero():
         (Path(trainer.args.output_dir) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     if trainer.args.save_strategy != "no":
@@ -133,8 +134,9 @@ def run(trainer: Trainer, validation: dict[str, Dataset], task: Task, resume: st
         sizes["peak_mib"] = torch.cuda.max_memory_allocated(device) / MIB
     return {
         "metrics": {split: scores(trainer.evaluate(rows), task) for split, rows in validation.items()},
-        "train_seconds": round(done.metrics["train_runtime"], 2),
-        "train_loss": round(done.training_loss, 4),
+        # of one that went on from a checkpoint these would be the last session's
+        **({} if resume else {"train_seconds": round(done.metrics["train_runtime"], 2)}),
+        **({} if resume else {"train_loss": round(done.training_loss, 4)}),
         "steps": done.global_step,
         **{name: round(size, 2) for name, size in sizes.items()},
     }

@@ -24,8 +24,8 @@ def optimizer_with_two_rates(
 
     GaLore and its relatives have two rates by design: lr x scale for what they project, lr for embeddings, head and
     norms. A comparison that gives one rate to the others favours them. Here the matrices of any optimizer have their
-    own: lr x scale is matrix_learning_rate for a low-rank one (Fira's residual moves at matrix_learning_rate / scale,
-    as it does in its authors' code); with adapters, the factors have it.
+    own: lr x scale (of APOLLO's, its root) is matrix_learning_rate for a low-rank one (Fira's residual moves at
+    matrix_learning_rate / scale, as it does in its authors' code); with adapters, the factors have it.
 
     AdamW on bf16 weights becomes hf_lowrank's dense AdamW: torch's keeps its moments in bf16 as well, where the second
     one cannot fall any more, and rounds small updates away.
@@ -41,10 +41,10 @@ def optimizer_with_two_rates(
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if issubclass(cls, hf_lowrank.LowRankOptimizer):
         if matrix_learning_rate is not None:
-            filled = cls(**kwargs).param_groups  # with the defaults of the options that were not given
-            for group, options in zip(kwargs["params"], filled, strict=True):
+            configs = cls(**kwargs).configs  # with the defaults of the options that were not given
+            for group, config in zip(kwargs["params"], configs, strict=True):
                 if "rank" in group:
-                    group["lr"] = matrix_learning_rate / options.get("scale", 1.0)
+                    group["lr"] = matrix_learning_rate / config.parts.reconstruction.rate(config.options["scale"])
             logger.info("--matrix_learning_rate: matrices at lr x scale = %g instead", matrix_learning_rate)
         return cls, kwargs
     groups = _groups(model, args, args.learning_rate if matrix_learning_rate is None else matrix_learning_rate)

@@ -203,10 +203,10 @@ def train(cell: Cell, text: Text) -> dict[str, Any]:
 def as_adam(optimizer: str, rate: float) -> float:
     """Return the rate at which a matrix's update has the size that it has elsewhere.
 
-    APOLLO multiplies by sqrt(scale), not by scale; with the 128 of APOLLO-Mini, the short side here, and rank 1 that
-    makes the update as long as Adam's. So it is `rate` itself that it needs, not rate / 128.
+    APOLLO multiplies by sqrt(scale); with the 128 of APOLLO-Mini, the short side here, and rank 1 that makes the
+    update as long as Adam's. So it is `rate` itself that it needs, not rate / sqrt(128).
     """
-    return rate * 128 if optimizer == "apollo_mini_adamw" else rate
+    return rate * 128**0.5 if optimizer == "apollo_mini_adamw" else rate
 
 
 def scored(record: Record, optimizer: str) -> picture.Point | None:

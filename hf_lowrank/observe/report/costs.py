@@ -26,11 +26,11 @@ def bars(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     for run in runs:
         held = run.described.get("memory", {})
         if held.keys() >= COMPONENTS.keys():
-            ours[run.name] = {key: held[key] for key in COMPONENTS}
+            ours[style.label(run.name)] = {key: held[key] for key in COMPONENTS}
             adamw = {"weights": held["weights"], "gradients": held.get("adamw_gradients", held["gradients"])}
             reference = adamw | {"low_rank_state": 0, "dense_state": held.get("adamw_state", 0)}
             if reference not in theirs.values():
-                theirs["AdamW" if not theirs else f"AdamW, as {run.name}"] = reference
+                theirs["AdamW" if not theirs else f"AdamW, as {style.label(run.name)}"] = reference
     return ours | theirs
 
 
@@ -88,7 +88,7 @@ def step_times(runs: Sequence[Run]) -> Drawing:
             axes.plot([median(ordinary)] * 2, [row - 0.3, row + 0.06], color=style.INK, linewidth=2)
     axes.set(xlabel="milliseconds per step", ylim=(len(timed) - 0.4, -0.6))
     style.log_scale(axes, "x")
-    axes.set_yticks(range(len(timed)), [run.name for _, run in timed])
+    axes.set_yticks(range(len(timed)), [style.label(run.name) for _, run in timed])
     axes.grid(axis="y", visible=False)
     caption = "Ticks: ordinary steps, their median a long one; triangles: steps with a refresh, the first among them. "
     title = "Step times"

@@ -104,8 +104,9 @@ def _plot(axes: Any, run: Run, i: int, panel: Panel, over: str) -> bool:
     drawn = False
     for points, marked in panel.lines(run):
         if points and clock is not None:
-            how = {"label": run.name} if marked else _THIN
-            axes.plot(*style.thin([(clock(step), value) for step, value in points]), **style.look(i) | how)
+            how = {"label": style.label(run.name)} if marked else _THIN
+            steps, values = style.thin(points)
+            axes.plot([clock(step) for step in steps], values, **style.look(i) | how)
             drawn = True
     return drawn
 
@@ -130,10 +131,10 @@ def gap(runs: Sequence[Run]) -> Drawing:
     base = dict(curves[0])
     for i, (run, curve) in enumerate(zip(runs[1:], curves[1:], strict=True), 1):
         if points := [(step, value - base[step]) for step, value in curve if step in base]:
-            axes.plot(*style.thin(points), **style.look(i), label=run.name)
+            axes.plot(*style.thin(points), **style.look(i), label=style.label(run.name))
     drawn = bool(axes.lines)
     axes.axhline(0, color=style.INK, linewidth=1)
-    axes.set(xlabel="training step", ylabel=f"difference of {what}")
+    axes.set(xlabel="training step", ylabel=f"difference of {style.label(what)}")
     caption = f"{what[:1].upper()}{what[1:]} ({source}) less that of {runs[0].name}, at the steps that both have."
     caption += " Below zero: better." if what == "perplexity" else ""
     title = f"{what[:1].upper()}{what[1:]} gap to {runs[0].name}"
@@ -163,7 +164,7 @@ def gauges(runs: Sequence[Run]) -> Drawing:
     for axes, (name, curves) in zip(panels, found.items(), strict=False):
         for i, (run, points) in enumerate(zip(runs, curves, strict=True)):
             if points:
-                axes.plot(*style.thin(points), **style.look(i), label=run.name)
+                axes.plot(*style.thin(points), **style.look(i), label=style.label(run.name))
         axes.set(title=named(name))
     panels[-1].set_xlabel("training step")
     said = "; ".join(f"{named(name)}: {declared[name]}" for name in found)
@@ -176,7 +177,7 @@ def update_rank(runs: Sequence[Run]) -> Drawing:
     figure, (axes,) = style.canvas()
     for i, run in enumerate(runs):
         if points := run.curve("lowrank/update_rank"):
-            axes.plot(*style.thin(points), **style.look(i), label=run.name)
+            axes.plot(*style.thin(points), **style.look(i), label=style.label(run.name))
     drawn = bool(axes.lines)
     axes.set(xlabel="training step of the checkpoint", ylabel="effective rank")
     axes.set_ylim(bottom=0)

@@ -86,20 +86,21 @@ def _row(run: Run, metrics: Sequence[str]) -> dict[str, str]:
     best = min((y for _, y in validation), default=None)
     state = run.curve("lowrank/state_mib")
     times = [float(s["ms"]) for s in run.steps]
-    seconds = [y for _, y in run.curve("train_runtime")] or [y for _, y in run.measured()]
+    measured, sessions = run.measured(), [y for _, y in run.curve("train_runtime")]
+    seconds = max(y for _, y in measured) if measured else sum(sessions) if sessions else None
     found = run.metrics()
     return {
         "run": run.name,
         "optimizer": run.optimizer,
         "rank": NOTHING if run.rank is None else f"{run.rank:g}",
-        "steps": f"{max((step for step, _ in [*training, *validation]), default=0):.0f}",
+        "steps": f"{run.last_step:.0f}",
         "training loss": _number(training[-1][1] if training else None),
         "best validation loss": _number(best),
         "perplexity": _number(None if best is None or not run.language_model else curves.perplexity(best)),
         **{curves.named(name): _number(found[name][-1][1] if name in found else None) for name in metrics},
         "state, MiB": _number(state[-1][1] if state else None),
         "ms per step": f"{median(times):.3g}" if times else NOTHING,
-        "seconds": _number(seconds[-1] if seconds else None),
+        "seconds": _number(seconds),
     }
 
 

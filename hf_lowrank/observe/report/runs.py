@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,14 +109,28 @@ class Run:
 
         Without a file of steps the whole training time is spread evenly over the steps.
         """
-        measured = self.measured()
+        measured = sorted(dict(self.measured()).items())  # of a step that was run again the last
         if len(measured) > 1:
             return lambda step: _interpolate(measured, step), True
-        total = [row for row in self.history if is_number(row.get("train_runtime")) and row.get("step")]
-        if not total:
+        sessions, last = self.curve("train_runtime"), self.last_step
+        if not sessions or not last:
             return None, False
-        rate = total[-1]["train_runtime"] / total[-1]["step"]
+        rate = sum(seconds for _, seconds in sessions) / last  # sessions that did not end have left no time
         return lambda step: float(rate * step), False
+
+    @property
+    def last_step(self) -> float:
+        """The last step that is known of."""
+        return max(
+            (float(row["step"]) for row in [*self.history, *self.steps] if is_number(row.get("step"))), default=0
+        )
+
+    @property
+    def diverged(self) -> int | None:
+        """The step from which on no training loss is a finite number, if there is one."""
+        losses = [(row["step"], row["loss"]) for row in self.history if "loss" in row and is_number(row.get("step"))]
+        good = max((i for i, (_, loss) in enumerate(losses) if is_number(loss)), default=-1)
+        return int(losses[good + 1][0]) if good + 1 < len(losses) else None
 
 
 def read_run(folder: Path) -> Run:
@@ -144,6 +159,8 @@ def read_run(folder: Path) -> Run:
         steps=[row for row in rows[records.STEPS_FILE] if is_number(row.get("ms"))],
         checkpoints=checkpoints,
     )
+    if run.diverged is not None:
+        problems.append(f"losses from step {run.diverged} on are not finite numbers: the run diverged")
     if run.empty:
         problems.append(
             f"nothing to draw: neither a readable {STATE_FILE} (here or in a checkpoint) nor our own files"
@@ -166,14 +183,22 @@ def name_runs(runs: Sequence[Run]) -> list[Run]:
 
 
 def _history(folder: Path, checkpoints: Sequence[tuple[int, Path]], problems: list[str]) -> Rows:
-    """Return the longest log history: the folder's own, or that of the last checkpoint with a readable one."""
+    """Return the longest log history: the folder's own, or that of the last checkpoint with a readable one.
+
+    Trainer writes the folder's own when a training ends; one that goes on after that leaves it behind its checkpoints.
+    """
     candidates = [folder / STATE_FILE, *(path / STATE_FILE for _, path in reversed(checkpoints))]
+    found: list[Rows] = []
     for file in candidates:
         state = _json(file, problems)
         if isinstance(state, dict) and isinstance(state.get("log_history"), list):
-            return [row for row in state["log_history"] if isinstance(row, dict)]
-        if state is not None:
+            found.append([row for row in state["log_history"] if isinstance(row, dict)])
+            if file.parent != folder:
+                break
+        elif state is not None:
             problems.append(f"{file.relative_to(folder)} has no log history")
+    if found:
+        return max(found, key=lambda rows: max((row["step"] for row in rows if is_number(row.get("step"))), default=0))
     if not any(file.exists() for file in candidates):
         problems.append(f"no {STATE_FILE}, here or in a checkpoint: no losses (Trainer writes it when it saves)")
     return []
@@ -222,7 +247,7 @@ def is_number(value: Any) -> bool:
 
 
 def _interpolate(points: Points, x: float) -> float:
-    before = [(a, b) for a, b in points if a <= x] or [(0.0, 0.0)]
-    after = [(a, b) for a, b in points if a > x]
-    (x0, y0), (x1, y1) = before[-1], after[0] if after else before[-1]
+    i = bisect_right(points, x, key=lambda point: point[0])
+    x0, y0 = points[i - 1] if i else (0.0, 0.0)
+    x1, y1 = points[i] if i < len(points) else (x0, y0)
     return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)

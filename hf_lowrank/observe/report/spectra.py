@@ -27,7 +27,7 @@ def weight_change(run: Run, matrices: int) -> tuple[tuple[int, int], dict[str, l
         sigma_i / sigma_1 in descending order for each matrix; None where there are not two checkpoints with weights.
 
     Raises:
-        ValueError: if the weights of a checkpoint cannot be read.
+        ValueError: if the weights of a checkpoint cannot be read, or none of them can be compared.
     """
     usable = [(step, path) for step, path in run.checkpoints if _files(path)]
     if len(usable) < 2 or matrices < 1:
@@ -35,11 +35,16 @@ def weight_change(run: Run, matrices: int) -> tuple[tuple[int, int], dict[str, l
     (first, a), (last, b) = usable[-2:]
     old, new = _Weights(a), _Weights(b)
     targets = _targets(run, old, new)
-    result = {}
+    result, left = {}, 0
     for name in _some(targets, matrices):
-        sigma = torch.linalg.svdvals(_matrix(new[name]) - _matrix(old[name]))
-        if sigma[0] > 0:
+        before, after = _matrix(old[name]), _matrix(new[name])
+        change = after - before if after.shape == before.shape else after.new_full((1, 1), math.nan)
+        if not change.isfinite().all():
+            left += 1
+        elif (sigma := torch.linalg.svdvals(change))[0] > 0:
             result[name] = (sigma / sigma[0]).tolist()
+    if left and not result:
+        raise ValueError(f"weights of checkpoints {first} and {last} are not finite, or of other shapes")
     return ((first, last), result) if result else None
 
 
@@ -77,9 +82,9 @@ def _files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names: dict[str, Any] = json.loads(index.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError):
+            return sorted({folder / name for name in names.values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
-        return sorted({folder / name for name in names.values()})
     return [file for file in (folder / "model.safetensors",) if file.exists()]
 
 

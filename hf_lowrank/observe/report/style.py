@@ -64,6 +64,11 @@ def look(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % 8], "linestyle": DASHES[j], "marker": MARKERS[j], "markevery": 0.12}
 
 
+def label(text: str) -> str:
+    """Return text that matplotlib shows as it is: a legend leaves out what begins with _, and $ begins a formula."""
+    return ("\N{ZERO WIDTH SPACE}" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def thin(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
     """Return x and y of at most POINTS points, evenly chosen, the last among them."""
     stride = -(-len(points) // POINTS) or 1

@@ -61,7 +61,12 @@ def captured(runs: Sequence[Run]) -> Drawing:
             columns = [[points[j] for points in lines.values()] for j in range(length)]
             if columns:
                 steps = [fmean(step for step, _ in column) for column in columns]
-                axes.plot(steps, [fmean(v for _, v in column) for column in columns], **style.look(i), label=run.name)
+                axes.plot(
+                    steps,
+                    [fmean(v for _, v in column) for column in columns],
+                    **style.look(i),
+                    label=style.label(run.name),
+                )
                 low, high = ([pick(v for _, v in column) for column in columns] for pick in (min, max))
                 axes.fill_between(steps, low, high, color=style.COLOURS[i % 8], alpha=0.15, linewidth=0)
         axes.set(title=keys[key])
@@ -88,7 +93,7 @@ def spectrum(runs: Sequence[Run], matrices: int) -> Drawing:
         if change is not None:
             (first, last), spectra = change
             x, y = mean_spectrum(list(spectra.values()))
-            axes.plot(x, y, **style.look(i), label=run.name)
+            axes.plot(x, y, **style.look(i), label=style.label(run.name))
             notes.append(f"{run.name}: steps {first} to {last}, {len(spectra)} matrices.")
     axes.set(xlabel="i / number of singular values", ylabel="σᵢ / σ₁", yscale="log", xlim=(0, 1))
     caption = f"Singular values of the difference of weights between the last two checkpoints. {' '.join(notes)}"
