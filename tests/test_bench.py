@@ -98,3 +98,28 @@ def test_the_script_for_a_gpu_runs_every_section_that_needs_no_time(tmp_path):
         assert found["device"] == "cpu"
     refresh = json.loads((tmp_path / "refresh.json").read_text())["results"]["64 x 96"]
     assert refresh["gram"]["worst cosine"] > 0.999
+
+
+@pytest.mark.processes
+def test_two_versions_take_turns(tmp_path):
+    """A checkout beside itself; one that has no such method says which."""
+    command = [
+        sys.executable,
+        RUN.with_name("versions.py"),
+        "--before",
+        RUN.parents[2],
+        "--sizes",
+        "9m",
+        "--rounds",
+        "2",
+    ]
+    command += ["--seconds", "0.01", "--names"]
+    done = subprocess.run([*command, "galore_i3s_adamw"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = done.stdout.splitlines()[-1].split("|")
+    assert row[3].strip() == "`galore_i3s_adamw`" and float(row[4]) > 0 and float(row[5]) > 0
+    (tmp_path / "hf_lowrank").mkdir()
+    (tmp_path / "hf_lowrank" / "__init__.py").touch()
+    command[3] = tmp_path
+    done = subprocess.run([*command, "galore_i3s_adamw"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and f"galore_i3s_adamw does not run in {tmp_path}" in done.stderr

@@ -68,6 +68,9 @@ def test_the_table_of_the_long_runs():
         assert minus(long, "muon_4bit", BASELINE) in page and minus(long, "frugal_adamw", BASELINE) in page
     for row in ("full_adamw", "frugal_adamw", "subtrack_pp_adamw"):
         check_behind(long, row, "alice_adamw", section)
+    for row in ("full_adamw", "fira_adamw", "frugal_adamw", "subtrack_pp_adamw", "alice_adamw", "muon_4bit"):
+        check_behind(long, "galore_dominant_adamw", row, section)
+    assert minus(long, "muon_4bit", "full_muon") in section
     for row in ("fira_adamw", "frugal_adamw", "subtrack_pp_adamw"):
         check_behind(long, row, "muon_4bit", section)
         assert interval([*long[row].losses.values()])[0] - interval([*long[row].losses.values()])[1] > sum(
