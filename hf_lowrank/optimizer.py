@@ -110,6 +110,7 @@ class LowRankOptimizer(Replicas):
         self.refreshes_here = 0
         self.projected_grad_norm: float | None = None
         self.grad_norm: float | None = None  # of whole gradients, where those are clipped here
+        self.norm_of_trainer: float | None = None  # what max_grad_norm was taken to be from its arguments
         self.layerwise = Layerwise()
         self._ahead = Ahead()
         self._reported_in: Any = None  # the run whose callback reports on this optimizer

@@ -187,6 +187,27 @@ def test_all_strategies_are_those_that_there_are_processes_for(run):
         assert ("left out hsdp" in err) == (gpus == 2)
 
 
+def test_all_strategies_are_those_in_which_it_runs(run):
+    command = [
+        "memory",
+        "9m",
+        "--optim",
+        "fira_adamw_layerwise",
+        "--rank",
+        8,
+        "--gpus",
+        4,
+        "--strategy",
+        "all",
+        "--json",
+    ]
+    code, out, err = run(*command)
+    assert code == 0 and [one["strategy"] for one in json.loads(out)] == ["fsdp2", "hsdp", "tp"]
+    assert "left out ddp: fira_adamw_layerwise does not run so under ddp" in err and "left out ddp_sharded" in err
+    code, out, err = run("memory", "9m", "--optim", "apollo_mini_adamw", "--rank", 1, "--json")
+    assert code == 0 and json.loads(out)[0]["rank"] == 1
+
+
 def test_memory_prints_every_part_and_what_fits_a_budget(run):
     code, out, _ = run("memory", "60m", "--rank", 128)
     assert code == 0 and "58.1 M parameters" in out and "total" in out

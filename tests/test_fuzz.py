@@ -73,8 +73,8 @@ def train(data: st.DataObject) -> None:
         "basis_format": data.draw(st.sampled_from(["fp32", "bf16", "8bit", "4bit"]), "basis_format"),
         "layerwise": data.draw(st.booleans(), "layerwise"),
     }
-    if parts.reconstruction.scales_residual and options["basis_format"] in ("8bit", "4bit"):  # refused
-        options["basis_format"] = "bf16"
+    if parts.reconstruction.scales_residual:  # others are refused
+        options["basis_format"] = "fp32"
     if 70 in shape:
         options["rank"] = 64
     for key, values in (

@@ -277,6 +277,12 @@ def test_shard_state_is_read_as_the_trainer_reads_it(value, strategy):
 def test_options_of_ours_are_none_of_torchs():
     with pytest.raises(ValueError, match="adamw_torch is torch's, and has none of these options: layerwise"):
         memory.estimate_memory("9m", "adamw_torch", layerwise=True)
+    assert memory.estimate_memory("9m", "adamw_torch", layerwise=False).layerwise is False
+
+
+def test_a_budget_that_nothing_runs_in_says_why():
+    with pytest.raises(ValueError, match="leave out async_refresh"):
+        budget.fit_budget("60m", "24GB", options={"async_refresh": 2}, gpus=2, strategy="fsdp2")
 
 
 def test_text_and_json():

@@ -50,6 +50,10 @@ def history(offset=0.0):
     return [*rows, {"step": 100, "train_runtime": 50.0, "train_loss": 3.5}]
 
 
+def history_of_loss():
+    return [(float(row["step"]), row["loss"]) for row in history() if "loss" in row]
+
+
 def checkpoint(folder, step, scale):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
@@ -315,6 +319,9 @@ def test_a_run_that_went_on_after_its_end_is_read_from_its_last_checkpoint(tmp_p
     (run / "checkpoint-100").rename(run / "checkpoint-150")
     (run / "checkpoint-150" / "trainer_state.json").write_text(json.dumps({"log_history": later}))
     assert read_run(run).curve("loss")[-1] == (150.0, 2.0)
+    other = [{"step": s, "loss": 9.0} for s in range(10, 1001, 10)]  # of a run that was there before
+    (run / "checkpoint-150" / "trainer_state.json").write_text(json.dumps({"log_history": other}))
+    assert read_run(run).curve("loss")[-1] == history_of_loss()[-1]
 
 
 def test_the_table_counts_all_steps_and_all_sessions(tmp_path):

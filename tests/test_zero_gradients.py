@@ -205,7 +205,7 @@ def test_gradients_at_the_end_of_the_range_of_fp32_leave_everything_finite(name,
     assert all(value.isfinite().all() for value in opt.state[p].values())
 
 
-@pytest.mark.parametrize("size", [1e-23, 1e-25, 1e-30])
+@pytest.mark.parametrize("size", [1e-18, 3e-23, 1e-25, 1e-30])
 def test_stable_spam_takes_a_gradient_whose_squares_underflow_as_it_is(size):
     """Divided by a norm of 0 it would be 1e37 times as large, and the second moment would remember it for good."""
     shape, stream = (8, 16), gradients((8, 16), 20)

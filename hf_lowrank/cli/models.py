@@ -103,11 +103,12 @@ def memory(
     of the two counts.
     """
     options = split_assignments(optim_args)
+    rank = int(rank) if rank >= 1 and rank == int(rank) else rank
     if rank and "rank" in options:
         raise ValueError(f"the rank is given twice: --rank {rank:g} and rank={options['rank']} in --optim-args")
     from hf_lowrank.planning.budget import fit_budget
     from hf_lowrank.planning.memory import ADAMW, estimate_memory
-    from hf_lowrank.planning.strategies import NAMES, possible
+    from hf_lowrank.planning.strategies import NAMES, DoesNotRun, possible
 
     row = optim if optim in ADAMW and not budget else resolve.split(optim)[0]
     if budget and (checkpointing or row != optim):
@@ -122,12 +123,17 @@ def memory(
         print(f"hf-lowrank: left out {', '.join(left)}, which {gpus} GPUs cannot be divided for", file=sys.stderr)
     found = []
     for one in strategies:
-        if budget:
-            ranks = [int(rank) if rank >= 1 else rank] if rank else None
-            found += fit_budget(model, parse_bytes(budget), optim, ranks=ranks, strategy=one, **shared)
-        else:
-            kwargs = {"rank": rank or None, "checkpointing": checkpointing, "strategy": one, **shared}
-            found.append(estimate_memory(model, optim, **kwargs))
+        try:
+            if budget:
+                ranks = [rank] if rank else None
+                found += fit_budget(model, parse_bytes(budget), optim, ranks=ranks, strategy=one, **shared)
+            else:
+                how = {"rank": rank or None, "checkpointing": checkpointing, "strategy": one, **shared}
+                found.append(estimate_memory(model, optim, **how))
+        except DoesNotRun as error:
+            if strategy != "all":
+                raise
+            print(f"hf-lowrank: left out {one}: {error}", file=sys.stderr)
     if found and found[0].rank is None and (rank or "rank" in options):
         print(f"hf-lowrank: {optim} has no subspace, so rank has no effect", file=sys.stderr)
     if as_json:

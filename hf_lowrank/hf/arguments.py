@@ -47,14 +47,15 @@ def optimizer_cls_and_kwargs(
     Args:
         model: the model to train.
         method: a name from METHODS.
-        args: where lr, betas, eps, weight_decay and seed come from if they are not given. Trainer does not pass its
-            arguments on along this route, so give them here or there.
+        args: where lr, betas, eps, weight_decay and seed come from if they are not given, and max_grad_norm in the
+            layerwise mode. Trainer does not pass its arguments on along this route, so give them here or there.
         lr, betas, eps, weight_decay, seed: defaults without `args`: 1e-3, (0.9, 0.999), 1e-8, 0, 0.
         rank: by default the method's own, 128 for most.
         target_modules, options: see `param_groups`; and shard_state=True, as LowRankOptimizer takes it.
 
     Raises:
-        ValueError: for an unknown method or option, or where nothing can be projected.
+        ValueError: for an unknown method or option, where nothing can be projected, or for what the layerwise mode
+            cannot honour of `args`.
     """
     shared = _of_replicas(options)
     chosen = options if rank is None else {"rank": rank, **options}
@@ -63,7 +64,8 @@ def optimizer_cls_and_kwargs(
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
     if args is not None:
-        config = _taken_over(args, config, method)
+        own = {key: config.options[key] for key in ("max_grad_norm",) if key in chosen}
+        config = _taken_over(args, config, method).with_(**own)
     return OfAPair, {**_keywords(model, config, values, target_modules), **shared}
 
 

@@ -84,7 +84,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         optimizer._reported_in = (state, self)
         optimizer.layerwise.forget()  # of a backward pass that an error has ended
         self.optimizer = optimizer
-        clip_as_told(optimizer, args, named=name_of(args) in resolve.names())
+        clip_as_told(optimizer, args)
         optimizer.tell(total_steps=state.max_steps)  # for the rules that switch at a share of the run
         saved = (state.stateful_callbacks or {}).get(SAVED, {})
         main, step = state.is_world_process_zero, state.global_step

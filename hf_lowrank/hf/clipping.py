@@ -14,28 +14,29 @@ from hf_lowrank.optimizer import LowRankOptimizer
 logger = logging.getLogger("hf_lowrank")
 
 
-def clip_as_told(optimizer: LowRankOptimizer, args: TrainingArguments, *, named: bool) -> None:
+def clip_as_told(optimizer: LowRankOptimizer, args: TrainingArguments) -> None:
     """Let an optimizer that does not leave whole gradients to Trainer clip by Trainer's argument, as it is now.
 
-    Args:
-        optimizer: the one that trains.
-        args: the training arguments.
-        named: whether they name it; else a group that has a norm of its own keeps that.
+    Where a group has a norm of its own, neither 0 nor what was taken from Trainer before, all stay as they are.
     """
     norm, configs = args.max_grad_norm or 0.0, optimizer.configs
     if not any(config.hooked or (reduces(config) and replicas() is not None) for config in configs):
         return
-    if norm and any(config.hooked and config.parts.needs_gradient and not config.offloads for config in configs):
+    if {float(group["max_grad_norm"]) for group in optimizer.param_groups} - {0.0, norm, optimizer.norm_of_trainer}:
+        return
+    along = [config.method for config in configs if config.low_rank and config.parts.needs_gradient]
+    whole = [config.offloads for config in configs]
+    if norm and (along or any(whole)) and not all(whole):
         logger.warning(
-            "max_grad_norm=%g has no effect: %s steps by a gradient as soon as it is there. Set layerwise=offload, or "
-            "max_grad_norm=0",
+            "max_grad_norm=%g has no effect: %s steps along the gradient itself, which is not clipped beside the "
+            "layerwise mode. Set layerwise=offload in all groups, or max_grad_norm=0",
             norm,
-            configs[0].method,
+            (along or [configs[0].method])[0],
         )
         return
     for group in optimizer.param_groups:
-        if named or not group["max_grad_norm"]:
-            group["max_grad_norm"] = norm
+        group["max_grad_norm"] = norm
+    optimizer.norm_of_trainer = norm
 
 
 def hold_clipping(args: TrainingArguments) -> None:

@@ -45,7 +45,7 @@ def outlier_shares(layers: Layers, model: nn.Module, batches: Iterable[Any]) -> 
         model.eval()
         taken = inspect.signature(model.forward).parameters
         anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
-        for batch in batches:  # what a loss of the user's own reads beside them is left out
+        for batch in batches:  # of what a loss of the user's own reads beside them, what the model does not name
             model(**{key: x for key, x in batch.items() if anything or key in taken})
     return [_share([m for m in some if m in squares], squares, layers.rule.outlier_threshold) for some in linear]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; however it ends, nothing of ours is left on the model or the output folder."""
         if resume_from_checkpoint is True:
-            last = checkpoints.skipping_incomplete(trainer_utils.get_last_checkpoint)(self.args.output_dir)
-            resume_from_checkpoint = last or True  # Trainer says that there is none
+            plain = inspect.unwrap(trainer_utils.get_last_checkpoint)
+            resume_from_checkpoint = checkpoints.skipping_incomplete(plain)(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no whole checkpoint in {self.args.output_dir}: name one, or begin anew")
         with around_training(self):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

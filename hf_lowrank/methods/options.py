@@ -105,9 +105,8 @@ def _boolean(value: Any) -> bool:
 
 def _rank(value: Any) -> float | int:
     number, text = float(value), str(value)
-    if isinstance(value, bool) or not isfinite(number) or (number >= 1 and number != int(number)):
-        raise ValueError
-    if number == 1 and text != "1":
+    unclear = number >= 1 and (number != int(number) or (number == 1 and text != "1"))
+    if isinstance(value, bool) or not isfinite(number) or unclear:
         raise ValueError
     return int(number) if number >= 1 else number
 

@@ -310,10 +310,10 @@ def _check_together(made: Parts, options: Mapping[str, Any]) -> None:
             "its step takes what the basis leaves out of the gradient, and the columns of this basis are not "
             "orthonormal: choose another subspace, such as subspace=dominant"
         )
-    if made.reconstruction.scales_residual and (code := options.get("basis_format")) in ("4bit", "8bit"):
+    if made.reconstruction.scales_residual and (code := options.get("basis_format", "fp32")) != "fp32":
         raise ValueError(
             f"it brings what the basis leaves out of the gradient to a size of its own, and a basis in {code} leaves "
-            "out some of the subspace as well: use basis_format=fp32 or bf16"
+            "out some of the subspace as well: use basis_format=fp32"
         )
     if "rank" in options:
         made.subspace.check_rank(options["rank"])

@@ -53,7 +53,8 @@ def activation_bytes(
 
 def _of_the_text(config: Any) -> Any:
     """Return the config of the part that reads text, where a model has others."""
-    several = config is not None and hasattr(config, "get_text_config") and not config.is_encoder_decoder
+    several = config is not None and hasattr(config, "get_text_config")
+    several = several and not getattr(config, "is_encoder_decoder", False)
     return config.get_text_config() if several else config
 
 

@@ -13,7 +13,7 @@ from hf_lowrank import layer_sampling
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe.units import parse_bytes
 from hf_lowrank.planning.memory import OF_THE_RUN, MemoryEstimate, estimate_memory, loaded
-from hf_lowrank.planning.refusals import DoesNotRun
+from hf_lowrank.planning.strategies import DoesNotRun
 
 
 MODES: tuple[dict[str, Any], ...] = (
@@ -58,7 +58,8 @@ def fit_budget(
         Estimates of at most `budget_bytes`; none where nothing fits.
 
     Raises:
-        ValueError: for a budget that is no amount of memory, or none; for `layerwise` among the options.
+        ValueError: for a budget that is no amount of memory, or none; for `layerwise` among the options; for what
+            training refuses in every mode.
     """
     if isinstance(budget_bytes, str):
         budget_bytes = parse_bytes(budget_bytes)
@@ -72,6 +73,8 @@ def fit_budget(
         ranks = [given.pop("rank")]
     tried = _usual_ranks(net, row, given) if ranks is None else sorted(ranks, reverse=True)
     found: dict[frozenset[str], MemoryEstimate] = {}
+    refused: DoesNotRun | None = None
+    counted = False
     for mode in MODES:
         name = f"{row}_8bit" if mode.get("eight_bit") else row
         shared: dict[str, Any] = {
@@ -86,14 +89,18 @@ def fit_budget(
         for rank in tried:
             try:
                 estimate = estimate_memory(net, name, rank=rank, **shared)
-            except DoesNotRun:
+            except DoesNotRun as error:
+                refused = error
                 break
+            counted = True
             if any(fewer < mode.keys() and best.rank == estimate.rank for fewer, best in found.items()):
                 break
             if estimate.total <= budget_bytes:
                 shown = str(model) if isinstance(model, (str, Path)) else estimate.model
                 found[frozenset(mode)] = replace(estimate, model=shown)
                 break
+    if refused is not None and not counted:
+        raise refused
     return list(found.values())
 
 

@@ -199,8 +199,8 @@ def estimate_memory(
     )
     tokens = Tokens(batch, seq, _usual(net, size))
     rule = layer_sampling.take(given)
-    if optim in ADAMW and given:
-        raise ValueError(f"{optim} is torch's, and has none of these options: {', '.join(given)}")
+    if optim in ADAMW and (others := [key for key, value in given.items() if (key, value) != ("layerwise", False)]):
+        raise ValueError(f"{optim} is torch's, and has none of these options: {', '.join(others)}")
     optimizer = None if optim in ADAMW else build_optimizer(net, optim, rank, given)
     if optimizer is not None:
         check_runs(spread, optim, optimizer.configs)

@@ -1,4 +1,4 @@
-"""What training refuses to run under a strategy, so that no plan has figures for it."""
+"""What training refuses to run under a strategy by the options alone, so that no plan has figures for it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from collections.abc import Iterable
 
 from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.methods.resolve import Config
-from hf_lowrank.planning.strategies import Owned, Replicated, Sharded, Strategy, Tensors
-
-
-class DoesNotRun(ValueError):
-    """A combination that training refuses."""
+from hf_lowrank.planning.strategies import DoesNotRun, Owned, Replicated, Sharded, Strategy, Tensors
 
 
 def check(spread: Strategy, method: str, configs: Iterable[Config]) -> None:

@@ -37,6 +37,10 @@ from hf_lowrank.planning.traffic import (
 )
 
 
+class DoesNotRun(ValueError):
+    """A combination that training refuses."""
+
+
 class Strategy(ABC):
     """What all strategies tell.
 
@@ -289,7 +293,7 @@ def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]
     own = opt.schema(ReplicaOptions)
     sharded = opt.parse("shard_state", options.get("shard_state", False), own, what="optimizer")
     if sharded and name not in ("", "ddp", "ddp_sharded"):
-        raise ValueError(f"shard_state is for DistributedDataParallel: leave it out for {name}")
+        raise DoesNotRun(f"shard_state is for DistributedDataParallel: leave it out for {name}")
     if gpus == 1:
         if name:
             raise ValueError(f"strategy={name} needs more than one process: set gpus")

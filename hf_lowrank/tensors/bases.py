@@ -59,7 +59,10 @@ class Basis(ABC):
         return self
 
     def witness(self, R: Tensor) -> Tensor:
-        """Return what of R tells whether the gradient is finite, and the sum of its squares a number in fp32."""
+        """Return what of R tells whether the gradient is finite, and the sum of its squares a number in fp32.
+
+        That is R itself where readings are changed in place: in clipping, accumulation, and averages over replicas.
+        """
         return R
 
     def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
@@ -96,8 +99,8 @@ class Dense(Basis):
 
     def kind(self, like: Tensor) -> str:
         """Return the precision of products of a gradient, or for an fp32 matrix."""
-        kind = products.chosen(self.products, like)
-        return products.unrounded(like) if self.exact else kind
+        unrounded = self.exact and self.products != "ieee"
+        return products.unrounded(like) if unrounded else products.chosen(self.products, like)
 
     @override
     def project(self, G: Tensor) -> Tensor:

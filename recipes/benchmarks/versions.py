@@ -116,6 +116,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve)
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2, for quartiles")
     if args.before is None:
         parser.error("--before says which checkout to compare with")
     from shapes import shapes

@@ -71,23 +71,59 @@ def test_a_pair_of_a_method_that_steps_in_the_hook_keeps_gradients_to_clip_them(
 def test_what_steps_in_the_hook_says_that_it_does_not_clip(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "hf_lowrank"):
         by_hand(tmp_path, "fira_adamw_layerwise", max_grad_norm=1.0)
-    assert "max_grad_norm=1 has no effect: fira_adamw steps by a gradient as soon as it is there" in caplog.text
+    assert "max_grad_norm=1 has no effect: fira_adamw steps along the gradient itself" in caplog.text
 
 
-def test_a_group_with_a_norm_of_its_own_keeps_it_where_the_arguments_name_another_optimizer(tmp_path):
-    args, model = arguments(tmp_path, "adamw_torch", max_grad_norm=1.0), tiny_llama()
-    groups = hf_lowrank.param_groups(model, method=LAYERWISE, max_grad_norm=LOW, **OPTIONS)
-    optimizer = LowRankOptimizer(groups, LAYERWISE, lr=1e-2)
-    train(args, model, optimizers=(optimizer, None), callbacks=[LowRankCallback()])
-    assert {group["max_grad_norm"] for group in optimizer.param_groups} == {LOW}
+def own_norm(folder, name, **overrides):
+    args, model = arguments(folder, "adamw_torch", **overrides), tiny_llama()
+    groups = hf_lowrank.param_groups(model, method=name, max_grad_norm=LOW, **OPTIONS)
+    return train(
+        args, model, optimizers=(LowRankOptimizer(groups, name, lr=1e-2), None), callbacks=[LowRankCallback()]
+    )
 
 
-def test_another_norm_for_a_second_training_is_taken(tmp_path):
-    trainer = train(arguments(tmp_path, LAYERWISE, max_grad_norm=1.0))
-    trainer.args.max_grad_norm = LOW
-    trainer.train()
+def own_norm_of_a_pair(folder, name, **overrides):
+    args, model = arguments(folder, "adamw_torch", **overrides), tiny_llama()
+    pair = hf_lowrank.optimizer_cls_and_kwargs(model, name, args=args, max_grad_norm=LOW, **OPTIONS)
+    return train(args, model, optimizer_cls_and_kwargs=pair, callbacks=[LowRankCallback()])
+
+
+def own_norm_beside_a_name(folder, name, **overrides):
+    class Creating(Trainer):
+        def create_optimizer(self, model=None):
+            groups = hf_lowrank.param_groups(self.model, method=name, max_grad_norm=LOW, **OPTIONS)
+            self.optimizer = LowRankOptimizer(groups, name, lr=1e-2)
+            return self.optimizer
+
+    return train(arguments(folder, name, **overrides), trainer_class=Creating)
+
+
+@pytest.mark.parametrize("route", [own_norm, own_norm_of_a_pair, own_norm_beside_a_name])
+def test_a_norm_of_ones_own_is_kept(route, tmp_path):
+    trainer = route(tmp_path, LAYERWISE, max_grad_norm=1.0)
     assert {group["max_grad_norm"] for group in engine(trainer).param_groups} == {LOW}
-    assert trainer.args.max_grad_norm == LOW
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_another_norm_for_a_second_training_is_taken(route, tmp_path):
+    trainer = ROUTES[route](tmp_path, LAYERWISE, max_grad_norm=1.0)
+    for norm in (LOW, 0.0, 0.5):
+        trainer.args.max_grad_norm = norm
+        trainer.train()
+        assert {group["max_grad_norm"] for group in engine(trainer).param_groups} == {norm}
+        assert trainer.args.max_grad_norm == norm
+
+
+def test_groups_that_cannot_all_be_clipped_train_and_say_so(tmp_path, caplog):
+    args, model = arguments(tmp_path, "adamw_torch", max_grad_norm=1.0), tiny_llama()
+    matrices = list(hf_lowrank.target_parameters(model, rank=4))
+    layerwise = {"params": [model.get_parameter(name) for name in matrices[2:]], "layerwise": True}
+    plain = {"params": [model.get_parameter(name) for name in matrices[:2]], "method": "fira_adamw"}
+    rest = {"params": [p for name, p in model.named_parameters() if name not in matrices]}
+    optimizer = LowRankOptimizer([{**layerwise, **OPTIONS}, {**plain, **OPTIONS}, rest], NAME, lr=1e-2)
+    with caplog.at_level(logging.WARNING, "hf_lowrank"):
+        train(args, model, optimizers=(optimizer, None), callbacks=[LowRankCallback()])
+    assert "max_grad_norm=1 has no effect: fira_adamw steps along the gradient itself" in caplog.text
 
 
 def test_an_interrupted_run_gives_the_arguments_back(tmp_path):
@@ -150,6 +186,10 @@ def test_a_trainer_of_ours_passes_over_an_incomplete_checkpoint_by_itself(tmp_pa
     (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
     hf_lowrank.unregister()
     assert same(whole, train(args, trainer_class=LowRankTrainer, resume=True))
+    for state in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        state.unlink()
+    with pytest.raises(ValueError, match="there is no whole checkpoint in"):
+        train(args, trainer_class=LowRankTrainer, resume=True)
 
 
 def test_a_best_checkpoint_holds_what_a_resumed_log_needs(tmp_path):

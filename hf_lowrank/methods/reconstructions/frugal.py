@@ -26,7 +26,8 @@ class Frugal(Reconstruction, key="frugal"):
     """U = alpha P N + a_f sign(E), or with `free=column_norm` a_f E diag(d) with columns of unit RMS.
 
     sign(E) is formed for some columns at a time. At r = m nothing is left over, and a column whose residual is
-    rounding noise gets none.
+    rounding noise gets none. Weights of low precision take both products of `column_norm` rounded to bf16, before they
+    cancel: that is felt where a thousandth of the gradient or less is left over.
 
     State: none.
 

@@ -87,7 +87,8 @@ class StableSpam(Reconstruction):
         square = torch.lerp(s["norm_sq"], squares, new * (1 - SQUARE_DECAY))
         root = (square / (1 - SQUARE_DECAY**t)).sqrt() + 1e-8
         wanted = mean / (1 - MEAN_DECAY**t) / root
-        X = X * torch.where(norm > 0, wanted / norm, 1.0)[..., None, None]  # squares that underflow: left alone
+        lost = torch.finfo(X.dtype).tiny / torch.finfo(X.dtype).eps  # squares that underflow: such a gradient stays
+        X = X * torch.where(squares > lost, wanted / norm, 1.0)[..., None, None]
         rule = self.inner.absorb(s, X, ctx)
         X, fresh = (yield from rule) if isinstance(rule, Generator) else rule
         return X, {"spike": spike, "norm_mean": mean, "norm_sq": square, **fresh}

@@ -121,9 +121,7 @@ class Run:
     @property
     def last_step(self) -> float:
         """The last step that is known of."""
-        return max(
-            (float(row["step"]) for row in [*self.history, *self.steps] if is_number(row.get("step"))), default=0
-        )
+        return _last([*self.history, *self.steps])
 
     @property
     def diverged(self) -> int | None:
@@ -197,11 +195,18 @@ def _history(folder: Path, checkpoints: Sequence[tuple[int, Path]], problems: li
                 break
         elif state is not None:
             problems.append(f"{file.relative_to(folder)} has no log history")
+    own, *later = found or [[]]
+    if later and later[0][:1] == own[:1] and _last(later[0]) > _last(own):  # not one that an earlier run has left
+        return later[0]
     if found:
-        return max(found, key=lambda rows: max((row["step"] for row in rows if is_number(row.get("step"))), default=0))
+        return own
     if not any(file.exists() for file in candidates):
         problems.append(f"no {STATE_FILE}, here or in a checkpoint: no losses (Trainer writes it when it saves)")
     return []
+
+
+def _last(rows: Rows) -> float:
+    return max((float(row["step"]) for row in rows if is_number(row.get("step"))), default=0.0)
 
 
 def _model(described: Any, folder: Path, checkpoints: Sequence[tuple[int, Path]]) -> str:
