@@ -46,3 +46,16 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subspaces, "train", None)
     subspaces.main()
     assert capsys.readouterr().out == first and first.count("galore_i3s_adamw") == 2
+
+
+def test_the_page_has_the_table_of_the_record():
+    wanted = {"size": "small", "steps": 600, "setting": subspaces.SETTING}
+    runs = [run for run in subspaces.Lines(subspaces.FILE).runs if wanted.items() <= run.items()]
+    table, probes = subspaces.tables(runs).split("\n\n")
+    section = (subspaces.HERE / "README.md").read_text().partition("## Subspaces")[2].partition("## State")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    shown = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+    assert shown == [[cell.strip() for cell in line.split("|")[1:-2]] for line in table.splitlines()[2:]]
+    same, later = (cell.split() for cell in probes.splitlines()[2].split("|")[2:4])
+    for middle, _, half in (same, later):
+        assert f"{float(middle):.1f} ± {float(half):.1f}" in section
