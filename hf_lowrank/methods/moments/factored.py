@@ -181,7 +181,7 @@ class CAME(Moments, key="came"):
 
     Differs from the authors' code: the factors are those of the projected gradient. beta1 = 0, which leaves nothing to
     measure, is refused. As there nothing bounds the first steps, when the confidence is that of next to nothing: they
-    are 4 to 40 times the learning rate.
+    may be tens of times the learning rate.
     """
 
     of_gradients: ClassVar[bool] = False
