@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from hf_lowrank.hf.models import LLAMA, llama_config
     from hf_lowrank.hf.register import register, unregister
     from hf_lowrank.hf.trainer import LowRankTrainer
-    from hf_lowrank.methods.context import Columns, Context
-    from hf_lowrank.methods.parts import ColumnNorms, Moments, Reconstruction, Subspace, Update
-    from hf_lowrank.methods.parts import ColumnNorms as Facts
+    from hf_lowrank.methods.context import ColumnNorms, Columns, Context, Update
+    from hf_lowrank.methods.context import ColumnNorms as Facts
+    from hf_lowrank.methods.parts import Moments, Reconstruction, Subspace
     from hf_lowrank.methods.registry import Gauge
     from hf_lowrank.methods.table import METHODS, Method
     from hf_lowrank.optimizer import LowRankOptimizer
@@ -58,12 +58,12 @@ _LAZY = {
     "Subspace": "methods.parts",
     "Moments": "methods.parts",
     "Reconstruction": "methods.parts",
-    "Update": "methods.parts",
+    "Update": "methods.context",
     "Basis": "tensors.bases",
     "Columns": "methods.context",
     "Context": "methods.context",
-    "ColumnNorms": "methods.parts",
-    "Facts": "methods.parts",
+    "ColumnNorms": "methods.context",
+    "Facts": "methods.context",
     "Gauge": "methods.registry",
     "Sum": "tensors.sums",
     "Slot": "state.slots",

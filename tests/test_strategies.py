@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import estimate_memory
+from hf_lowrank.planning.by_name import NAMES, strategy_of
 from hf_lowrank.planning.memory import build_optimizer
-from hf_lowrank.planning.strategies import NAMES, strategy_of
 
 
 SIZES = {"hidden_size": 48, "intermediate_size": 120, "num_attention_heads": 4, "num_key_value_heads": 2}

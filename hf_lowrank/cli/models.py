@@ -107,8 +107,8 @@ def memory(
     if rank and "rank" in options:
         raise ValueError(f"the rank is given twice: --rank {rank:g} and rank={options['rank']} in --optim-args")
     from hf_lowrank.planning.budget import fit_budget
+    from hf_lowrank.planning.by_name import NAMES, DoesNotRun, possible
     from hf_lowrank.planning.memory import ADAMW, estimate_memory
-    from hf_lowrank.planning.strategies import NAMES, DoesNotRun, possible
 
     row = optim if optim in ADAMW and not budget else resolve.split(optim)[0]
     if budget and (checkpointing or row != optim):

@@ -13,8 +13,7 @@ from typing_extensions import override
 from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.unit import Reading, Unit, Work, asking, gradient_of, has_gradient
-from hf_lowrank.methods.context import Columns, Context
-from hf_lowrank.methods.parts import ColumnNorms, Update
+from hf_lowrank.methods.context import ColumnNorms, Columns, Context, Update
 from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state.slots import State, Stored
 from hf_lowrank.state.view import View

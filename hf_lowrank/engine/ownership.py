@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_lowrank.engine import refusals
 from hf_lowrank.engine.collectives import broadcast_, buckets, hand_over_
 from hf_lowrank.engine.schedule import owners
 from hf_lowrank.engine.work import Declared
@@ -117,10 +118,6 @@ def check_shardable(groups: Sequence[Mapping[str, Any]]) -> None:
             "shard_state is for DistributedDataParallel, where every process has all weights: leave it out where "
             "weights are sharded (FSDP2), for their state is sharded too"
         )
-    if any(group["layerwise"] for group in groups):
-        raise ValueError("shard_state does not go together with layerwise: use FSDP2 for both, or leave out one")
-    if any(group.get("reduce_projected") for group in groups):
-        raise ValueError(
-            "shard_state does not go together with reduce_projected, which needs every basis on every process: leave "
-            "out one of them"
-        )
+    for group in groups:
+        if reason := refusals.of_owners(group):
+            raise ValueError(reason)

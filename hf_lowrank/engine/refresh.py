@@ -16,7 +16,7 @@ from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.schedule import owners, refresh_cost, waves
 from hf_lowrank.engine.step import SYNC_ELEMENTS, advance
 from hf_lowrank.engine.unit import Unit, Work, asking
-from hf_lowrank.methods.parts import Carried
+from hf_lowrank.methods.context import Carried
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels, products
 from hf_lowrank.tensors.splits import Team

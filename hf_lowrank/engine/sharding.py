@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_lowrank.engine import refusals
 from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.engine.plan import Plan, split_axes
@@ -75,39 +76,9 @@ def check_weight(name: str, weight: Tensor, config: Config) -> None:
             f"parameter {name} lies on the {weight.device.type} while its mesh is on {weight.device_mesh.device_type} "
             "(CPUOffloadPolicy), where its sharded state would lie: leave out the offload policy"
         )
-    low_bits = {config.options["state_format"], config.options["dense_state_format"]} != {"fp32"}
-    held = not config.by_matrix or any(slot.held for slot in config.parts.reconstruction.slots().values())
-    if low_bits and held and axes.keys() - {0}:
-        raise ValueError(
-            f"parameter {name} is split on another axis than its first ({tuple(weight.placements)}), across blocks of "
-            "its 8-bit or 4-bit state: leave out _8bit, state_format and dense_state_format"
-        )
-    if config.options.get("async_refresh"):
-        raise ValueError(
-            f"parameter {name} is sharded (FSDP2): its refreshes travel, so all processes wait for them; leave out "
-            "async_refresh"
-        )
-    if config.options.get("shard_basis") and config.options.get("basis_format") in ("8bit", "4bit"):
-        raise ValueError(
-            f"shard_basis keeps pieces of bases as they are: leave out basis_format={config.options['basis_format']}, "
-            "or shard_basis"
-        )
-    if not config.by_matrix:
-        rule = config.dense_rule
-        if not rule.elementwise and axes.keys() - {0}:
-            raise ValueError(
-                f"{type(rule).__name__} looks at whole rows, which dense parameter {name} has on several processes "
-                f"({tuple(weight.placements)}): split its first axis, or set dense=adam"
-            )
-        return
-    layout, subspace = Layout.of(weight, config.options["proj_type"]), config.parts.subspace
-    if (layout.rows.team or layout.columns.team) and "n" not in subspace.projected.split():
-        raise ValueError("proj_type=full does not run on sharded weights (FSDP2): use DDP, or another proj_type")
-    if layout.rows.team and not subspace.splits_rows:
-        raise ValueError(
-            f"{config.method} adds up neighbours along the axis on which parameter {name} is split over processes "
-            f"({tuple(weight.placements)}): split the other axis, or use another method"
-        )
+    layout = Layout.of(weight, config.options["proj_type"]) if config.by_matrix else None
+    if reason := refusals.of_shards(config) or refusals.of_shard(name, config, axes.keys(), layout):
+        raise ValueError(reason)
 
 
 def check_replicas(group: Mapping[str, Any], config: Config) -> None:
@@ -124,18 +95,10 @@ def check_replicas(group: Mapping[str, Any], config: Config) -> None:
         return
     for p in group["params"]:
         if isinstance(p, DTensor):
-            if config.options.get("reduce_projected"):
-                raise ValueError(
-                    "reduce_projected is for DistributedDataParallel; where weights are sharded (FSDP2) no whole "
-                    "gradient travels between refreshes anyway: leave it out"
-                )
             continue
         excluded = getattr(p, "_ddp_ignored", False)
-        if config.hooked and not reduces(config):
-            raise ValueError(
-                f"{config.method} in the layerwise mode does not run under DistributedDataParallel: its step needs "
-                "whole gradients, which are gone before they could be averaged: use FSDP2, or leave out layerwise"
-            )
+        if reason := refusals.of_replicas(config):
+            raise ValueError(f"{config.method} does not run under DistributedDataParallel: {reason}")
         if reduces(config) and not excluded:
             raise ValueError(
                 f"{config.method} is to average projected gradients itself (reduce_projected, layerwise): call "

@@ -17,8 +17,7 @@ from hf_lowrank.engine import step
 from hf_lowrank.engine.matrix import MatrixStep
 from hf_lowrank.engine.step import SYNC_ELEMENTS
 from hf_lowrank.engine.unit import Unit
-from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.parts import Update
+from hf_lowrank.methods.context import Context, Update
 from hf_lowrank.state.slots import Stored
 from hf_lowrank.tensors.bases import Basis
 from hf_lowrank.tensors.several import Several

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import layer_sampling
+from hf_lowrank.engine import refusals
 from hf_lowrank.engine.averaging import exclude_
 from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.groups import groups_for, model_facts
@@ -208,17 +209,14 @@ def _taken_over(args: TrainingArguments, config: Config, name: str) -> Config:
     """
     in_hook = config.parts.needs_gradient
     layerwise, reduced = config.options["layerwise"], config.options["reduce_projected"]
-    if reduced and _fsdp_version(args):
-        raise ValueError("reduce_projected is for DistributedDataParallel: FSDP2 reduces nothing whole; leave it out")
+    if _fsdp_version(args) and (reason := refusals.of_shards(config)):
+        raise ValueError(reason)
     if not (layerwise or (reduced and _replicated(args))):
         return config
     if args.fp16:
         raise ValueError(f"{name} finds gradients before --fp16's scaler has unscaled them: use --bf16, or fp32")
-    if _replicated(args) and not reduces(config):
-        raise ValueError(
-            f"{name} does not run under DistributedDataParallel: its step needs whole gradients. Use FSDP2, or "
-            "leave out layerwise"
-        )
+    if _replicated(args) and (reason := refusals.of_replicas(config)):
+        raise ValueError(f"{name} does not run under DistributedDataParallel: {reason}")
     norm, jit = args.max_grad_norm or 0.0, getattr(args, "enable_jit_checkpoint", False)  # saved before the step
     if in_hook and (norm or jit or args.gradient_accumulation_steps > 1):
         config = config.with_(layerwise=OFFLOAD)

@@ -1,13 +1,19 @@
-"""What a part may know of a step."""
+"""What a part may know of a step, and what it gives back.
+
+Legend: that of methods.parts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from hf_lowrank.tensors import random
+from hf_lowrank.tensors import kernels, random
+from hf_lowrank.tensors.bases import Basis
 from hf_lowrank.tensors.random import Stream
 from hf_lowrank.tensors.rounding import Rounding
 
@@ -107,3 +113,57 @@ class Context(NamedTuple):
         """Return how this step writes a weight of low precision, keyed by (seed, parameter, step)."""
         key = (Stream.ROUNDING, *self.key, self.step, self.place) if self.stochastic_rounding else None
         return Rounding(key, device)
+
+
+class ColumnNorms(NamedTuple):
+    """Squared norms of columns, computed when they are asked for.
+
+    Attributes:
+        G: the gradient, as it lies.
+        basis: the basis in use.
+        isometric: whether P^T P is the identity.
+        of_gradient: ||G_j|| of every column that is held, where they are known already.
+    """
+
+    G: Tensor | None
+    basis: Basis
+    isometric: bool
+    of_gradient: Tensor | None = None
+
+    def gradient(self) -> Tensor:
+        """Return ||G_j||^2 of every column that R holds, (..., n)."""
+        assert self.G is not None, "a part that looks at the gradient says so: needs_gradient"
+        known = self.of_gradient
+        return self.basis.columns(kernels.column_squared_norms(self.G) if known is None else known.square())
+
+    def projected(self, R: Tensor, r_squared: Tensor) -> Tensor:
+        """Return ||P R_j||^2 of every column, (..., n), given ||R_j||^2, which it is for an isometric basis."""
+        return r_squared if self.isometric else (R * (self.basis.gram() @ R)).sum(-2)
+
+
+class Update(NamedTuple):
+    """A step U = alpha P Z + G diag(d) + rest, to be subtracted from the weight times lr and the bias correction.
+
+    Attributes:
+        Z: (..., r, n) coefficients in the subspace, or None.
+        alpha: a factor of all of them.
+        d: (..., n) factor of every column of the gradient, or None.
+        rest: gives any other step of some columns from their gradient, fp32 (..., m, length), and (start, length): for
+            rules that act on every element of the gradient.
+    """
+
+    Z: Tensor | None = None
+    alpha: float = 1.0
+    d: Tensor | None = None
+    rest: Callable[[Tensor, int, int], Tensor] | None = None
+
+
+class Carried(NamedTuple):
+    """The first moment M (..., r, n) in a basis P: the matrix P M."""
+
+    basis: Basis
+    M: Tensor
+
+    def add_to_(self, X: Tensor, alpha: float) -> None:
+        """X <- X + alpha P M for a matrix X that lies as the gradient does."""
+        self.basis.accumulate_(X, self.M, alpha)

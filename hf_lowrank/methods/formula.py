@@ -8,8 +8,9 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+from hf_lowrank.methods.combination import Parts
 from hf_lowrank.methods.context import Columns
-from hf_lowrank.methods.resolve import Config, Parts
+from hf_lowrank.methods.resolve import Config
 from hf_lowrank.state.slots import Slots
 
 

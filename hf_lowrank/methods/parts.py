@@ -12,61 +12,18 @@ Functions that end in an underscore write in place.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
-from hf_lowrank.methods.context import Columns, Context
+from hf_lowrank.methods.context import Carried, ColumnNorms, Columns, Context, Update
 from hf_lowrank.methods.registry import TRANSPORTS, Part
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.bases import Basis, Dense
 from hf_lowrank.tensors.layout import clamp_rank
 from hf_lowrank.tensors.sums import Rule, alone
-
-
-class ColumnNorms(NamedTuple):
-    """Squared norms of columns, computed when they are asked for.
-
-    Attributes:
-        G: the gradient, as it lies.
-        basis: the basis in use.
-        isometric: whether P^T P is the identity.
-        of_gradient: ||G_j|| of every column that is held, where they are known already.
-    """
-
-    G: Tensor | None
-    basis: Basis
-    isometric: bool
-    of_gradient: Tensor | None = None
-
-    def gradient(self) -> Tensor:
-        """Return ||G_j||^2 of every column that R holds, (..., n)."""
-        assert self.G is not None, "a part that looks at the gradient says so: needs_gradient"
-        known = self.of_gradient
-        return self.basis.columns(kernels.column_squared_norms(self.G) if known is None else known.square())
-
-    def projected(self, R: Tensor, r_squared: Tensor) -> Tensor:
-        """Return ||P R_j||^2 of every column, (..., n), given ||R_j||^2, which it is for an isometric basis."""
-        return r_squared if self.isometric else (R * (self.basis.gram() @ R)).sum(-2)
-
-
-class Update(NamedTuple):
-    """A step U = alpha P Z + G diag(d) + rest, to be subtracted from the weight times lr and the bias correction.
-
-    Attributes:
-        Z: (..., r, n) coefficients in the subspace, or None.
-        alpha: a factor of all of them.
-        d: (..., n) factor of every column of the gradient, or None.
-        rest: gives any other step of some columns from their gradient, fp32 (..., m, length), and (start, length): for
-            rules that act on every element of the gradient.
-    """
-
-    Z: Tensor | None = None
-    alpha: float = 1.0
-    d: Tensor | None = None
-    rest: Callable[[Tensor, int, int], Tensor] | None = None
 
 
 class Subspace(Part, ABC):
@@ -241,17 +198,6 @@ class Moments(Part, ABC):
             if (beta := 1 - ctx.lr * ctx.weight_decay) != 1.0:
                 W.mul_(beta)
             W.sub_(N, alpha=ctx.lr * self.step_scale(ctx))
-
-
-class Carried(NamedTuple):
-    """The first moment M (..., r, n) in a basis P: the matrix P M."""
-
-    basis: Basis
-    M: Tensor
-
-    def add_to_(self, X: Tensor, alpha: float) -> None:
-        """X <- X + alpha P M for a matrix X that lies as the gradient does."""
-        self.basis.accumulate_(X, self.M, alpha)
 
 
 class Reconstruction(Part, ABC):

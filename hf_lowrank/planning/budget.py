@@ -12,8 +12,8 @@ from torch import nn
 from hf_lowrank import layer_sampling
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe.units import parse_bytes
+from hf_lowrank.planning.by_name import DoesNotRun
 from hf_lowrank.planning.memory import OF_THE_RUN, MemoryEstimate, estimate_memory, loaded
-from hf_lowrank.planning.strategies import DoesNotRun
 
 
 MODES: tuple[dict[str, Any], ...] = (

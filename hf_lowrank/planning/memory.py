@@ -26,8 +26,7 @@ from hf_lowrank.observe import counting as bytes_of
 from hf_lowrank.observe.units import parse_bytes as parse_bytes
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.planning.activations import activation_bytes
-from hf_lowrank.planning.refusals import check as check_runs
-from hf_lowrank.planning.strategies import strategy_of
+from hf_lowrank.planning.by_name import check_runs, strategy_of
 from hf_lowrank.planning.traffic import Tokens, Traffic
 
 
@@ -160,11 +159,11 @@ def estimate_memory(
         counting: "stored": what is really stored, moments in fp32 unless 8-bit; "bf16": as the papers' tables count,
             two bytes for every number of the state and one for an 8-bit code.
         gpus: processes, of one device each.
-        strategy: how the run is spread over them, one of strategies.NAMES; "" for DistributedDataParallel.
+        strategy: how the run is spread over them, one of by_name.NAMES; "" for DistributedDataParallel.
 
     Raises:
         ValueError: for an unknown model, method, option, dtype or strategy, with what is valid; for a combination that
-            training refuses (`refusals.DoesNotRun`).
+            training refuses (`by_name.DoesNotRun`).
     """
     _check(dtype, counting, batch, seq)
     net = loaded(model)
@@ -203,7 +202,7 @@ def estimate_memory(
         raise ValueError(f"{optim} is torch's, and has none of these options: {', '.join(others)}")
     optimizer = None if optim in ADAMW else build_optimizer(net, optim, rank, given)
     if optimizer is not None:
-        check_runs(spread, optim, optimizer.configs)
+        check_runs(spread, optim, optimizer.declared())
     trained = [(name, p) for name, p in modules.trainable(net)]
     with layer_sampling.at_most(net, [p for _, p in trained], rule):
         if optimizer is None:

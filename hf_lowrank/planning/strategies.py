@@ -10,18 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hf_lowrank.engine import refusals
 from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.engine.plan import Plan, projected_bytes
 from hf_lowrank.engine.schedule import owners
 from hf_lowrank.engine.work import Declared
-from hf_lowrank.methods import options as opt
-from hf_lowrank.methods.common import ReplicaOptions
 from hf_lowrank.observe.counting import Size, weight_bytes
 from hf_lowrank.planning.traffic import (
     Split,
@@ -35,10 +34,6 @@ from hf_lowrank.planning.traffic import (
     reduced,
     refreshed,
 )
-
-
-class DoesNotRun(ValueError):
-    """A combination that training refuses."""
 
 
 class Strategy(ABC):
@@ -70,6 +65,10 @@ class Strategy(ABC):
     def traffic(self, net: nn.Module, declared: Sequence[Declared], size: Size, tokens: Tokens) -> Traffic:
         """Return what one process sends in a step, of a model's parameters and those that are trained."""
         return Traffic()
+
+    def refusal(self, declared: Iterable[Declared]) -> str:
+        """Return why training does not run so, and the way out, or ""."""
+        return ""
 
     # ---- of any -----------------------------------------------------------------------------------------------------
 
@@ -140,6 +139,10 @@ class Replicated(Strategy):
         refresh += sum(reduced(weight_bytes([one.weight], size), self.gpus) / gap_of(one) for one in own)
         return Traffic(gradients=reduced(self._reduced(declared, size), self.gpus), step=step, refresh=refresh)
 
+    @override
+    def refusal(self, declared: Iterable[Declared]) -> str:
+        return _first(refusals.of_replicas(one.config) for one in declared)
+
     def _reduced(self, declared: Sequence[Declared], size: Size) -> int:
         """Return the bytes of the gradients that DDP adds up."""
         return weight_bytes([one.weight for one in declared if not reduces(one.config)], size)
@@ -165,6 +168,10 @@ class Owned(Replicated):
         """Owners send the weights in the place of bases."""
         weights = weight_bytes([one.weight for one in declared], size)
         return replace(super().traffic(net, declared, size, tokens), step=weights, refresh=0)
+
+    @override
+    def refusal(self, declared: Iterable[Declared]) -> str:
+        return _first(refusals.of_owners(one.config.options) for one in declared)
 
 
 @dataclass(frozen=True)
@@ -207,6 +214,10 @@ class Sharded(Strategy):
             step=sum(exchanged(one, self.split(one.name, one.weight)) for one in declared),
             refresh=sum(refreshed(one, self.split(one.name, one.weight), size, copies) for one in declared),
         )
+
+    @override
+    def refusal(self, declared: Iterable[Declared]) -> str:
+        return _first(_of_cut(self, one) for one in declared)
 
 
 @dataclass(frozen=True)
@@ -252,62 +263,25 @@ class Tensors(Strategy):
             refresh=sum(refreshed(one, self.split(one.name, one.weight), size) for one in declared),
         )
 
+    @override
+    def refusal(self, declared: Iterable[Declared]) -> str:
+        return _first(_of_cut(self, one) for one in declared)
+
     @property
     @override
     def activation_pieces(self) -> int:
         return self.gpus
 
 
-NAMES = ("ddp", "ddp_sharded", "fsdp2", "hsdp", "tp")
-NODE = 8
-"""Processes of one machine, over which `hsdp` splits a copy of the model: these, or the next lower divisor."""
+def _first(reasons: Iterable[str]) -> str:
+    """Return the first reason that there is, or ""."""
+    return next(filter(None, reasons), "")
 
 
-def hybrid_shards(gpus: int) -> int:
-    """Return over how many processes `hsdp` splits a copy of the model: at most NODE and fewer than all; or 0."""
-    return max((n for n in range(2, min(NODE, gpus - 1) + 1) if gpus % n == 0), default=0)
-
-
-def possible(gpus: int) -> tuple[str, ...]:
-    """Return the strategies that so many processes can be divided for."""
-    return tuple(name for name in NAMES if name != "hsdp" or hybrid_shards(gpus))
-
-
-def strategy_of(name: str, gpus: int, net: nn.Module, options: Mapping[str, Any]) -> Strategy:
-    """Return a strategy by its name.
-
-    Args:
-        name: one of NAMES, or "" for the usual one.
-        gpus: processes, of one device each.
-        net: the model.
-        options: of the optimizer: `shard_state` is looked at.
-
-    Raises:
-        ValueError: for a name that is none of these, too few processes, a model that has no plan for it, or
-            `shard_state` beside another strategy than DistributedDataParallel.
-    """
-    if gpus < 1:
-        raise ValueError(f"gpus must be at least 1, got {gpus}")
-    if name and name not in NAMES:
-        raise ValueError(f"strategy must be one of {', '.join(NAMES)}, got {name!r}")
-    own = opt.schema(ReplicaOptions)
-    sharded = opt.parse("shard_state", options.get("shard_state", False), own, what="optimizer")
-    if sharded and name not in ("", "ddp", "ddp_sharded"):
-        raise DoesNotRun(f"shard_state is for DistributedDataParallel: leave it out for {name}")
-    if gpus == 1:
-        if name:
-            raise ValueError(f"strategy={name} needs more than one process: set gpus")
-        return Alone()
-    if name == "fsdp2":
-        return Sharded(gpus, gpus)
-    if name == "hsdp":
-        shards = hybrid_shards(gpus)
-        if not shards:
-            raise ValueError(f"hsdp splits over some processes and copies to others: {gpus} cannot be divided so")
-        return Sharded(gpus, shards)
-    if name == "tp":
-        plan = getattr(net, "_tp_plan", None) or {}
-        if not plan:
-            raise ValueError(f"{type(net).__name__} has no plan for tensor parallel training: take fsdp2 or ddp")
-        return Tensors(gpus, dict(plan))
-    return (Owned if sharded or name == "ddp_sharded" else Replicated)(gpus)
+def _of_cut(strategy: Strategy, one: Declared) -> str:
+    """Return why a parameter does not train as a strategy cuts it, or ""."""
+    split = strategy.split(one.name, one.weight)
+    if split is None:
+        return ""
+    layout = Plan.of(one.weight, one.config, one.name, split=split).layout
+    return refusals.of_shards(one.config) or refusals.of_shard(one.name, one.config, {split.axis}, layout)

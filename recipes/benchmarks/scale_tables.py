@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hf_lowrank import MemoryEstimate, estimate_memory  # noqa: E402
 from hf_lowrank.engine.schedule import owners  # noqa: E402
 from hf_lowrank.hf.models import load_model  # noqa: E402
+from hf_lowrank.planning.by_name import NAMES  # noqa: E402
 from hf_lowrank.planning.memory import build_optimizer  # noqa: E402
-from hf_lowrank.planning.strategies import NAMES  # noqa: E402
 
 
 BATCH, SEQ = 4, 2048

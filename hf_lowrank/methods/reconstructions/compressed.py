@@ -12,11 +12,11 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.context import ColumnNorms, Context, Update
 from hf_lowrank.methods.limiter import LIMITED, LIMITER, limit_
 from hf_lowrank.methods.moments.adam import eps_of_root
 from hf_lowrank.methods.options import again, number
-from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.parts import Reconstruction
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.subspaces.blocks import block_size
 from hf_lowrank.state.slots import Slot, Slots, State

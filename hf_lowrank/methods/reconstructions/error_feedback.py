@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.context import Carried, ColumnNorms, Context, Update
 from hf_lowrank.methods.options import choice
-from hf_lowrank.methods.parts import Carried, ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.parts import Reconstruction
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.bases import Basis
 

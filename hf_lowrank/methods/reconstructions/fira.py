@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.context import ColumnNorms, Context, Update
 from hf_lowrank.methods.limiter import LIMITED, LIMITER, limit_
 from hf_lowrank.methods.options import again, choice
-from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.parts import Reconstruction
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors import kernels

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.context import Carried, ColumnNorms, Context, Update
 from hf_lowrank.methods.moments.factored import CLIP_THRESHOLD, DECAY_RATE, TINY, inverse_root
 from hf_lowrank.methods.options import again
-from hf_lowrank.methods.parts import Carried, ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.parts import Reconstruction
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.sums import Asking, Sum
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from hf_lowrank.methods.context import Context
+from hf_lowrank.methods.context import ColumnNorms, Context, Update
 from hf_lowrank.methods.options import choice, number
-from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.parts import Reconstruction
 from hf_lowrank.methods.reconstructions.compensation import outside
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from hf_lowrank.methods.context import Context
-from hf_lowrank.methods.parts import ColumnNorms, Reconstruction, Update
+from hf_lowrank.methods.context import ColumnNorms, Context, Update
+from hf_lowrank.methods.parts import Reconstruction
 from hf_lowrank.state.slots import State
 
 
