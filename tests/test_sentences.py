@@ -150,6 +150,13 @@ def test_options_in_one_string_are_text(given):
         split_assignments(given)
 
 
+def test_a_comma_within_brackets_separates_nothing():
+    found = split_assignments("rank=4, betas=(0.9, 0.95),order=[3,1],scale=2")
+    assert found == {"rank": "4", "betas": "(0.9, 0.95)", "order": "[3,1]", "scale": "2"}
+    with pytest.raises(ValueError, match=r"'0.95\)' is not of the form option=value"):
+        split_assignments("betas=0.9,0.95)")
+
+
 def test_parameters_alone_are_trained_with_a_warning_that_nothing_is_projected():
     with pytest.warns(UserWarning, match="no group has a 'rank', so nothing is projected"):
         LowRankOptimizer([matrix()], NAME)

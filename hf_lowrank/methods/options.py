@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from math import inf, isfinite
@@ -154,7 +155,7 @@ def parse(name: str, value: Any, options: Mapping[str, Field[Any]], *, what: str
 
 
 def split_assignments(text: str | None) -> dict[str, str]:
-    """Read `k=v,k=v` as TrainingArguments.optim_args spells it.
+    """Read `k=v,k=v` as TrainingArguments.optim_args spells it. A comma within brackets is part of a value.
 
     Raises:
         ValueError: if it is no text, an item has no '=' or a key comes twice.
@@ -162,7 +163,7 @@ def split_assignments(text: str | None) -> dict[str, str]:
     if not isinstance(text or "", str):
         raise ValueError(f"optim_args is text such as 'rank=128,update_proj_gap=200', not {text!r}")
     found: dict[str, str] = {}
-    for item in filter(None, (part.strip() for part in (text or "").split(","))):
+    for item in filter(None, map(str.strip, re.findall(r"(?:\([^()]*\)|\[[^\[\]]*\]|[^,])+", text or ""))):
         key, equals, value = (piece.strip() for piece in item.partition("="))
         if not equals or not key or not value:
             raise ValueError(f"optim_args: {item!r} is not of the form option=value (options are separated by commas)")
