@@ -109,6 +109,13 @@ ROWS = {
 """The lines of the table. APOLLO multiplies by the root of its scale; Mini's, 128, makes its step as long as Adam's at
 width 128, so its unit is 1."""
 
+
+def formats(row: Row) -> tuple[Row, ...]:
+    """Return the rows that are the same with state in another format, which are compared with this one: it is tried at
+    their best points too."""
+    return tuple(one for one in ROWS.values() if one.origin == row.name)
+
+
 BASELINE = "full_adamw"
 """What every row is compared with."""
 
