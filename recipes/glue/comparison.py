@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import traceback
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.glue.tables import Runs
-from recipes.shared.common import stop
+from recipes.shared.lines import Lines
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,15 @@ class Cell:
         return [*self.options, "--seed", str(self.seed), "--output_dir", str(output)]
 
 
-class Ledger:
+class Ledger(Lines):
     """Results in a file of JSON lines, one per training; several processes may add to it."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.results: list[dict[str, Any]] = []
-        for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
-            try:
-                self.results.append(json.loads(line))
-            except ValueError:
-                stop(f"line {number} of {file} is not a result; delete it")
+    allow_nan = True  # of a training that diverged
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """All that there are."""
+        return self.runs
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """Return the result of a training, if it is recorded."""
@@ -61,12 +58,9 @@ class Ledger:
 
     def append(self, cell: Cell, result: dict[str, Any]) -> None:
         """Record a result."""
-        self.results.append({**cell.key, **result})
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.write(json.dumps(self.results[-1]) + "\n")
+        self.write({**cell.key, **result})
 
-    def runs(self, cells: list[Cell]) -> Runs:
+    def of(self, cells: list[Cell]) -> Runs:
         """Return what there is of the given trainings, in their order."""
         found: Runs = {}
         for cell in cells:

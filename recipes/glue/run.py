@@ -85,7 +85,7 @@ def compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     if main_process:
         seeds = sorted({cell.seed for cell in cells})
         note = measured_on(parsed[0][0], seeds, rest)
-        text = tables(ledger.runs(cells), model=parsed[0][0].model_name_or_path, note=note)
+        text = tables(ledger.of(cells), model=parsed[0][0].model_name_or_path, note=note)
         (folder / "tables.md").write_text(text)
         print(f"\n{text}")
     if failed:

@@ -33,6 +33,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from recipes.shared.common import require_at_least, stop  # noqa: E402
+from recipes.shared.lines import Lines  # noqa: E402
 from recipes.studies.compare_rows import ROWS, START, Point, Row, formats, next_trial  # noqa: E402
 from recipes.studies.compare_training import (  # noqa: E402
     SIZES,
@@ -43,7 +44,6 @@ from recipes.studies.compare_training import (  # noqa: E402
     study_key,
     train,
 )
-from recipes.studies.lines import Lines  # noqa: E402
 
 
 FILE = HERE / "compare_methods.jsonl"

@@ -3,14 +3,16 @@
     python recipes/glue/bert_to_roberta.py --output_dir runs/minilm
     python recipes/studies/minilm_study.py --model runs/minilm --data_dir DATA
 
-DATA holds sst2, cola and rte as CSV files (`run.py --data_dir`). First every method's learning rate is looked for, on
-one task with a seed of its own; then all tasks run at it with the other seeds. What minilm_study.jsonl has already is
-not run again, so a study that was stopped goes on, and a method that is added to ROWS is all that runs.
+DATA holds sst2, cola and rte as CSV files (`run.py --data_dir`). First the learning rate of every row's matrices is
+looked for, on a part of CoLA's training set with a seed of its own; then all tasks run at it with the other seeds.
+What minilm_study.jsonl has already is not run again, so a study that was stopped goes on, and two commands with
+different `--rows` may run at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from math import inf
@@ -24,50 +26,54 @@ import hf_lowrank
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.glue import data  # noqa: E402
 from recipes.glue.comparison import Cell, Ledger, run_missing  # noqa: E402
 from recipes.glue.settings import parse  # noqa: E402
 from recipes.glue.tables import markdown  # noqa: E402
 from recipes.glue.tasks import TASKS  # noqa: E402
 from recipes.glue.training import train  # noqa: E402
 from recipes.shared.common import machine  # noqa: E402
-from recipes.studies.compare_tables import interval  # noqa: E402
+from recipes.studies.compare_tables import interval, paired  # noqa: E402
 
 
 FILE = Path(__file__).resolve().parent / "minilm_study.jsonl"
 
-_TARGETS = "--optim_target_modules query,key,value,intermediate.dense,output.dense"
-_RATES = (1e-4, 2e-4, 4e-4)
+BASELINE = "full_adamw"
+_MATRICES = "query,key,value,intermediate.dense,output.dense"
+_REST = "embedding_lr=5e-5,vector_lr=5e-5,head_lr=1e-3"
+"""Rates of all else, the same in every row that trains it: those of a pretrained encoder, and of a new head."""
 
 
-def _low_rank(method: str, rank: int = 8) -> tuple[str, tuple[float, ...]]:
-    return f"--optim_args rank={rank},update_proj_gap=100,scale=2 {_TARGETS} --optim {method}", _RATES
+def _row(method: str, rates: tuple[float, ...], *options: str) -> tuple[str, tuple[float, ...]]:
+    given = ",".join([*options, _REST])
+    return f"--optim {method} --optim_args {given} --optim_target_modules {_MATRICES}", rates
 
 
-def _lora(rank: int = 8) -> tuple[str, tuple[float, ...]]:
-    adapters = f"--adapter_rank {rank} --adapter_alpha {rank} --adapter_dropout 0 --adapter_targets query,value"
-    return f"--optim adamw_torch --baseline lora {adapters}", (1e-3, 2e-3, 4e-3)
+def _low_rank(method: str, rank: int) -> tuple[str, tuple[float, ...]]:
+    return _row(method, (2e-4, 4e-4, 8e-4), f"rank={rank}", "update_proj_gap=100", "scale=1")
+
+
+def _lora(rank: int) -> tuple[str, tuple[float, ...]]:
+    adapters = f"--adapter_rank {rank} --adapter_alpha {rank} --adapter_dropout 0 --adapter_targets {_MATRICES}"
+    return f"--optim adamw_torch --baseline lora {adapters}", (5e-4, 1e-3, 2e-3)
 
 
 ROWS = {
-    "full fine-tuning": ("--optim adamw_torch", _RATES),
-    "muon_4bit": (f"{_TARGETS} --optim muon_4bit", _RATES),
-    "LoRA": _lora(),
-    "LoRA, rank 4": _lora(4),
-    "galore_dominant_adamw": _low_rank("galore_dominant_adamw"),
-    "subtrack_adamw": _low_rank("subtrack_adamw"),
+    BASELINE: _row("full_adamw", (2.5e-5, 5e-5, 1e-4)),
+    "muon_4bit": _row("muon_4bit", (5e-5, 1e-4, 2e-4)),
+    **{f"LoRA, rank {rank}": _lora(rank) for rank in (8, 4)},
     **{
-        f"{method}{'' if rank == 8 else f', rank {rank}'}": _low_rank(method, rank)
+        f"{method}, rank {rank}": _low_rank(method, rank)
         for method in ("galore_i3s_adamw", "fira_adamw", "subtrack_pp_adamw", "alice_adamw")
         for rank in (8, 4)
     },
 }
-"""Options of a method, and the learning rates that are tried. Ranks are 8 where the name says nothing. SubTrack has
-its default step: one on the scale of the gradient does not carry over to another model."""
+"""Options of a row, and the learning rates of its matrices that are tried: of LoRA those of adapters and head."""
 
 BUDGET = {
-    "cola": "--num_train_epochs 3 --per_device_train_batch_size 32",
-    "rte": "--num_train_epochs 5 --per_device_train_batch_size 16",
-    "sst2": "--num_train_epochs 1 --per_device_train_batch_size 16 --max_train_samples 10000",
+    "cola": "--num_train_epochs 2 --per_device_train_batch_size 32",
+    "rte": "--num_train_epochs 2 --per_device_train_batch_size 16",
+    "sst2": "--num_train_epochs 1 --per_device_train_batch_size 16 --max_train_samples 5000",
 }
 COMMON = (
     "--max_seq_length 128 --lr_scheduler_type linear --warmup_steps 0.06 --train_sampling_strategy group_by_length "
@@ -75,6 +81,8 @@ COMMON = (
     "--disable_tqdm True --dataloader_pin_memory False"
 )
 GRID_TASK, GRID_SEED = "cola", 0
+HELD_OUT = 1000
+"""Of GRID_TASK's training set: the last rows, on which rates are chosen. No score is read for that."""
 MOST_RATES = 6
 """Where the best rate is at an edge of those tried, the next one (half or twice) is tried too, up to this many."""
 
@@ -103,27 +111,35 @@ def main() -> None:
 
 def study(ledger: Ledger, arguments: argparse.Namespace) -> None:
     """Run the grid, then the tasks, seed by seed, of every method there is."""
-    where = ["--model_name_or_path", arguments.model, "--data_dir", arguments.data_dir]
+    where = ["--model_name_or_path", arguments.model]
     where += [] if torch.cuda.is_available() else ["--use_cpu", "True", "--attn_implementation", "eager"]
-    hardware = machine()
+    held_out, hardware = split_off(arguments.data_dir, arguments.output_dir), machine()
 
     def train_there(command: list[str]) -> dict[str, Any]:
-        return {**train(*parse([*command, *where])), "machine": hardware}
+        tuning = command[command.index("--seed") + 1] == str(GRID_SEED)
+        data_dir = str(held_out) if tuning else arguments.data_dir
+        return {**train(*parse([*command, *where, "--data_dir", data_dir])), "machine": hardware}
 
     def run(cells: list[Cell]) -> None:
         run_missing(cells, ledger, arguments.output_dir, train_there, record=True)
 
-    rows = [row for row in arguments.rows if row not in absent()]
-    for row in rows:
+    for row in arguments.rows:
         search(row, ledger, run)
     for seed in arguments.seeds:
-        rates = {row: rate for row in rows if (rate := best_rate(ledger, row)) is not None}  # not of one that failed
+        rates = {row: rate for row in arguments.rows if (rate := best_rate(ledger, row)) is not None}  # else it failed
         run([cell(row, task, seed, rate) for task in BUDGET for row, rate in rates.items()])
 
 
-def absent() -> set[str]:
-    """Return the rows whose optimizer this version of hf_lowrank does not have."""
-    return {row for row in ROWS if row.endswith("_adamw") and row not in hf_lowrank.METHODS}
+def split_off(data_dir: str, output_dir: Path) -> Path:
+    """Write GRID_TASK's training set in two, the last HELD_OUT rows to choose rates by; return the folder."""
+    rows, folder = data.load(GRID_TASK, data_dir)["train"], output_dir / "tuning" / GRID_TASK
+    folder.mkdir(parents=True, exist_ok=True)
+    cut = len(rows) - HELD_OUT
+    for name, some in (("train", range(cut)), ("validation", range(cut, len(rows)))):
+        whole = folder / f"{os.getpid()}.part"  # another command may be reading the same
+        rows.select(some).to_csv(str(whole), index=False)
+        whole.replace(folder / f"{name}.csv")
+    return folder.parent
 
 
 def cell(row: str, task: str, seed: int, rate: float) -> Cell:
@@ -134,13 +150,13 @@ def cell(row: str, task: str, seed: int, rate: float) -> Cell:
 
 def search(row: str, ledger: Ledger, run: Callable[[list[Cell]], None]) -> None:
     """Try the learning rates of a method until the best is not at an edge."""
-    rates = list(ROWS[row][1])
+    rates = sorted({*ROWS[row][1], *tried(ledger, row)})  # a search that was stopped goes on
     while True:
         run([cell(row, GRID_TASK, GRID_SEED, rate) for rate in rates])
         best = best_rate(ledger, row)
         if best is None:  # what went wrong has been said
             return
-        if min(rates) < best < max(rates) or len(rates) == MOST_RATES:
+        if min(rates) < best < max(rates) or len(rates) >= MOST_RATES:
             return
         rates.append(best / 2 if best == min(rates) else best * 2)
 
@@ -153,9 +169,9 @@ def tried(ledger: Ledger, row: str) -> dict[float, float]:
 
 
 def best_rate(ledger: Ledger, row: str) -> float | None:
-    """Return the learning rate with the best score on the grid, or None if there is none."""
+    """Return the learning rate with the best score on the grid, or None if there is none; of equals the highest."""
     scores = tried(ledger, row)
-    return max(scores, key=lambda rate: scores[rate], default=None)
+    return max(scores, key=lambda rate: (scores[rate], rate), default=None)
 
 
 def main_score(result: dict[str, Any], task: str) -> float:
@@ -164,31 +180,53 @@ def main_score(result: dict[str, Any], task: str) -> float:
 
 
 def results_table(ledger: Ledger, seeds: list[int]) -> str:
-    """Return scores by method and task, means over seeds with 95 % intervals by Student's t, as Markdown."""
+    """Return scores by row and task, means over seeds with 95 % intervals by Student's t, as Markdown.
+
+    The mean over the tasks, and its difference to BASELINE's, are of the seeds that have all of them, paired by seed.
+    """
     head = ["", "lr", *(f"{TASKS[task].title} {TASKS[task].metrics[0].split('_')[0]}" for task in BUDGET)]
-    head += ["mean", "seeds", "optimizer state, MiB"]
-    lines = []
+    head += ["mean", f"minus {BASELINE}", "seeds", "optimizer state, MiB"]
+    reference, lines = means(scores_of(ledger, BASELINE, seeds)), []
     for row in (row for row in ROWS if tried(ledger, row)):
-        rate = best_rate(ledger, row)
-        runs = {task: [ledger.find(cell(row, task, seed, rate)) for seed in seeds] for task in BUDGET}
-        found = {task: [result for result in results if result] for task, results in runs.items()}
-        if not any(found.values()):
+        scores = scores_of(ledger, row, seeds)
+        if not any(scores.values()):
             continue
-        scores = {task: [main_score(result, task) for result in results] for task, results in found.items()}
-        whole = f"{mean(map(mean, scores.values())):.1f}" if all(scores.values()) else "-"
+        whole = means(scores)
+        difference = paired(whole, reference) if row != BASELINE else None
         state = max(result["state_mib"] for result in ledger.results if result["row"] == row)
         counts = "/".join(str(len(values)) for values in scores.values())
-        cells = [interval_text(values) for values in scores.values()]
-        lines.append([row, f"{rate:g}", *cells, whole, counts, f"{state:.1f}"])
+        cells = [interval_text([*values.values()]) for values in (*scores.values(), whole)]
+        shown = "-" if difference is None else _text(difference, "+")
+        lines.append([row, f"{best_rate(ledger, row):g}", *cells, shown, counts, f"{state:.1f}"])
     return markdown(head, lines)
+
+
+def scores_of(ledger: Ledger, row: str, seeds: list[int]) -> dict[str, dict[int, float]]:
+    """Return the scores of a row at its best rate by task and seed."""
+    rate = best_rate(ledger, row)
+    found = {task: {seed: ledger.find(cell(row, task, seed, rate or 0.0)) for seed in seeds} for task in BUDGET}
+    return {
+        task: {seed: main_score(result, task) for seed, result in results.items() if result}
+        for task, results in found.items()
+    }
+
+
+def means(scores: dict[str, dict[int, float]]) -> dict[int, float]:
+    """Return the mean over the tasks of every seed that has all of them."""
+    whole = set.intersection(*(set(values) for values in scores.values()))
+    return {seed: mean(values[seed] for values in scores.values()) for seed in sorted(whole)}
 
 
 def interval_text(values: list[float]) -> str:
     """Return a mean with half of its interval; of one value the value, of none a dash."""
     if not values:
         return "-"
-    middle, half = interval(values)
-    return f"{middle:.1f}" + (f" ± {half:.1f}" if half < inf else "")
+    return _text(interval(values))
+
+
+def _text(found: tuple[float, float], sign: str = "") -> str:
+    middle, half = found
+    return f"{middle:{sign}.1f}" + (f" ± {half:.1f}" if half < inf else "")
 
 
 def grid_table(ledger: Ledger) -> str:

@@ -29,9 +29,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from recipes.quickstart.run_clm import Blocks, ModelArguments, llama_config  # noqa: E402
 from recipes.shared.common import load_bpe, machine, sizes, speeches, state_bytes  # noqa: E402
+from recipes.shared.lines import Lines  # noqa: E402
 from recipes.shared.rates import optimizer_with_two_rates  # noqa: E402
 from recipes.studies import state_and_loss_picture as picture  # noqa: E402
-from recipes.studies.lines import Lines  # noqa: E402
 
 
 FILE = HERE / "state_and_loss.jsonl"

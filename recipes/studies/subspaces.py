@@ -38,11 +38,11 @@ from hf_lowrank.observe.update_rank import effective_rank  # noqa: E402
 from recipes.glue.tables import markdown  # noqa: E402
 from recipes.quickstart.run_clm import llama_config  # noqa: E402
 from recipes.shared.common import machine, require_at_least  # noqa: E402
+from recipes.shared.lines import Lines  # noqa: E402
 from recipes.studies.compare_methods import only_one  # noqa: E402
 from recipes.studies.compare_rows import FIXED  # noqa: E402
 from recipes.studies.compare_tables import interval, text  # noqa: E402
 from recipes.studies.compare_training import BATCH, BLOCK, SIZES, Text, batches, read  # noqa: E402
-from recipes.studies.lines import Lines  # noqa: E402
 
 
 FILE = HERE / "subspaces.jsonl"

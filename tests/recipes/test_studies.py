@@ -16,10 +16,11 @@ from transformers import (
     RobertaModel,
 )
 
-from recipes.glue import bert_to_roberta
+from recipes.glue import bert_to_roberta, data
 from recipes.glue.comparison import Ledger
 from recipes.studies import minilm_study as study
 from recipes.studies import state_and_loss, state_and_loss_picture
+from recipes.studies.compare_tables import interval
 
 
 def test_bert_in_its_roberta_form_has_the_same_hidden_states():
@@ -63,22 +64,53 @@ def test_the_study_widens_its_grid_until_the_best_is_inside(tmp_path):
             if ledger.find(cell) is None:
                 rate = float(cell.options[cell.options.index("--learning_rate") + 1])
                 ran.append(rate)
-                score = -abs(np.log2(rate / 8e-4))
+                score = -abs(np.log2(rate / 16e-4))
                 ledger.append(cell, {"metrics": {"validation": {"matthews_correlation": score}}, "state_mib": 1.0})
 
-    study.search("fira_adamw", ledger, run)
-    assert ran == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4, 16e-4])
-    assert study.best_rate(ledger, "fira_adamw") == pytest.approx(8e-4)
+    study.search("fira_adamw, rank 8", ledger, run)
+    assert ran == pytest.approx([2e-4, 4e-4, 8e-4, 16e-4, 32e-4])
+    assert study.best_rate(ledger, "fira_adamw, rank 8") == pytest.approx(16e-4)
     again = Ledger(tmp_path / "results.jsonl")
-    study.search("fira_adamw", again, run)
+    study.search("fira_adamw, rank 8", again, run)
     assert len(ran) == 5 and len(again.results) == 5
+    ledger.runs = [run for run in ledger.runs if "0.0032" not in run["options"]]  # stopped before the last
+    study.search("fira_adamw, rank 8", ledger, run)
+    assert ran == pytest.approx([2e-4, 4e-4, 8e-4, 16e-4, 32e-4, 32e-4])
+
+
+def test_rates_are_chosen_on_rows_that_score_nothing(tmp_path):
+    folder = tmp_path / "data" / "cola"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 1200), ("validation", 3)):
+        lines = [f'"{name}, {i}",{i % 2}' for i in range(count)]
+        (folder / f"{name}.csv").write_text("\n".join(["sentence,label", *lines]) + "\n")
+    found = data.load("cola", str(study.split_off(str(folder.parent), tmp_path)))
+    whole = [f"train, {i}" for i in range(1200)]
+    assert (found["train"]["sentence"][:], found["validation"]["sentence"][:]) == (whole[:200], whole[200:])
+
+
+def test_the_difference_is_paired_by_the_seeds_that_have_all_tasks(tmp_path):
+    ledger = Ledger(tmp_path / "results.jsonl")
+    scores = {study.BASELINE: [[10, 20, 30], [11, 22, 33], [50, 50, None]], "muon_4bit": [[13, 20, 30], [11, 28, 33]]}
+    for row, seeds in scores.items():
+        grid = study.cell(row, "cola", 0, 1e-4)
+        ledger.append(grid, {"metrics": {"validation": {"matthews_correlation": 0.1}}, "state_mib": 1.0})
+        for seed, values in enumerate(seeds, start=1):
+            for task, value in zip(study.BUDGET, values, strict=True):
+                metric = {"cola": "matthews_correlation"}.get(task, "accuracy")
+                result = {"metrics": {"validation": {metric: (value or 0) / 100}}, "state_mib": 1.0}
+                if value is not None:
+                    ledger.append(study.cell(row, task, seed, 1e-4), result)
+    line = study.results_table(ledger, [1, 2, 3]).splitlines()[-1]
+    middle, half = interval([1.0, 2.0])  # of the means 20, 22 and 21, 24
+    assert f" {middle:+.1f} ± {half:.1f} |" in line
 
 
 def test_the_readme_has_the_table_of_the_recorded_study():
     text = study.FILE.with_name("README.md").read_text()
     ledger = Ledger(study.FILE)
-    assert study.results_table(ledger, [1, 2, 3]) in text
-    assert study.grid_table(ledger) in text
+    assert not ledger.results or study.results_table(ledger, [1, 2, 3, 4, 5]) in text
+    assert not ledger.results or study.grid_table(ledger) in text
 
 
 @pytest.fixture
