@@ -20,6 +20,7 @@ from streams import (
     wide,
 )
 
+from hf_lowrank import LowRankOptimizer
 from hf_lowrank.methods import resolve
 from hf_lowrank.tensors import kernels
 
@@ -157,6 +158,18 @@ def refresh_times(opt, ps, steps):
 def test_without_stagger_every_matrix_refreshes_at_multiples_of_the_gap(name):
     ps = [weight(WIDE), weight(TALL), weight(STACK)]
     assert refresh_times(optimizer(ps, name, update_proj_gap=4), ps, 10) == [[0, 4, 8]] * 3
+
+
+def test_matrices_of_many_groups_are_spread_as_those_of_one():
+    """As layer-wise rates make them: a group each."""
+    gap, times = 6, []
+    for apart in (False, True):
+        ps = [weight((6, 11), seed=i) for i in range(gap)]
+        given = {"rank": 3, "update_proj_gap": gap, "stagger": True}
+        sets = [[p] for p in ps] if apart else [ps]
+        opt = LowRankOptimizer([{"params": some, **given} for some in sets], "galore_dominant_adamw")
+        times.append(refresh_times(opt, ps, 2 * gap + 1))
+    assert times[0] == times[1] and len({tuple(one) for one in times[0]}) == gap
 
 
 def test_stagger_spreads_the_refreshes_over_the_interval_by_cost():

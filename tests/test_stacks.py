@@ -249,3 +249,18 @@ def test_a_wave_of_refreshes_holds_no_more_than_a_bucket(at_once):
         "fira_adamw": step.SYNC_ELEMENTS // 128,  # it reads the gradient, and puts nothing in its place
         "ldadam": step.SYNC_ELEMENTS // (64 * 4096),
     }
+
+
+@pytest.mark.parametrize("products", ["bf16x2", "bf16", "tf32"])
+@pytest.mark.parametrize("name, more", [("alice_adamw", {}), ("frugal_adamw", {"free": "column_norm"})])
+def test_what_a_method_asks_not_to_be_rounded_is_rounded_in_no_stack(name, more, products, monkeypatch):
+    """FRUGAL and Alice, on fp32 weights: rounding would be taken for what the subspace leaves out."""
+    ends = []
+    for accelerated in (False, True):
+        monkeypatch.setattr(step, "at_once", lambda device, accelerated=accelerated: accelerated)
+        params = model(shapes=[(6, 11)] * 3 + [(11, 6)] * 2 + [(4,)])
+        opt = optimizer(name, params, products=products, **more)
+        train(opt, params, range(6))
+        ends.append([p.detach() for p in params])
+    for alone, stacked in zip(*ends, strict=True):
+        assert torch.allclose(alone, stacked, rtol=0, atol=1e-5 * float(alone.abs().max()))  # rounded: 1e-3

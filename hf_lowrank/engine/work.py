@@ -177,13 +177,19 @@ def spreads(unit: MatrixStep) -> bool:
     return bool(wanted)
 
 
-def first_intervals(due: Sequence[MatrixStep], *, share: bool) -> dict[MatrixStep, int]:
-    """Return the steps from the first refresh to the second, where refreshes are spread over the interval."""
-    found = {}
+def first_intervals(
+    due: Sequence[MatrixStep], groups: Sequence[Mapping[str, Any]], *, share: bool
+) -> dict[MatrixStep, int]:
+    """Return the steps from the first refresh to the second, where refreshes are spread over the interval: all
+    matrices that have it, whatever their groups."""
+    found: dict[MatrixStep, int] = {}
+    intervals: dict[tuple[int, int], dict[Tensor, int]] = {}
     for unit in due:
-        options = unit.config.options
         if unit.stored["refreshes"] == 0 and spreads(unit):
-            weights, world = unit.group["params"], team(unit.mesh, share=share)[1]
-            intervals = staggered_intervals([refresh_cost(p) for p in weights], options["update_proj_gap"], world)
-            found[unit] = next(first for p, first in zip(weights, intervals, strict=True) if p is unit.weight)
+            gap, world = unit.config.options["update_proj_gap"], team(unit.mesh, share=share)[1]
+            if (gap, world) not in intervals:
+                weights = [p for group in groups if group.get("update_proj_gap") == gap for p in group["params"]]
+                first = staggered_intervals([refresh_cost(p) for p in weights], gap, world)
+                intervals[gap, world] = dict(zip(weights, first, strict=True))
+            found[unit] = intervals[gap, world][unit.weight]
     return found

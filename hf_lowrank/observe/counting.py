@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from math import prod
 
 from torch import Tensor
 
@@ -10,10 +11,11 @@ from hf_lowrank.engine.matrix import transient
 from hf_lowrank.engine.plan import projected_bytes
 from hf_lowrank.engine.step import SYNC_ELEMENTS
 from hf_lowrank.engine.work import Declared
+from hf_lowrank.methods.resolve import Config
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.state.formats import FORMATS
 from hf_lowrank.tensors.kernels import BLOCK_ON_DEVICE
-from hf_lowrank.tensors.layout import local
+from hf_lowrank.tensors.layout import Layout, local
 
 
 Size = Callable[[Tensor], int]
@@ -81,31 +83,58 @@ def state_bytes(
 def workspace_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
     """Return what a step allocates for a moment on an accelerator, at most: an ordinary one, or one that refreshes.
 
-    An ordinary step holds what is projected and its direction for two buckets (`engine.step.SYNC_ELEMENTS`), the
-    halves of the bases of one, three images of the largest matrix where a method looks at each of its elements, what
-    is decoded of one matrix and as much again as it is encoded, and the fp32 images of one dense tensor, or of a block
-    of it, that its rule makes. A refresh holds the float64 copy of a gradient, its Gram matrix, the eigenvectors and
-    what the library works in, and the new bases of a wave.
+    An ordinary step holds what is projected and its direction for two buckets (`engine.step.SYNC_ELEMENTS`), or what
+    the rule of moments makes of one, or of the largest matrix where those step by themselves; a basis that is drawn
+    again at every step; the halves of the bases of one bucket, three images of
+    the largest matrix where a method looks at each of its elements, what is decoded of one matrix and as much again as
+    it is encoded, and the fp32 images of one dense tensor, or of a block of it, that its rule makes. A refresh holds
+    the float64 copy of a gradient, its Gram matrices, the eigenvectors and what the library works in, and the new
+    bases of a wave; with `async_refresh` also the gradients that are being decomposed: two, or all where refreshes are
+    not spread.
     """
-    held = bases = whole = dense = decomposed = coded = 0
+    held = stacked = images = drawn = bases = whole = dense = decomposed = coded = copied = largest = 0
     for _, p, config, plan in _trained(declared):
-        block = min(local(p).numel(), BLOCK_ON_DEVICE)
-        if plan.layout is None:
-            rule, low = config.dense_rule, size(p) < 4
-            length = block if rule.elementwise and low else local(p).numel()
-            dense = max(dense, 4 * (2 * low + rule.images) * length)
-            continue
-        held += transient(plan, config)
-        if transient(plan, config) > plan.r * plan.layout.n:
-            whole = max(whole, 3 * 4 * local(p).numel())
+        low, block = size(p) < 4, min(local(p).numel(), BLOCK_ON_DEVICE)
         encoded = [plan.buffers[name].numel for name, form in plan.encodings.items() if form is not FORMATS["fp32"]]
+        if plan.layout is None:
+            rule = config.dense_rule
+            length = block if rule.elementwise and (low or encoded) else local(p).numel()
+            dense = max(dense, 4 * (2 * low + rule.images + 2 * len(encoded)) * length)
+            continue
+        here = transient(plan, config)
+        held += here
+        largest, images = max(largest, here), max(images, 2 + low + config.parts.moments.images)
+        stacked += 0 if config.parts.subspace.whole else here
+        if here > plan.r * plan.layout.n:
+            whole = max(whole, 3 * 4 * local(p).numel())
         coded = max(coded, 2 * 4 * sum(encoded))
         own = sum(buffer.numel for buffer in plan.buffers.values() if buffer.slot.lifetime == "basis")
         bases += own
         if own:
-            decomposed = max(decomposed, 8 * block + 6 * 8 * plan.layout.m**2)
+            decomposed = max(decomposed, _decomposed(plan.layout, config, block))
+            if config.options.get("async_refresh"):
+                image = 4 * local(p).numel()
+                copied = max(copied, 2 * image) if config.options["stagger"] else copied + image
+        elif not config.parts.subspace.whole:
+            drawn = max(drawn, 4 * 4 * plan.layout.m * plan.r)
     new = 4 * min(bases, SYNC_ELEMENTS)
-    return SMALL + max(2 * 4 * min(held, 2 * SYNC_ELEMENTS) + new + whole + coded, dense, decomposed + new)
+    of_rule = 4 * images * max(largest, min(stacked, SYNC_ELEMENTS))
+    ordinary = max(2 * 4 * min(held, 2 * SYNC_ELEMENTS), of_rule) + drawn + new + whole + coded
+    return SMALL + max(ordinary, dense, decomposed + new) + copied
+
+
+def _decomposed(layout: Layout, config: Config, block: int) -> int:
+    """Return what the refresh of one matrix, or stack of them, works in, in float64.
+
+    Args:
+        layout: how it lies.
+        config: its method and options.
+        block: elements that are cast at a time.
+    """
+    count, options = prod(layout.stack), config.options
+    sides = layout.m**2 + (layout.n**2 if options.get("proj_type") == "full" else 0)
+    whole = 3 * count * layout.m * layout.n if options.get("refresh") == "svd" else 0
+    return 8 * (max(block, whole) + 6 * count * sides)
 
 
 def component_bytes(optimizer: LowRankOptimizer, model_weights: Iterable[Tensor]) -> dict[str, int]:

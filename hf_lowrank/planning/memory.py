@@ -86,8 +86,12 @@ class MemoryEstimate:
 
     @property
     def passing(self) -> int:
-        """Bytes of what does not last: activations, which are gone when a step needs its workspace, or that."""
-        return max(self.activations, self.workspace)
+        """Bytes of what does not last: activations, which are gone when a step needs its workspace, or that.
+
+        Both where refreshes go on beside the next step (`async_refresh`).
+        """
+        together = int(self.options.get("async_refresh") or 0) > 0
+        return self.activations + self.workspace if together else max(self.activations, self.workspace)
 
     @property
     def total(self) -> int:

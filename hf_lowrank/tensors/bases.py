@@ -200,14 +200,18 @@ class TwoSided(Basis):
 
     left: Basis
     right: Tensor
+    products: str = "auto"
 
     @override
     def multiplied(self, kind: str, *, exact: bool = False) -> TwoSided:
-        return TwoSided(self.left.multiplied(kind, exact=exact), self.right)
+        return TwoSided(self.left.multiplied(kind, exact=exact), self.right, kind)
 
     @override
     def project(self, G: Tensor) -> Tensor:
-        return self.left.project(G) @ self.right
+        """The product with Q is of what is small already: it is not rounded to bf16."""
+        R = self.left.project(G)
+        with products.precision(self.products):
+            return R @ self.right
 
     @override
     def factors(self, Z: Tensor, W: Tensor) -> tuple[Basis, Tensor]:
@@ -221,7 +225,7 @@ class TwoSided(Basis):
 
     @override
     def rows(self, start: int, length: int) -> TwoSided:
-        return TwoSided(self.left.rows(start, length), self.right)
+        return TwoSided(self.left.rows(start, length), self.right, self.products)
 
     @override
     def gram(self) -> Tensor:
@@ -234,7 +238,10 @@ class TwoSided(Basis):
 
     @override
     def spread(self, Z: Tensor | None, d: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        return None if Z is None else Z @ self.right.mT, d
+        if Z is None:
+            return None, d
+        with products.precision(self.products):
+            return Z @ self.right.mT, d
 
 
 @dataclass(frozen=True)

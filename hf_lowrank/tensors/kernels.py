@@ -104,9 +104,10 @@ def gram_basis(G: Tensor) -> tuple[Tensor, Tensor]:
     matrix.
 
     The eigenvectors of G G^T are U and its eigenvalues sigma^2. Squares of what decays to 1e-4 are lost in fp32, so
-    this is done in float64, which resolves singular values down to 1e-7 of the largest: what is smaller is the
-    rounding of an fp32 gradient. A tall G goes through G^T G and U = G V / sigma. Where a device has no float64 (MPS)
-    the CPU does it. A lack of memory is raised, not answered with a larger attempt.
+    this is done in float64, which resolves singular values down to 1e-6 of the largest, and neighbours whose squares
+    differ by 1e-12 of the largest square: what is smaller is the rounding of an fp32 gradient. A tall G goes through
+    G^T G and U = G V / sigma. Where a device has no float64 (MPS) the CPU does it. A lack of memory is raised, not
+    answered with a larger attempt.
 
     Raises:
         ValueError: if neither this nor a full SVD converges, which a finite gradient does not cause.

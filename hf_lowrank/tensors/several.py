@@ -55,7 +55,9 @@ class Several(Basis):
         if self.P is None:
             return self, Z
         kind = products.chosen(self.bases[0].products, W)  # type: ignore[attr-defined]
-        if not products.rounds(kind):
+        if (
+            not products.rounds(kind) or W.dtype == torch.float32
+        ):  # an image is told by its own basis, which may be exact
             return self, Z
         return Several([Dense(P, kind) for P in self._of_each(Tensor.bfloat16).unbind(0)], None), Z.bfloat16()
 

@@ -1,4 +1,5 @@
-"""What a GPU really does, in half an hour: to be run by whoever has one. torch alone is needed, and no network.
+"""What a GPU really does, in half an hour: to be run by whoever has one. No network is needed, and torch alone, but
+for `identities`, which needs the tests' packages (`pip install -e ".[test]"`).
 
     python recipes/benchmarks/gpu.py --out results            # every section, a JSON file for each as it ends
     python recipes/benchmarks/gpu.py --out results --sections steps,refresh
@@ -302,7 +303,10 @@ def check_identities(bench: Bench) -> dict[str, Any]:
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "HF_LOWRANK_DEVICE": bench.device.type}, capture_output=True, text=True
     )
-    return {"exit code": done.returncode, "last lines": done.stdout.splitlines()[-15:]}
+    lines = (done.stdout + done.stderr).splitlines()[-15:]
+    if done.returncode:
+        raise RuntimeError("\n".join([f"the tests ended with exit code {done.returncode}", *lines]))
+    return {"exit code": done.returncode, "last lines": lines}
 
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {

@@ -54,6 +54,44 @@ def test_every_row_waits_once_a_step(name, dtype, size):
     check(name, size, dtype, 2, per_matrix=104)
 
 
+UNUSUAL = [
+    ("galore_i3s_adamw", torch.bfloat16, (16, 512, 704), {"rank": 64}),  # a stack of experts
+    ("galore_i3s_adamw", torch.float32, (2048, 28672), {"rank": 128, "refresh": "svd"}),
+    ("galore_dominant_adamw", torch.float32, (1024, 2752), {"rank": 128, "proj_type": "full"}),
+    ("full_muon", torch.bfloat16, (8192, 28672), {}),  # larger than a bucket
+    ("muon_4bit", torch.bfloat16, (8192, 28672), {}),
+    ("full_came", torch.float32, (8192, 28672), {}),
+    ("apollo_random_adamw", torch.bfloat16, (8192, 28672), {"rank": 2048}),
+    ("galore_i3s_came_8bit", torch.float32, (4096, 4096), {"rank": 1024}),
+    ("galore_dominant_muon", torch.float16, (1024, 2816), {"rank": 1000}),
+]
+
+
+@pytest.mark.parametrize("name, dtype, shape, options", UNUSUAL)
+def test_the_estimate_holds_for_matrices_that_llama_has_not(name, dtype, shape, options):
+    with fake_cuda():
+        params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=DEVICE)) for _ in range(2)]
+        usual = {"rank": 1} if "rank" not in options else {"update_proj_gap": 3, "stagger": False}
+        opt = LowRankOptimizer([{"params": params, **usual, **options}], name)
+        for t in range(4):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            with Counted() as step:
+                opt.step()
+            assert not t or step.peak <= workspace_bytes(opt.declared())  # the first makes the state
+
+
+def test_the_estimate_holds_for_coded_state_of_a_table():
+    with fake_cuda():
+        p = torch.nn.Parameter(torch.empty(32000, 4096, device=DEVICE))
+        opt = LowRankOptimizer([{"params": [p], "dense_state_format": "8bit"}], "full_adamw")
+        for _ in range(2):
+            p.grad = torch.empty_like(p)
+            with Counted() as step:
+                opt.step()
+    assert step.peak <= workspace_bytes(opt.declared())
+
+
 OF_DENSE = [("galore_dominant_adamw", rule) for rule in RULES]
 OF_DENSE += [(f"galore_dominant_{moments}", "same") for moments in ("adafactor", "came", "adam_mini")]
 

@@ -22,8 +22,8 @@ class Dominant(Decomposed, key="dominant"):
         GaLore, arXiv 2403.03507, Algorithm 2.
 
     Differs from the authors' code: the vectors come from the Gram matrix G G^T in float64 instead of a full SVD
-    (the same vectors, as long as the singular value is above 1e-7 of the largest, in a fraction of the time), and
-    their signs are aligned with the basis before.
+    (in a fraction of the time; the same vectors, as far as the squares of neighbouring singular values differ by more
+    than some 1e-12 of the largest square), and their signs are aligned with the basis before.
     """
 
     refresh: str = choice(
@@ -31,8 +31,9 @@ class Dominant(Decomposed, key="dominant"):
         "svd",
         "randomized",
         "power",
-        help="gram: eigenvectors of G G^T in float64; svd: full SVD in float64, the same vectors; randomized: range "
-        "finder with two power iterations; power: one step warm-started at the old basis (the first is gram's)",
+        help="gram: eigenvectors of G G^T in float64; svd: full SVD in float64, right below 1e-6 of the largest value "
+        "too; randomized: range finder with two power iterations; power: one step warm-started at the old basis (the "
+        "first is gram's)",
     )
 
     @override
