@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from recipes.shared.common import require_at_least, stop  # noqa: E402
 from recipes.shared.lines import Lines  # noqa: E402
-from recipes.studies.compare_rows import ROWS, START, Point, Row, formats, next_trial  # noqa: E402
+from recipes.studies.compare_rows import ROWS, START, Point, Row, beside, next_trial, other_formats  # noqa: E402
 from recipes.studies.compare_training import (  # noqa: E402
     SIZES,
     TUNING_SEED,
@@ -114,15 +114,16 @@ class Study:
     def wanted(self, row: Row, record: Record) -> list[Run]:
         """Return the runs of a row that may start now.
 
-        The next trial of its search, then one at the best point of each row that is the same in another format, or
-        after them all that score.
+        The next trial of its search, then those at points that are tried beside it, or after them all that score.
         """
         start = self.start(row, record)
         trials = record.trials(row, self.size, self.steps)
         point = next_trial(trials, row, start=start, trials=self.trials, most=self.most)
         if point is None:
-            others = (record.best(one, self.size, self.steps) for one in formats(row))
-            point = next((best for best in others if best and best not in trials), None)
+            formats = (record.best(one, self.size, self.steps) for one in other_formats(row))
+            point = next(
+                (one for one in beside(row, min(trials, key=trials.__getitem__), formats) if one not in trials), None
+            )
         if point is not None:
             return [Run(row, point, self.size, self.steps, TUNING_SEED)]
         best, scored = record.best(row, self.size, self.steps), record.scores(row, self.size, self.steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -110,10 +110,25 @@ ROWS = {
 width 128, so its unit is 1."""
 
 
-def formats(row: Row) -> tuple[Row, ...]:
-    """Return the rows that are the same with state in another format, which are compared with this one: it is tried at
-    their best points too."""
+def other_formats(row: Row) -> tuple[Row, ...]:
+    """Return the rows that are the same with state in another format, which are compared with this one."""
     return tuple(one for one in ROWS.values() if one.origin == row.name)
+
+
+def beside(row: Row, best: Point, formats: Iterable[Point | None]) -> Iterator[Point]:
+    """Yield the points at which a row is tried beside its search.
+
+    What others are compared with is to be tuned no less than they: a row is tried at the best points of the same in
+    other formats, and BASELINE where one rate is a step above its best and the other a step below.
+
+    Args:
+        row: the row.
+        best: its best point.
+        formats: the best points of the same in other formats, of those that have been searched.
+    """
+    yield from (point for point in formats if point)
+    if row.name == BASELINE:
+        yield from (best._replace(matrices=best.matrices + i, others=best.others - i) for i in (1, -1))
 
 
 BASELINE = "full_adamw"
