@@ -30,9 +30,15 @@ sys.path.insert(0, str(HERE.parents[1]))
 from hf_lowrank import METHODS  # noqa: E402
 from hf_lowrank.methods.resolve import split  # noqa: E402
 from recipes.glue.tables import markdown  # noqa: E402
-from recipes.shared.common import require_at_least  # noqa: E402
 from recipes.studies.compare_methods import FILE as METHODS_FILE  # noqa: E402
-from recipes.studies.compare_methods import Record, Study, add_run_options, only_one, several  # noqa: E402
+from recipes.studies.compare_methods import (  # noqa: E402
+    Record,
+    Study,
+    add_run_options,
+    check_run_options,
+    only_one,
+    several,
+)
 from recipes.studies.compare_rows import LONG_MEMORY, ROWS, Row, settled  # noqa: E402
 from recipes.studies.compare_tables import losses, paired, text  # noqa: E402
 from recipes.studies.compare_training import SIZES  # noqa: E402
@@ -201,7 +207,8 @@ def main() -> None:
         args.steps or (1000 if args.of_study else 300),
         args.file or (METHODS_FILE if args.of_study else FILE),
     )
-    require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=steps)
+    args.steps = steps
+    check_run_options(args)
     if not (args.print or args.of_study):
         study = Study(rows(), args.size, steps, args.trials, args.most, args.seeds)
         with only_one(file):

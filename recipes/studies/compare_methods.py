@@ -48,6 +48,8 @@ from recipes.studies.compare_training import (  # noqa: E402
 
 FILE = HERE / "compare_methods.jsonl"
 FIRST_SCORE_SEED = TUNING_SEED + 1
+MOST_BESIDE = 4
+"""Trials beside a search, at most (`compare_rows.beside`)."""
 
 
 class Record(Lines):
@@ -119,7 +121,7 @@ class Study:
         start = self.start(row, record)
         trials = record.trials(row, self.size, self.steps)
         point = next_trial(trials, row, start=start, trials=self.trials, most=self.most)
-        if point is None:
+        if point is None and len(trials) < self.most + MOST_BESIDE:
             formats = (record.best(one, self.size, self.steps) for one in other_formats(row))
             point = next(
                 (one for one in beside(row, min(trials, key=trials.__getitem__), formats) if one not in trials), None
@@ -248,13 +250,15 @@ def parse() -> tuple[Study, argparse.Namespace]:
     parser.add_argument("--start_from", metavar="SIZE:STEPS", help="start at the best points of another study")
     add_run_options(parser)
     args = parser.parse_args()
-    require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
+    check_run_options(args)
     start = None
     if args.start_from:
         size, _, steps = args.start_from.partition(":")
         if size not in SIZES or not steps.isdigit():
             stop(f"--start_from is SIZE:STEPS such as small:1000, not {args.start_from}")
         start = (size, int(steps))
+        if not any(Record(args.file).trials(row, *start) for row in ROWS.values()):
+            stop(f"--start_from {args.start_from}: {args.file} has no search of that size and length")
     study = Study(rows_of(args), args.size, args.steps, args.trials, args.most, args.seeds, start)
     return study, args
 
@@ -280,6 +284,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=inf, help="start nothing new after this time")
 
 
+def check_run_options(args: argparse.Namespace) -> None:
+    """End with one sentence if what is asked for cannot be run."""
+    require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
+    require_at_least(0, minutes=args.minutes if args.minutes < inf else 0)
+    if args.most < args.trials:
+        stop(f"--most must be at least --trials, {args.trials}, not {args.most}")
+    if args.file and (args.file.is_dir() or not args.file.parent.is_dir()):
+        stop(f"--file {args.file}: {'that is a folder' if args.file.is_dir() else 'its folder does not exist'}")
+
+
 def rows_of(args: argparse.Namespace) -> tuple[Row, ...]:
     """Return the rows that are asked for: with --own those that have embeddings and head of their own, with --bytes at
     the rank that fits those that do.
@@ -291,8 +305,13 @@ def rows_of(args: argparse.Namespace) -> tuple[Row, ...]:
     rows = [ROWS[name] for name in names]
     if args.own:
         rows = [own for row in rows if (own := row.own)]
+        if not rows:
+            stop("--own: these rows have embeddings and head as the fixed ones are")
     if args.bytes is not None:
+        require_at_least(0, bytes=args.bytes)
         rows = [fit for row in rows if (fit := at_bytes(row, args.size, args.bytes))]
+        if not rows:
+            stop(f"--bytes {args.bytes:g}: none of these rows fits")
     return tuple(rows)
 
 

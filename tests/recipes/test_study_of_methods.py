@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 from recipes.studies import compare_methods as study
 from recipes.studies import compare_tables as tables
 from recipes.studies import compare_training as training
-from recipes.studies.compare_rows import BASELINE, ROWS, Point, next_trial, settled
+from recipes.studies.compare_rows import BASELINE, ROWS, START, Point, next_trial, settled
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ SAME = ("row", "point", "seed", "tune_loss", "score_loss", "train_loss", "matrix
 
 
 def test_a_study_goes_on_where_it_stopped_and_gives_the_same(text, tmp_path):
-    file, asked = tmp_path / "runs.jsonl", small("full_adamw", "fira_i3s_adamw")
+    file, asked = tmp_path / "runs.jsonl", small("galore_dominant_adamw", "fira_i3s_adamw")
     study.alone(asked, study.Record(file))
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:3]) + "\n" + lines[3][:50])  # killed while it wrote
@@ -214,8 +214,8 @@ def test_a_run_that_fails_takes_no_other_with_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
     record = study.Record(tmp_path / "runs.jsonl")
     with pytest.raises(RuntimeError, match="errors, printed above, in racs"):
-        study.several(small("racs", "full_adamw"), record, inf, jobs=2)
-    assert {run["row"] for run in record.runs} == {"full_adamw"} and len(record.runs) == 6
+        study.several(small("racs", "galore_dominant_adamw"), record, inf, jobs=2)
+    assert {run["row"] for run in record.runs} == {"galore_dominant_adamw"} and len(record.runs) == 6
     assert "svd did not converge" in capsys.readouterr().err
 
 
@@ -272,7 +272,7 @@ def running(process):
 @pytest.mark.processes
 def test_the_command_that_is_killed_leaves_nothing_running_and_runs_each_run_once(tmp_path, monkeypatch, capsys):
     file, script = tmp_path / "runs.jsonl", Path(study.__file__)
-    options = "--size tiny --steps 4 --rows full_adamw,galore_i3s_adamw --trials 2 --most 2 --seeds 2"
+    options = "--size tiny --steps 4 --rows golore_adamw,galore_i3s_adamw --trials 2 --most 2 --seeds 2"
     command = [sys.executable, str(script), *options.split(), "--file", str(file)]
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (file.exists() and file.stat().st_size) and started.poll() is None:
@@ -316,3 +316,39 @@ def test_rows_with_embeddings_and_head_of_their_own_are_those_whose_state_differ
         assert dense_state(ROWS[name]) == fixed and row.name == f"{name}, own dense"
     assert "exp_avg" not in dense_state(own["scale_sgd"])["model.embed_tokens.weight"]
     assert training.options(own["scale_sgd"], "tiny").keys().isdisjoint(training.FIXED)
+
+
+@pytest.mark.parametrize("more, sentence", [
+    (["--bytes", "-1"], "--bytes must be at least 0"),
+    (["--bytes", "nan"], "--bytes must be finite"),
+    (["--bytes", "1e-9", "--rows", "full_adamw"], "none of these rows fits"),
+    (["--own", "--rows", "racs"], "embeddings and head as the fixed ones"),
+    (["--minutes", "-1"], "--minutes must be at least 0"),
+    (["--trials", "8", "--most", "4"], "--most must be at least --trials, 8, not 4"),
+    (["--start_from", "tiny:7"], "has no search of that size and length"),
+    (["--file", "no/such/folder.jsonl"], "its folder does not exist"),
+])  # fmt: skip
+def test_what_cannot_be_run_is_one_sentence(more, sentence, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compare_methods.py", *more])
+    with pytest.raises(SystemExit) as ended:
+        study.parse()
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_what_others_are_compared_with_is_tried_beside_its_search(tmp_path):
+    """At the best points of its other formats, and AdamW where the two rates are traded for each other."""
+    record = study.Record(tmp_path / "runs.jsonl")
+    row, coded = ROWS["full_adamw"], ROWS["full_adamw_8bit"]
+
+    def tried(row, point, loss):
+        record.append(training.Run(row, point, "tiny", 4, 1), {"tune_loss": loss})
+
+    tried(row, START, 2.0)
+    tried(row, Point(0, 1), 1.0)
+    tried(coded, Point(3, 0), 1.0)
+    asked = study.Study((row,), "tiny", 4, trials=1, most=1, seeds=2)
+    for point, loss in ((Point(3, 0), 0.9), (Point(4, -1), 1.1), (Point(2, 1), 1.2)):
+        (run,) = asked.wanted(row, record)
+        assert (run.seed, run.point) == (1, point)
+        tried(row, point, loss)
+    assert [(run.seed, run.point) for run in asked.wanted(row, record)] == [(2, Point(3, 0)), (3, Point(3, 0))]
