@@ -2,6 +2,7 @@
 
 import json
 from math import sqrt
+from statistics import mean
 
 import pytest
 import torch
@@ -59,3 +60,15 @@ def test_the_page_has_the_table_of_the_record():
     same, later = (cell.split() for cell in probes.splitlines()[2].split("|")[2:4])
     for middle, _, half in (same, later):
         assert f"{float(middle):.1f} ± {float(half):.1f}" in section
+
+
+def test_the_page_says_what_batches_share_by_step():
+    runs = [run for run in subspaces.Lines(subspaces.FILE).runs if run["method"] == "galore_dominant_adamw"]
+    by_step = {
+        kind: {int(runs[0][kind][i][0]): mean(run[kind][i][1] for run in runs) for i in range(len(runs[0][kind]))}
+        for kind in ("same", "later")
+    }
+    page = subspaces.FILE.with_name("README.md").read_text()
+    for step, words in ((500, "{later:.1f} are shared with those"), (500, "of one step share {same:.1f}")):
+        assert words.format(**{kind: found[step] for kind, found in by_step.items()}) in page
+    assert "(at step 100: {later:.1f} and {same:.1f})".format(**{k: v[100] for k, v in by_step.items()}) in page
