@@ -46,3 +46,8 @@ def test_chances_are_those_of_a_paired_t_test_and_corrected_by_holm():
 def test_of_nothing_recorded_nothing_is_said(tmp_path):
     text = claims.table(claims.Record(tmp_path / "none.jsonl"), "small", 300)
     assert text.count("not tried") == len(claims.CLAIMS)
+
+
+def test_the_page_has_the_table_of_the_recorded_runs():
+    page = claims.FILE.with_name("README.md").read_text()
+    assert claims.table(claims.Record(claims.FILE), "small", 300) in page
