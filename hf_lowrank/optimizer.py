@@ -235,7 +235,7 @@ class LowRankOptimizer(Replicas):
             start, share = perf_counter(), self.share_refreshes or any(unit.reduced for unit in due)
             now = [unit for unit in due if not unit.ahead]
             self.refreshes_here += self._ahead.begin_([unit for unit in due if unit.ahead], flags)
-            intervals = first_intervals(now, self.param_groups, share=share or self.shard_state)
+            intervals = first_intervals(now, self.param_groups, self.configs, share=share or self.shard_state)
             self.refreshes_here += refresh.refresh_(now, intervals, flags, share=share)
             self.refresh_seconds += perf_counter() - start
 

@@ -178,7 +178,7 @@ def spreads(unit: MatrixStep) -> bool:
 
 
 def first_intervals(
-    due: Sequence[MatrixStep], groups: Sequence[Mapping[str, Any]], *, share: bool
+    due: Sequence[MatrixStep], groups: Sequence[Mapping[str, Any]], configs: Sequence[Config], *, share: bool
 ) -> dict[MatrixStep, int]:
     """Return the steps from the first refresh to the second, where refreshes are spread over the interval: all
     matrices that have it, whatever their groups."""
@@ -188,7 +188,9 @@ def first_intervals(
         if unit.stored["refreshes"] == 0 and spreads(unit):
             gap, world = unit.config.options["update_proj_gap"], team(unit.mesh, share=share)[1]
             if (gap, world) not in intervals:
-                weights = [p for group in groups if group.get("update_proj_gap") == gap for p in group["params"]]
+                pairs = zip(groups, configs, strict=True)
+                alike = [group for group, config in pairs if config.options.get("update_proj_gap") == gap]
+                weights = [p for group in alike for p in group["params"]]
                 first = staggered_intervals([refresh_cost(p) for p in weights], gap, world)
                 intervals[gap, world] = dict(zip(weights, first, strict=True))
             found[unit] = intervals[gap, world][unit.weight]

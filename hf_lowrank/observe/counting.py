@@ -85,12 +85,11 @@ def workspace_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
 
     An ordinary step holds what is projected and its direction for two buckets (`engine.step.SYNC_ELEMENTS`), or what
     the rule of moments makes of one, or of the largest matrix where those step by themselves; a basis that is drawn
-    again at every step; the halves of the bases of one bucket, three images of
-    the largest matrix where a method looks at each of its elements, what is decoded of one matrix and as much again as
-    it is encoded, and the fp32 images of one dense tensor, or of a block of it, that its rule makes. A refresh holds
-    the float64 copy of a gradient, its Gram matrices, the eigenvectors and what the library works in, and the new
-    bases of a wave; with `async_refresh` also the gradients that are being decomposed: two, or all where refreshes are
-    not spread.
+    again at every step; the halves of the bases of one bucket; three images of the largest matrix where a method looks
+    at each of its elements; what is decoded of one matrix and as much again as it is encoded; and the fp32 images of
+    one dense tensor, or of a block of it, that its rule makes. A refresh holds the float64 copy of a gradient, its
+    Gram matrices, the eigenvectors and what the library works in, and the new bases of a wave; with `async_refresh`
+    also the gradients that are being decomposed: two, or all where refreshes are not spread.
     """
     held = stacked = images = drawn = bases = whole = dense = decomposed = coded = copied = largest = 0
     for _, p, config, plan in _trained(declared):

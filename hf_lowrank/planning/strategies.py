@@ -67,8 +67,8 @@ class Strategy(ABC):
         return Traffic()
 
     def refusal(self, declared: Iterable[Declared]) -> str:
-        """Return why training does not run so, and the way out, or ""."""
-        return ""
+        """Return why training does not run so, and the way out, or "": by default as the parameters are cut."""
+        return _first(_of_cut(self, one) for one in declared)
 
     # ---- of any -----------------------------------------------------------------------------------------------------
 
@@ -215,10 +215,6 @@ class Sharded(Strategy):
             refresh=sum(refreshed(one, self.split(one.name, one.weight), size, copies) for one in declared),
         )
 
-    @override
-    def refusal(self, declared: Iterable[Declared]) -> str:
-        return _first(_of_cut(self, one) for one in declared)
-
 
 @dataclass(frozen=True)
 class Tensors(Strategy):
@@ -262,10 +258,6 @@ class Tensors(Strategy):
             step=sum(exchanged(one, self.split(one.name, one.weight)) for one in declared),
             refresh=sum(refreshed(one, self.split(one.name, one.weight), size) for one in declared),
         )
-
-    @override
-    def refusal(self, declared: Iterable[Declared]) -> str:
-        return _first(_of_cut(self, one) for one in declared)
 
     @property
     @override
