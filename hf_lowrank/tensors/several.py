@@ -55,9 +55,7 @@ class Several(Basis):
         if self.P is None:
             return self, Z
         kind = products.chosen(self.bases[0].products, W)  # type: ignore[attr-defined]
-        if (
-            not products.rounds(kind) or W.dtype == torch.float32
-        ):  # an image is told by its own basis, which may be exact
+        if not products.rounds(kind) or W.dtype == torch.float32:  # those are told by their own basis: it may be exact
             return self, Z
         return Several([Dense(P, kind) for P in self._of_each(Tensor.bfloat16).unbind(0)], None), Z.bfloat16()
 
