@@ -48,7 +48,7 @@ def test_states_in_the_choice_of_a_method_are_what_the_parts_declare():
 
 def test_every_file_that_is_linked_or_named_exists():
     linked = re.findall(r"\]\((?!http)([\w./-]+)(?:#[\w-]+)?\)", README)
-    assert "docs/pictures/state_and_loss.png" in linked and len(linked) > 20
+    assert "docs/pictures/loss_and_state.png" in linked and len(linked) > 20
     assert [path for path in linked if not (ROOT / path).exists()] == []
     for name, page in PAGES.items():
         named = re.findall(r"`((?:tests|recipes)/[\w./-]+)`", page)

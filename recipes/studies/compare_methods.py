@@ -253,14 +253,19 @@ def parse() -> tuple[Study, argparse.Namespace]:
     check_run_options(args)
     start = None
     if args.start_from:
-        size, _, steps = args.start_from.partition(":")
-        if size not in SIZES or not steps.isdigit():
-            stop(f"--start_from is SIZE:STEPS such as small:1000, not {args.start_from}")
-        start = (size, int(steps))
+        start = study_named(args.start_from, "--start_from")
         if not any(Record(args.file).trials(row, *start) for row in ROWS.values()):
             stop(f"--start_from {args.start_from}: {args.file} has no search of that size and length")
     study = Study(rows_of(args), args.size, args.steps, args.trials, args.most, args.seeds, start)
     return study, args
+
+
+def study_named(name: str, what: str) -> tuple[str, int]:
+    """Return the size and the steps of SIZE:STEPS."""
+    size, _, steps = name.partition(":")
+    if size not in SIZES or not steps.isdigit():
+        stop(f"{what} is SIZE:STEPS such as small:1000, not {name}")
+    return size, int(steps)
 
 
 def add_study_options(parser: argparse.ArgumentParser) -> None:
@@ -287,7 +292,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def check_run_options(args: argparse.Namespace) -> None:
     """End with one sentence if what is asked for cannot be run."""
     require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
-    require_at_least(0, minutes=args.minutes if args.minutes < inf else 0)
+    require_at_least(0, minutes=0 if args.minutes == inf else args.minutes)
     if args.most < args.trials:
         stop(f"--most must be at least --trials, {args.trials}, not {args.most}")
     if args.file and (args.file.is_dir() or not args.file.parent.is_dir()):

@@ -1,7 +1,7 @@
-"""The tables and the figure of compare_methods.py, from what is recorded; nothing is run.
+"""The tables of compare_methods.py, from what is recorded; nothing is run.
 
 python recipes/studies/compare_tables.py                                     # the small model, 1000 steps
-python recipes/studies/compare_tables.py --size large --steps 1200 --bytes 1 --picture equal_bytes.png
+python recipes/studies/compare_tables.py --size large --steps 1200 --bytes 1
 """
 
 from __future__ import annotations
@@ -15,19 +15,13 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-import matplotlib
 from scipy.stats import t
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.glue.tables import markdown  # noqa: E402
-from recipes.shared.common import stop  # noqa: E402
 from recipes.studies.compare_methods import Record, add_study_options, rows_of  # noqa: E402
 from recipes.studies.compare_rows import BASELINE, ROWS, Point, Row, settled  # noqa: E402
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 HEAD = ["row", "bytes per element", "state, MiB", "loss", "minus AdamW, paired", "paired seeds"]
@@ -126,44 +120,16 @@ def text(found: tuple[float, float], sign: str = "") -> str:
     return f"{middle:{sign}.3f}" + (f" ± {half:.3f}" if half < inf else "")
 
 
-def draw(found: Sequence[Result], baseline: Result, file: Path, title: str) -> None:
-    """Draw the differences to AdamW with their 95 % intervals, a line per row, into a PNG file."""
-    others = [(r, d) for r in found if r is not baseline and (d := paired(r.losses, baseline.losses)) and d[1] < inf]
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.3 * len(others)), layout="constrained")
-    names = [f"{r.row.name}  ({r.middle('matrix_bytes'):.2f} B)" for r, _ in others]
-    axes.errorbar(
-        [d[0] for _, d in others], names, xerr=[d[1] for _, d in others], fmt="o", capsize=3, color="#0072B2"
-    )
-    axes.axvline(0, color="#000000", linewidth=1)
-    axes.invert_yaxis()
-    axes.set(
-        xlabel=f"held-out loss minus that of {BASELINE} ({baseline.middle('matrix_bytes'):.2f} B), nats per token"
-    )
-    axes.set_title(title, fontsize=10)
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-
-
 def main() -> None:
-    """Print the table, and draw."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_study_options(parser)
-    parser.add_argument("--picture", type=Path, help="where the figure goes; default: none")
     args = parser.parse_args()
     record = Record(args.file)
     found = results(record, rows_of(args), args.size, args.steps)
     baseline = next(iter(results(record, [ROWS[BASELINE]], args.size, args.steps)), None)
     baseline = next((r for r in found if r.row.name == BASELINE), baseline)
     print(table(found, baseline))
-    if args.picture and not baseline:
-        stop(f"there is nothing to draw: no score of {BASELINE} at {args.size}, {args.steps} steps is recorded")
-    if args.picture and baseline:
-        per_seed = f"{args.steps} steps of 1024 tokens, means over seeds with 95 % intervals, paired by seed"
-        size = f"LLaMA with {next(iter(baseline.runs.values()))['body_parameters'] / 1e6:.2f} M parameters in the body"
-        draw(found, baseline, args.picture, f"{size}\n{per_seed}\nin brackets: bytes of state per matrix element")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes.studies import claims
+from recipes.studies import compare_picture as picture
 from recipes.studies.compare_methods import FILE, Record
 from recipes.studies.compare_rows import BASELINE, ROWS
 from recipes.studies.compare_tables import interval, paired, results, text
@@ -221,3 +222,8 @@ def test_which_rows_had_a_lucky_seed():
     said |= {("full_adamw", "narrow"): 0.04, ("fira_adamw", "narrow"): 0.05}
     for row, luck in lucky.items():
         assert -round(luck, 2) == said[row] if row in said else abs(luck) < 0.0205, row
+
+
+def test_the_picture_is_of_what_is_recorded():
+    shown = [picture.series(Record(FILE), *picture.study_named(name, "a study")) for name in picture.STUDIES]
+    assert picture.drawn_in(picture.PICTURE) == picture.described(shown)

@@ -1,9 +1,6 @@
 """The studies: the best learning rate is looked for, what is recorded is not run again, the page holds the tables."""
 
-import json
 import sys
-from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,6 @@ from transformers import (
 from recipes.glue import bert_to_roberta, data
 from recipes.glue.comparison import Ledger
 from recipes.studies import minilm_study as study
-from recipes.studies import state_and_loss, state_and_loss_picture
 from recipes.studies.compare_tables import interval
 
 
@@ -113,75 +109,3 @@ def test_the_readme_has_the_table_of_the_recorded_study():
     if ledger.results:
         assert study.results_table(ledger, [1, 2, 3, 4, 5]) in text
         assert study.grid_table(ledger) in text
-
-
-@pytest.fixture
-def tiny(monkeypatch, texts, tokenizer):
-    """The study of state and loss on a small model, two names and a few paragraphs."""
-    documents = [json.loads(line)["text"] for line in Path(texts[1]).read_text().splitlines()]
-    blocks = state_and_loss.Blocks.pack(documents, tokenizer, 16)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    values = {
-        "OPTIMIZERS": {"adamw_torch_fused": "", "galore_i3s_adamw": "rank=4"},
-        "MODEL": state_and_loss.ModelArguments(**sizes),
-        "BLOCK": 16,
-        "BUDGET": {**state_and_loss.BUDGET, "max_steps": 2},
-        "SETTING": "tiny",
-        "read": lambda: state_and_loss.Text(tokenizer, blocks, blocks.spread(4)),
-    }
-    for name, value in values.items():
-        monkeypatch.setattr(state_and_loss, name, value)
-
-
-def test_state_and_loss_goes_on_where_it_stopped_and_draws_the_seeds_of_the_score(tiny, tmp_path, monkeypatch):
-    file, trained = tmp_path / "runs.jsonl", []
-    train = state_and_loss.train
-    monkeypatch.setattr(state_and_loss, "train", lambda cell, text: trained.append(cell) or train(cell, text))
-    state_and_loss.study(state_and_loss.Record(file), float("inf"))
-    lines = file.read_text().splitlines()
-    assert len(lines) == len(trained) == len(set(trained))
-    for name in state_and_loss.OPTIMIZERS:
-        assert {cell.seed for cell in trained if cell.optimizer == name} == {1, 2, 3}
-    file.write_text("\n".join(lines[:-1]) + "\n")
-    record = state_and_loss.Record(file)
-    state_and_loss.study(record, float("inf"))
-    assert trained[-1] == trained[-2] and len(trained) == len(lines) + 1  # the one that was missing, and no other
-    assert json.loads(lines[-1]) == record.runs[-1]  # the same seed, the same loss
-
-    dense, ours = (state_and_loss.scored(record, name) for name in state_and_loss.OPTIMIZERS)
-    assert ours.state < dense.state
-    best = record.best("galore_i3s_adamw")
-    kept = [run for run in record.runs if run["optimizer"] == "galore_i3s_adamw" and run["seed"] > 1]
-    assert {run["matrix_learning_rate"] for run in kept} == {best}
-    assert list(ours.losses) == [run["heldout_loss"] for run in kept]
-    assert record.losses("galore_i3s_adamw")[best] == min(record.losses("galore_i3s_adamw").values())
-
-
-def test_state_and_loss_tries_the_next_rate_where_the_best_is_at_an_edge(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_and_loss, "MOST_RATES", 4)
-    record = state_and_loss.Record(tmp_path / "runs.jsonl")
-    losses = {2.5e-3: 3.3, 5e-3: 3.1, 1e-2: 3.15, 1.25e-3: 3.0, 6.25e-4: 3.2}
-
-    def next_after(*rates):
-        for rate in rates:
-            key = state_and_loss.Cell("ldadam", rate, state_and_loss.SEARCH_SEED)
-            record.append(key, {"heldout_loss": losses[rate]})
-        return state_and_loss.beyond(record, "ldadam")
-
-    assert next_after() is None  # nothing is recorded: the grid comes first
-    assert next_after(2.5e-3, 5e-3) == 1e-2
-    assert next_after(1e-2) is None and record.best("ldadam") == 5e-3  # inside
-    assert next_after(1.25e-3) is None and record.best("ldadam") == 1.25e-3  # at an edge, but there are four
-
-
-def test_names_in_the_picture_cover_no_other_name_and_no_point():
-    Point = state_and_loss_picture.Point
-    points = [Point("adamw_torch_fused", 4.0, (3.30, 3.31))]
-    points += [Point(f"a_method_with_a_name_{i}", 2.0 + i / 50, (3.28 + i / 500, 3.30 + i / 500)) for i in range(5)]
-    figure, axes = state_and_loss_picture.drawn(points, title="a title")
-    names = [state_and_loss_picture.extent(text) for text in axes.texts]
-    assert len(names) == len(points)
-    assert not any(one.overlaps(other) for one, other in combinations(names, 2))
-    marks = [axes.transData.transform((point.state, sum(point.losses) / 2)) for point in points]
-    assert not any(name.contains(*mark) for name in names for mark in marks)
-    state_and_loss_picture.plt.close(figure)

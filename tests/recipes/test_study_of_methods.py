@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from recipes.studies import compare_methods as study
+from recipes.studies import compare_picture as picture
 from recipes.studies import compare_tables as tables
 from recipes.studies import compare_training as training
 from recipes.studies.compare_rows import BASELINE, ROWS, START, Point, next_trial, settled
@@ -248,7 +249,7 @@ def test_intervals_are_those_of_a_hand_computation(tmp_path):
     for name, losses in (("full_adamw", baseline), ("racs", ours)):
         record.append(run_of(name, 1), {"tune_loss": 3.0})
         for seed, loss in enumerate(losses, start=2):
-            rest = {"matrix_bytes": 1.0, "state_bytes": 2**20, "refreshes": 7}
+            rest = {"matrix_bytes": 1.0, "state_bytes": 2**20, "refreshes": 7, "parameters": 3072}
             record.append(run_of(name, seed), {"tune_loss": 3.0, "score_loss": loss, **rest})
     best, worst = tables.results(record, [ROWS[BASELINE], ROWS["racs"]], "tiny", 2)
     assert (best.row.name, worst.row.name) == ("racs", "full_adamw")
@@ -256,8 +257,18 @@ def test_intervals_are_those_of_a_hand_computation(tmp_path):
     cells = tables.line(best, worst)
     assert cells[:6] == ["racs", "1.00", "1.00", "3.542 ± 0.071", "-0.100 ± 0.028", "5"]
     assert cells[7] == "1, at an edge"
-    tables.draw([best, worst], worst, tmp_path / "picture.png", "a title")
-    assert (tmp_path / "picture.png").stat().st_size > 1000
+    series = picture.series(record, "tiny", 2)
+    assert series.differences == {"racs": tables.paired(best.losses, worst.losses), "full_adamw": (0.0, 0.0)}
+    assert series.name.endswith(" 0.7 tokens for each")
+    left, right = picture.drawn([series]).axes
+    (points, _, (bars,)) = left.containers[0]
+    assert [*points.get_xdata()] == pytest.approx([-0.1, 0.0])
+    ends = [segment[:, 0] for segment in bars.get_segments()]
+    assert ends[0] == pytest.approx([-0.1 - 0.02776, -0.1 + 0.02776], abs=1e-5)
+    assert [bar.get_width() for bar in right.patches] == [1.0, 1.0]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["racs", "full_adamw"]
+    picture.draw([series], tmp_path / "picture.png")
+    assert picture.drawn_in(tmp_path / "picture.png") == picture.described([series])
     assert tables.paired({2: inf, 3: 1.0}, {2: 1.0, 3: 1.0}) == (inf, inf)
     assert tables.paired({2: 1.0}, {3: 1.0}) is None
 
