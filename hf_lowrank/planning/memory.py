@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer state are exact: the state is what the method's parts declare, which is what the
 first step allocates. Activations follow a simple rule, see `activations.activation_bytes`; what a step allocates for a
-moment on an accelerator is bounded (`counting.workspace_bytes`). The context of an accelerator (about 0.5 GB under
+moment on an accelerator is bounded (`workspace.workspace_bytes`). The context of an accelerator (about 0.5 GB under
 CUDA) and fragmentation are not counted.
 """
 
@@ -28,6 +28,7 @@ from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.planning.activations import activation_bytes
 from hf_lowrank.planning.by_name import check_runs, strategy_of
 from hf_lowrank.planning.traffic import Tokens, Traffic
+from hf_lowrank.planning.workspace import workspace_bytes
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -51,7 +52,7 @@ class MemoryEstimate:
         low_rank_state: optimizer state of the matrices that have a subspace.
         dense_state: optimizer state of everything else.
         activations: what is kept for the backward pass; 0 for a model without a config.
-        workspace: what a step allocates for a moment on an accelerator, at most (`counting.workspace_bytes`).
+        workspace: what a step allocates for a moment on an accelerator, at most (`workspace.workspace_bytes`).
         gpus, strategy: how many processes there are, and how the run is spread over them: all bytes are those of the
             process that holds most.
         gathered: DDP's buckets of gradients, or layers that FSDP2 has gathered, by a rule of thumb.
@@ -223,7 +224,7 @@ def estimate_memory(
                 rank=_rank_of(optimizer),
                 layerwise=any(group["layerwise"] for group in matrices),
                 gradients=bytes_of.gradient_bytes(pieces, size),
-                workspace=bytes_of.workspace_bytes(pieces, size),
+                workspace=workspace_bytes(pieces, size),
                 low_rank_state=low_rank,
                 dense_state=dense,
             )

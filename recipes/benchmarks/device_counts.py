@@ -28,7 +28,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hf_lowrank import METHODS, LowRankOptimizer  # noqa: E402
 from hf_lowrank.methods import resolve  # noqa: E402
-from hf_lowrank.observe.counting import workspace_bytes  # noqa: E402
+from hf_lowrank.planning.workspace import workspace_bytes  # noqa: E402
 from recipes.benchmarks.fake_cuda import DEVICE, Counted, fake_cuda  # noqa: E402
 from recipes.benchmarks.shapes import shapes  # noqa: E402
 

@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from hf_lowrank import LowRankOptimizer, param_groups  # noqa: E402
 from hf_lowrank.observe import counting  # noqa: E402
+from hf_lowrank.planning.workspace import workspace_bytes  # noqa: E402
 from hf_lowrank.tensors import bases, fused, kernels, random, rounding  # noqa: E402
 from recipes.benchmarks.on_device import Bench, environment  # noqa: E402
 from recipes.benchmarks.plain_llama import SIZES, PlainLlama  # noqa: E402
@@ -248,7 +249,7 @@ def measure_memory(bench: Bench) -> dict[str, Any]:
         peak = bench.peak(steps)
         declared = LowRankOptimizer(param_groups(model, method=name, rank=rank), name)
         state = sum(counting.state_bytes(declared.declared()))
-        estimate = state + counting.gradient_bytes(declared.declared()) + counting.workspace_bytes(declared.declared())
+        estimate = state + counting.gradient_bytes(declared.declared()) + workspace_bytes(declared.declared())
         found[name] = {"weights": held, "peak above weights": peak, "estimate above weights": estimate, "state": state}
         del model
     return found

@@ -9,7 +9,7 @@ from streams import COVERING, NAMES
 from hf_lowrank import LowRankOptimizer
 from hf_lowrank.methods import resolve
 from hf_lowrank.methods.dense import RULES
-from hf_lowrank.observe.counting import workspace_bytes
+from hf_lowrank.planning.workspace import workspace_bytes
 from recipes.benchmarks import device_counts
 from recipes.benchmarks.fake_cuda import DEVICE, Counted, fake_cuda
 
