@@ -335,6 +335,7 @@ def test_rows_with_embeddings_and_head_of_their_own_are_those_whose_state_differ
     (["--bytes", "1e-9", "--rows", "full_adamw"], "none of these rows fits"),
     (["--own", "--rows", "racs"], "embeddings and head as the fixed ones"),
     (["--minutes", "-1"], "--minutes must be at least 0"),
+    (["--minutes", "nan"], "--minutes must be finite"),
     (["--trials", "8", "--most", "4"], "--most must be at least --trials, 8, not 4"),
     (["--start_from", "tiny:7"], "has no search of that size and length"),
     (["--file", "no/such/folder.jsonl"], "its folder does not exist"),
