@@ -94,6 +94,37 @@ def test_options_of_one_optimizer_are_refused_before_anything_is_trained(recipe,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--max_stpes", "10"], "--max_stpes"),
+        (["--train_file", "nowhere.txt", "--validation_file", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--grid", "nowhere.json"], "--grid nowhere.json is no file that grid.py has written"),
+        (["--num_hidden_layers", "0"], "--num_hidden_layers must be at least 1, not 0"),
+    ],
+)
+def test_a_mistake_leaves_the_last_results(recipe, tmp_path, monkeypatch, capsys, options, sentence):
+    import quickstart
+
+    quickstart.prepare(tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output_dir", str(tmp_path / "run"), *options])
+    with pytest.raises(SystemExit) as ended:
+        quickstart.main()
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_rates_are_those_of_the_grid_that_is_named(recipe, tmp_path):
+    import quickstart
+
+    key = {"learning_rate": 0.5, "scale": 0.25}
+    runs = [{"optimizer": name, "seed": 1, "perplexity": 9.0, **key} for name in quickstart.OPTIMIZERS]
+    runs += [{**run, "perplexity": None, "scale": 1.0} for run in runs]
+    (tmp_path / "grid.json").write_text(json.dumps({"runs": runs}))
+    assert quickstart.rates(tmp_path / "grid.json") == dict(zip(quickstart.OPTIMIZERS, runs, strict=False))
+
+
 @pytest.mark.parametrize("optim", ["galore_i3s_adamw", "adamw_torch"])
 def test_resumed_equals_uninterrupted(recipe, monkeypatch, tmp_path, texts, optim):
     options = ["--optim", optim, "--do_train", "--max_steps", 4, "--output_dir", tmp_path, *texts]
@@ -138,6 +169,27 @@ def test_perplexity_weights_every_token_the_same(recipe):
         (["--train_file", "TEXT"], "--train_file and --validation_file go together"),
         (["--train_file", "TEXT", "--validation_file", "TEXT", "--block_size", 99999], "fewer than 99999 tokens"),
         (["--resume_from_checkpoint", "true"], "no checkpoint to resume from"),
+        (["--foo", 1], "--foo"),
+        (["--num_attention_heads", 0], "--num_attention_heads must be at least 1, not 0"),
+        (["--num_attention_heads", 3], "even multiple of --num_attention_heads"),
+        (["--block_size", 1], "--block_size must be at least 2, not 1"),
+        (["--vocab_size", 256], "--vocab_size must be at least 257, not 256"),
+        (["--eval_blocks", 0], "--eval_blocks must be at least 1, not 0"),
+        (
+            [
+                "--train_file",
+                "TEXT",
+                "--validation_file",
+                "TEXT",
+                "--optim",
+                "sgd",
+                "--optim_args",
+                "",
+                "--matrix_lr_scale",
+                1,
+            ],
+            "for --optim sgd leave it out",
+        ),
         (["--train_file", "TEXT", "--validation_file", "TEXT", "--matrix_lr_scale", 0.5], "set scale="),
     ],
 )

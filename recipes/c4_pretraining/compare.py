@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import hf_lowrank  # noqa: E402
 from recipes.c4_pretraining import table  # noqa: E402
 from recipes.shared.baselines import fit_for  # noqa: E402
-from recipes.shared.common import require_writable, stop  # noqa: E402
+from recipes.shared.common import require_at_least, require_writable, stop  # noqa: E402
 
 
 SETTINGS = "settings.json"
@@ -98,6 +98,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--print", action="store_true", help="run nothing")
     arguments, more = parser.parse_known_args()
+    require_at_least(1, jobs=arguments.jobs)
     if len(arguments.output_dir) > 1 and not arguments.print:
         stop("several --output_dir are for --print")
     if not arguments.print and not arguments.config.is_file():

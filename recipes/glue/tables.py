@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from recipes.glue import papers
 from recipes.glue.tasks import TASKS
+from recipes.shared.display import markdown
 
 
 TITLES = [task.title for task in TASKS.values()]
@@ -43,17 +44,6 @@ def tables(runs: Runs, *, model: str, note: str) -> str:
         note,
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
-    """Return an aligned Markdown table; columns are right-aligned except the first."""
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines.insert(1, rule)
-    return "\n".join(
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines
-    )
 
 
 def spread(values: list[float], form: str = "{:.2f}") -> str:

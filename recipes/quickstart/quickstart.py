@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 
 HERE = Path(__file__).resolve().parent
@@ -43,6 +44,8 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
 faster on a busy one."""
 
 LEDGER = "commands.txt"
+OPTIONS = 4
+"""Words of a command before its options: python -m hf_lowrank run_clm.py."""
 
 
 def command(optimizer: str, cell: dict[str, float], output_dir: Path, tokenizer_dir: Path, *more: str) -> list[str]:
@@ -62,17 +65,26 @@ def command(optimizer: str, cell: dict[str, float], output_dir: Path, tokenizer_
     return [*start, *rates.split(), *COMMON.split(), *folders, *more]
 
 
-def best(runs: list[dict], optimizer: str) -> dict:
-    """Return the recorded run of an optimizer with the lowest perplexity, of those with the quickstart's seed."""
+def best(runs: list[dict], optimizer: str, file: Path) -> dict:
+    """Return a file's run of an optimizer with the lowest perplexity, of those with the quickstart's seed."""
     mine = [run for run in runs if (run["optimizer"], run["seed"]) == (optimizer, SEED)]
     known = [run for run in mine if run["perplexity"] is not None]
     if not known:
-        stop(f"{GRID_FILE} has no result for {optimizer}; run grid.py")
+        stop(f"{file} has no result for {optimizer}; run grid.py")
     return min(known, key=lambda run: run["perplexity"])
 
 
-def stop(sentence: str, code: int = 2) -> None:
-    """End with one sentence for people."""
+def rates(file: Path) -> dict[str, dict]:
+    """Return the best recorded run of every optimizer."""
+    try:
+        runs = json.loads(file.read_text())["runs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        stop(f"--grid {file} is no file that grid.py has written")
+    return {optimizer: best(runs, optimizer, file) for optimizer in OPTIMIZERS}
+
+
+def stop(sentence: str, code: int = 2) -> NoReturn:
+    """End with one sentence for people; here, since it has to say what is not installed."""
     sys.stderr.write(f"{Path(sys.argv[0]).name}: {sentence}\n")
     sys.exit(code)
 
@@ -83,23 +95,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="run folder")
+    parser.add_argument("--grid", type=Path, default=GRID_FILE, help="file of grid.py, whose best rates are taken")
     arguments, more = parser.parse_known_args()
     if own := next((option for option in more if option.startswith("--optim")), None):
         stop(f"{own} is the trainings' own here; start one by itself: python -m hf_lowrank {_short(HERE)}/run_clm.py")
     try:
         import report
+        import run_clm
     except ImportError as error:
         stop(f"{error}; install the recipe's requirements: pip install '.[recipes]'")
-    runs = json.loads(GRID_FILE.read_text())["runs"]
-    folder = arguments.output_dir
+    folder, commands = arguments.output_dir, {}
+    for optimizer, cell in rates(arguments.grid).items():
+        line = command(optimizer, cell, folder / optimizer, folder / "tokenizer", *LOGGING.split(), *more)
+        run_clm.check(line[OPTIONS:])
+        commands[optimizer] = line
     prepare(folder)
     signal.signal(signal.SIGTERM, lambda *_: stop("terminated; a new start begins afresh", 143))  # training ends too
     start = time.perf_counter()
-    commands = {}
-    for optimizer in OPTIMIZERS:
-        commands[optimizer] = command(optimizer, best(runs, optimizer), folder / optimizer, folder / "tokenizer")
-        commands[optimizer] += [*LOGGING.split(), *more]
-        train(commands[optimizer], folder / LEDGER)
+    for line in commands.values():
+        train(line, folder / LEDGER)
     results = report.collect(folder, commands)
     results["seconds"] = round(time.perf_counter() - start, 1)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -18,12 +18,9 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.shared.common import machine  # noqa: E402
+from recipes.shared.display import COLOURS, MARKERS, markdown  # noqa: E402
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's: told apart by colour-blind eyes too."""
-
-MARKERS = "osD^vPX"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 COLUMNS = {
@@ -46,14 +43,11 @@ def collect(folder: Path, commands: dict[str, list[str]]) -> dict:
 
 
 def table(results: dict) -> str:
-    """Return the comparison as Markdown, its columns aligned."""
-    rows = [["optimizer", *COLUMNS]]
-    for name, run in results["runs"].items():
-        rows.append([name, *(form.format(run[key]) for key, form in COLUMNS.values())])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
-    return "\n".join(lines) + f"\n\n{results['machine']}\n"
+    """Return the comparison as Markdown."""
+    rows = [
+        [name, *(form.format(run[key]) for key, form in COLUMNS.values())] for name, run in results["runs"].items()
+    ]
+    return f"{markdown(['optimizer', *COLUMNS], rows)}\n\n{results['machine']}\n"
 
 
 def plot_losses(folder: Path, optimizers: list[str]) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -33,10 +32,13 @@ import hf_lowrank
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.shared.common import (  # noqa: E402
+    ArgumentParser,
     StepTimer,
     checkpoint_to_resume,
+    first_line,
     load_bpe,
     negative_log_likelihood,
+    require_at_least,
     sizes,
     speeches,
     state_bytes,
@@ -105,8 +107,7 @@ class Blocks(Dataset):
 
 def main() -> None:
     """Train and evaluate as the command line says."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    model_args, data_args, training_args = parse(sys.argv[1:])
     checkpoint = checkpoint_to_resume(training_args)
     training_documents, validation_documents = load_documents(data_args)
     tokenizer_dir = Path(data_args.tokenizer_dir or Path(training_args.output_dir) / "tokenizer")
@@ -151,6 +152,29 @@ def main() -> None:
         trainer.save_metrics("heldout", metrics)
 
 
+def parse(line: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Read a command line; a mistake in it is one sentence."""
+    parser = ArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    try:
+        model, data, training = parser.parse_args_into_dataclasses(line)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        stop(first_line(error))
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    require_at_least(1, **{name: getattr(model, name) for name in names}, eval_blocks=data.eval_blocks)
+    require_at_least(2, block_size=data.block_size)  # the first token of a block is not predicted
+    require_at_least(257, vocab_size=data.vocab_size)  # every byte, and the end of a text
+    require_at_least(0, matrix_lr_scale=model.matrix_lr_scale)
+    if model.hidden_size % model.num_attention_heads or model.hidden_size // model.num_attention_heads % 2:
+        stop("--hidden_size must be an even multiple of --num_attention_heads")
+    return model, data, training
+
+
+def check(line: list[str]) -> None:
+    """End with one sentence where a training would, without starting it: for its options, or for its texts."""
+    hf_lowrank.register()
+    load_documents(parse(line)[1])
+
+
 def load_documents(args: DataArguments) -> tuple[list[str], list[str]]:
     """Return the documents for training and those for validation."""
     if (args.train_file is None) != (args.validation_file is None):
@@ -175,8 +199,6 @@ def read_files(paths: list[str]) -> list[str]:
 
 def llama_config(args: ModelArguments, tokenizer: PreTrainedTokenizerFast, block_size: int) -> LlamaConfig:
     """Return the configuration of the model."""
-    if args.hidden_size % args.num_attention_heads or args.hidden_size // args.num_attention_heads % 2:
-        stop("--hidden_size must be an even multiple of --num_attention_heads")
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
@@ -198,7 +220,8 @@ def two_rates(
         return None
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if cls is not torch.optim.AdamW:
-        stop(f"--matrix_lr_scale is for a dense AdamW; for {args.optim} set scale=... in --optim_args")
+        own = "set scale=... in --optim_args" if issubclass(cls, hf_lowrank.LowRankOptimizer) else "leave it out"
+        stop(f"--matrix_lr_scale is for torch's AdamW; for --optim {getattr(args.optim, 'value', args.optim)} {own}")
     groups = hf_lowrank.param_groups(model, rank=1, weight_decay=args.weight_decay)
     for group in groups:  # those with a rank hold the matrices
         group["lr"] = args.learning_rate * (scale if group.pop("rank", None) else 1)

@@ -10,6 +10,20 @@ from typing import Any
 from recipes.shared.common import stop
 
 
+def require_file(file: Path) -> None:
+    """End with one sentence if results cannot be recorded in a file, for where it is."""
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        stop(f"--file {file}: {'that is a folder' if file.is_dir() else 'its folder does not exist'}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return what a JSON file holds, or end with one sentence if it is none."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        stop(f"{file} holds no results; move it away, or name another file")
+
+
 class Lines:
     """A file of JSON lines; a last one that a kill has cut short counts as none, and is overwritten.
 

@@ -21,14 +21,16 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from recipes.glue.tables import markdown  # noqa: E402
-from recipes.shared.common import require_at_least, stop  # noqa: E402
+from recipes.shared.common import stop  # noqa: E402
+from recipes.shared.display import markdown  # noqa: E402
+from recipes.shared.lines import require_file  # noqa: E402
 from recipes.studies.compare_methods import FILE as METHODS_FILE  # noqa: E402
 from recipes.studies.compare_methods import (  # noqa: E402
     FIRST_SCORE_SEED,
     Record,
     Study,
     add_run_options,
+    check_run_options,
     only_one,
     several,
 )
@@ -118,7 +120,8 @@ def main() -> None:
     add_run_options(parser)
     parser.add_argument("--print", action="store_true", help="print the table of what is recorded, and run nothing")
     args = parser.parse_args()
-    require_at_least(1, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
+    check_run_options(args)
+    require_file(args.base)
     recorded = Record(args.base)
     best = recorded.best(BASE, args.size, args.steps)
     if best is None:

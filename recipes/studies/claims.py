@@ -29,13 +29,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from hf_lowrank import METHODS  # noqa: E402
 from hf_lowrank.methods.resolve import split  # noqa: E402
-from recipes.glue.tables import markdown  # noqa: E402
+from recipes.shared.common import stop  # noqa: E402
+from recipes.shared.display import markdown  # noqa: E402
 from recipes.studies.compare_methods import FILE as METHODS_FILE  # noqa: E402
 from recipes.studies.compare_methods import (  # noqa: E402
     Record,
     Study,
     add_run_options,
     check_run_options,
+    check_trials,
     only_one,
     several,
 )
@@ -203,16 +205,17 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the table of what is recorded, and run nothing")
     parser.add_argument("--of_study", action="store_true", help="print what compare_methods.py has recorded of others")
     args = parser.parse_args()
-    steps, file = (
-        args.steps or (1000 if args.of_study else 300),
-        args.file or (METHODS_FILE if args.of_study else FILE),
-    )
+    steps = (1000 if args.of_study else 300) if args.steps is None else args.steps
+    args.file = file = args.file or (METHODS_FILE if args.of_study else FILE)
     args.steps = steps
     check_run_options(args)
+    check_trials(args)
     if not (args.print or args.of_study):
         study = Study(rows(), args.size, steps, args.trials, args.most, args.seeds)
         with only_one(file):
             several(study, Record(file), time.monotonic() + 60 * args.minutes, args.jobs)
+    elif not file.exists():
+        stop(f"there is nothing to print: no file {file}")
     print(table(Record(file), args.size, steps, OF_STUDY if args.of_study else CLAIMS))
 
 

@@ -1,8 +1,8 @@
 """Which optimizer should I use? Train every row of compare_rows.py at equal trials, and record every run.
 
-    python recipes/studies/compare_methods.py                       # the first pass: small model, 1000 steps
-    python recipes/studies/compare_methods.py --size large --steps 1200 --rows full_adamw,muon_4bit
-    python recipes/studies/compare_tables.py                        # tables and figure, from what is recorded
+    python recipes/studies/compare_methods.py --steps 300                          # where the longer runs start from
+    python recipes/studies/compare_methods.py --start_from small:300 --trials 5 --most 8
+    python recipes/studies/compare_tables.py                                       # the table, from what is recorded
 
 Each row is tuned on one seed by the rule of `compare_rows.next_trial`, and scored with its best point on other seeds.
 A finished run is a line of the file and is not run again; a kill loses the runs in flight.
@@ -33,7 +33,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from recipes.shared.common import require_at_least, stop  # noqa: E402
-from recipes.shared.lines import Lines  # noqa: E402
+from recipes.shared.lines import Lines, require_file  # noqa: E402
 from recipes.studies.compare_rows import ROWS, START, Point, Row, beside, next_trial, other_formats  # noqa: E402
 from recipes.studies.compare_training import (  # noqa: E402
     SIZES,
@@ -251,6 +251,7 @@ def parse() -> tuple[Study, argparse.Namespace]:
     add_run_options(parser)
     args = parser.parse_args()
     check_run_options(args)
+    check_trials(args)
     start = None
     if args.start_from:
         start = study_named(args.start_from, "--start_from")
@@ -263,7 +264,7 @@ def parse() -> tuple[Study, argparse.Namespace]:
 def study_named(name: str, what: str) -> tuple[str, int]:
     """Return the size and the steps of SIZE:STEPS."""
     size, _, steps = name.partition(":")
-    if size not in SIZES or not steps.isdigit():
+    if size not in SIZES or not steps.isdecimal():
         stop(f"{what} is SIZE:STEPS such as small:1000, not {name}")
     return size, int(steps)
 
@@ -290,20 +291,24 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_run_options(args: argparse.Namespace) -> None:
-    """End with one sentence if what is asked for cannot be run."""
-    require_at_least(1, trials=args.trials, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
+    """End with one sentence if so much cannot be run, or not be recorded."""
+    require_at_least(1, seeds=args.seeds, jobs=args.jobs, steps=args.steps)
     require_at_least(0, minutes=0 if args.minutes == inf else args.minutes)
+    require_file(args.file)
+
+
+def check_trials(args: argparse.Namespace) -> None:
+    """End with one sentence if there is no search of so many trials."""
+    require_at_least(1, trials=args.trials)
     if args.most < args.trials:
         stop(f"--most must be at least --trials, {args.trials}, not {args.most}")
-    if args.file and (args.file.is_dir() or not args.file.parent.is_dir()):
-        stop(f"--file {args.file}: {'that is a folder' if args.file.is_dir() else 'its folder does not exist'}")
 
 
 def rows_of(args: argparse.Namespace) -> tuple[Row, ...]:
     """Return the rows that are asked for: with --own those that have embeddings and head of their own, with --bytes at
     the rank that fits those that do.
     """
-    names = args.rows.split(",")
+    names = list(dict.fromkeys(args.rows.split(",")))
     for name in names:
         if name not in ROWS:
             stop(f"--rows: there is no row {name}; valid are {', '.join(ROWS)}")

@@ -19,7 +19,9 @@ from scipy.stats import t
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.glue.tables import markdown  # noqa: E402
+from recipes.shared.common import require_at_least, stop  # noqa: E402
+from recipes.shared.display import markdown  # noqa: E402
+from recipes.shared.lines import require_file  # noqa: E402
 from recipes.studies.compare_methods import Record, add_study_options, rows_of  # noqa: E402
 from recipes.studies.compare_rows import BASELINE, ROWS, Point, Row, settled  # noqa: E402
 
@@ -125,10 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_study_options(parser)
     args = parser.parse_args()
+    require_at_least(1, steps=args.steps)
+    require_file(args.file)
     record = Record(args.file)
     found = results(record, rows_of(args), args.size, args.steps)
     baseline = next(iter(results(record, [ROWS[BASELINE]], args.size, args.steps)), None)
     baseline = next((r for r in found if r.row.name == BASELINE), baseline)
+    if not found:
+        stop(f"there is nothing to show: {args.file} has no score of these rows at {args.size}, {args.steps} steps")
     print(table(found, baseline))
 
 

@@ -16,12 +16,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from statistics import mean, stdev
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "quickstart"), str(Path(__file__).resolve().parents[2])]
 import report  # noqa: E402
 from quickstart import (  # noqa: E402
     COMMON,
@@ -35,6 +35,9 @@ from quickstart import (  # noqa: E402
     command,
     stop,
 )
+
+from recipes.shared.common import require_at_least  # noqa: E402
+from recipes.shared.lines import read_json, require_file  # noqa: E402
 
 
 MATRIX_RATES = {
@@ -70,8 +73,8 @@ class Grid:
         self.file = file
         self.lock = threading.Lock()
         settings = json.loads(json.dumps({**SETTINGS, "options": " ".join([COMMON, *more])}))
-        self.content = json.loads(file.read_text()) if file.exists() else {"settings": settings, "runs": []}
-        if self.content["settings"] != settings:
+        self.content = read_json(file) if file.exists() else {"settings": settings, "runs": []}
+        if self.content.get("settings") != settings:
             stop(f"{file} was made with other settings; move it away, or name another file with --file")
 
     @property
@@ -104,10 +107,14 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=GRID_FILE, help="where results are recorded")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/grid"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
+    parser.add_argument("--minutes", type=float, default=inf, help="start nothing new after this time")
     parser.add_argument("--more_seeds", type=int, default=0, help="repeat the best cells with this many other seeds")
     parser.add_argument("--print", action="store_true", help="run nothing, print the table")
     arguments, more = parser.parse_known_args()
+    require_at_least(1, jobs=arguments.jobs)
+    require_at_least(0, more_seeds=arguments.more_seeds)
+    require_at_least(0, minutes=0 if arguments.minutes == inf else arguments.minutes)
+    require_file(arguments.file)
     grid = Grid(arguments.file, more)
     deadline = time.monotonic() + 60 * arguments.minutes
     todo = [
@@ -125,7 +132,7 @@ def repeats(grid: Grid, count: int) -> list[tuple[str, dict[str, float], int]]:
     """Return the best cell of each optimizer with `count` other seeds."""
     found = []
     for optimizer in OPTIMIZERS if count else ():
-        run = best(grid.runs, optimizer)
+        run = best(grid.runs, optimizer, grid.file)
         cell = {key: run[key] for key in ("learning_rate", "scale")}
         found += [(optimizer, cell, SEED + i) for i in range(1, count + 1)]
     return found
@@ -182,7 +189,7 @@ def table(grid: Grid) -> str:
         runs = [run for run in grid.runs if (run["optimizer"], run["seed"]) == (optimizer, SEED)]
         if not runs:
             continue
-        winner = best(runs, optimizer)
+        winner = best(runs, optimizer, grid.file)
         cells = {(run["learning_rate"], round(run["learning_rate"] * run["scale"], 9)): run for run in runs}
         rates, matrix_rates = (sorted(set(axis)) for axis in zip(*cells, strict=True))
         titles = [f"{optimizer}: learning rate", *(f"matrices {rate:g}" for rate in matrix_rates)]

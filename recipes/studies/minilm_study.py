@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.glue import data  # noqa: E402
 from recipes.glue.comparison import Cell, Ledger, run_missing  # noqa: E402
 from recipes.glue.settings import parse  # noqa: E402
-from recipes.glue.tables import markdown  # noqa: E402
 from recipes.glue.tasks import TASKS  # noqa: E402
 from recipes.glue.training import train  # noqa: E402
 from recipes.shared.common import machine  # noqa: E402
+from recipes.shared.display import markdown  # noqa: E402
 from recipes.studies.compare_tables import interval, paired  # noqa: E402
 
 

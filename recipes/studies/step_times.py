@@ -24,8 +24,9 @@ from transformers import LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from recipes.glue.tables import markdown  # noqa: E402
 from recipes.shared.common import machine, require_at_least  # noqa: E402
+from recipes.shared.display import markdown  # noqa: E402
+from recipes.shared.lines import read_json, require_file  # noqa: E402
 from recipes.studies.compare_rows import ROWS, START, Row  # noqa: E402
 from recipes.studies.compare_training import (  # noqa: E402
     BATCH,
@@ -106,7 +107,8 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print what is kept, and measure nothing")
     args = parser.parse_args()
     require_at_least(1, intervals=args.intervals)
-    kept = json.loads(args.file.read_text()) if args.file.exists() else {}
+    require_file(args.file)
+    kept = read_json(args.file) if args.file.exists() else {}
     if not args.print:
         torch.set_num_threads(1)
         times = measured([ROWS[name] for name in args.rows or ROWS], args.size, args.intervals, read())

@@ -35,10 +35,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from hf_lowrank import LowRankOptimizer, param_groups, target_parameters  # noqa: E402
 from hf_lowrank.observe.update_rank import effective_rank  # noqa: E402
-from recipes.glue.tables import markdown  # noqa: E402
 from recipes.quickstart.run_clm import llama_config  # noqa: E402
 from recipes.shared.common import machine, require_at_least  # noqa: E402
-from recipes.shared.lines import Lines  # noqa: E402
+from recipes.shared.display import markdown  # noqa: E402
+from recipes.shared.lines import Lines, require_file  # noqa: E402
 from recipes.studies.compare_methods import only_one  # noqa: E402
 from recipes.studies.compare_rows import FIXED  # noqa: E402
 from recipes.studies.compare_tables import interval, text  # noqa: E402
@@ -172,12 +172,13 @@ def main() -> None:
     """Train what is missing, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, default=FILE, help="where results are recorded")
-    parser.add_argument("--size", default="small", choices=("tiny", "small", "large"), help="of the model")
+    parser.add_argument("--size", default="small", choices=SIZES, help="of the model")
     parser.add_argument("--steps", type=int, default=600, help=f"of a training; {BATCH * BLOCK} tokens each")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 1 on")
     parser.add_argument("--print", action="store_true", help="print the tables of what is recorded, and run nothing")
     args = parser.parse_args()
     require_at_least(1, seeds=args.seeds)
+    require_file(args.file)
     require_at_least(3 * GAP + 1, steps=args.steps)  # for a third each
     torch.set_num_threads(1)
     wanted = {"size": args.size, "steps": args.steps, "setting": SETTING}

@@ -181,6 +181,7 @@ def test_models_of_one_size_are_told_apart_by_their_folders(tmp_path, monkeypatc
             "--rows adam is none of adamw, adamw_8bit, adamw_4bit, paged_adamw, paged_adamw_8bit, lora, relora,",
         ),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
+        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
         (["--print"], "holds no finished training"),
         ([], "holds something that this recipe did not write"),
     ],

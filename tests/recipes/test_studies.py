@@ -1,6 +1,8 @@
 """The studies: the best learning rate is looked for, what is recorded is not run again, the page holds the tables."""
 
+import importlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,3 +111,37 @@ def test_the_readme_has_the_table_of_the_recorded_study():
     if ledger.results:
         assert study.results_table(ledger, [1, 2, 3, 4, 5]) in text
         assert study.grid_table(ledger) in text
+
+
+@pytest.mark.parametrize(
+    "script, options, sentence",
+    [
+        ("compare_tables", ["--file", "."], "that is a folder"),
+        ("compare_tables", ["--file", "no.jsonl"], "there is nothing to show"),
+        ("compare_tables", ["--steps", "-3"], "--steps must be at least 1"),
+        ("compare_picture", ["--file", "."], "that is a folder"),
+        ("compare_picture", ["--file", "no.jsonl"], "there is nothing to draw"),
+        ("compare_picture", ["--picture", "x.jpg"], "must be a PNG file such as picture.png, not x.jpg"),
+        ("compare_picture", ["small"], "a study is SIZE:STEPS such as small:1000, not small"),
+        ("compare_picture", ["small:1", "small:2", "small:3", "small:4"], "at most 3 studies"),
+        ("ablations", ["--file", "no/folder.jsonl"], "its folder does not exist"),
+        ("ablations", ["--minutes", "-1"], "--minutes must be at least 0"),
+        ("claims", ["--steps", "0"], "--steps must be at least 1"),
+        ("claims", ["--print", "--file", "no.jsonl"], "there is nothing to print"),
+        ("subspaces", ["--file", "no/folder.jsonl"], "its folder does not exist"),
+        ("step_times", ["--file", "."], "that is a folder"),
+        ("grid", ["--jobs", "0"], "--jobs must be at least 1"),
+        ("grid", ["--minutes", "nan"], "--minutes must be finite"),
+        ("grid", ["--more_seeds", "-2"], "--more_seeds must be at least 0"),
+        ("grid", ["--file", "text.json"], "text.json holds no results"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(script, options, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.json").write_text("no JSON")
+    monkeypatch.syspath_prepend(str(Path(study.__file__).parents[1] / "quickstart"))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"recipes.studies.{script}").main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and sentence in printed.err and not printed.out
