@@ -79,7 +79,9 @@ def param_groups(
     def of_kind(kind: str) -> dict[str, Any]:
         return {**dense, **({"dense": split.rule(kind), "kind": kind} if apart else {})}
 
-    return _split_up(model, {"rank": rank, **given}, of_kind, split, target_modules, weight_decay)
+    found, known = _split_up(model, {"rank": rank, **given}, of_kind, split, target_modules, weight_decay)
+    remember(model, known)
+    return found
 
 
 def groups_for(
@@ -90,6 +92,7 @@ def groups_for(
     weight_decay: float | None = None,
     decaying: Iterable[str] | None = None,
     own_seed: bool = False,
+    remembered: bool = True,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters as `param_groups` does, for a method whose options are resolved.
 
@@ -98,6 +101,7 @@ def groups_for(
         config: the method and its options.
         decaying: names of the parameters that decay; by default those of `decay_names`.
         own_seed: whether the options' seed counts, and not that of the optimizer.
+        remembered: whether parameters that are added to an optimizer later are split in this way, too.
     """
 
     def own(c: Config) -> dict[str, Any]:
@@ -111,7 +115,10 @@ def groups_for(
     if config.parts.subspace.whole:  # no rank leaves a matrix out, but one row or column
         own_options["rank"] = 1
     usual = METHODS[config.method].defaults
-    return _split_up(model, own_options, of_kind, config.split, target_modules, weight_decay, usual, decaying)
+    found, known = _split_up(model, own_options, of_kind, config.split, target_modules, weight_decay, usual, decaying)
+    if remembered:
+        remember(model, known)
+    return found
 
 
 def _split_up(
@@ -123,11 +130,12 @@ def _split_up(
     weight_decay: float | None,
     usual: Mapping[str, Any] = MappingProxyType({}),
     decaying: Iterable[str] | None = None,
-) -> list[dict[str, Any]]:
-    """Return groups of matrices with the options `own`, and of all else with the options `dense` of their kind."""
+) -> tuple[list[dict[str, Any]], dict[Tensor, Known]]:
+    """Return groups of matrices with the options `own`, and of all else with the options `dense` of their kind; and
+    what there is to know of every parameter."""
     target_parameters(model, rank=own["rank"], target_modules=target_modules)  # says so if there are none
     targets = set(target_parameters(model, rank=own["rank"], target_modules=target_modules, frozen=True))
-    decaying = set(decay_names(model) if decaying is None else map(modules.clean, decaying))
+    decaying = set(decay_names(model) if decaying is None else map(modules.cleaner(model), decaying))
     kinds, everything = modules.kinds(model), list(modules.trainable(model, frozen=True))
     found = [MATRIX if name in targets else kinds.get(id(p), MIXED) for name, p in everything]
     _check_split(model, split, found, usual)
@@ -150,8 +158,7 @@ def _split_up(
             if members:
                 names, params = zip(*members, strict=True)
                 groups.append({"params": [*params], "param_names": [*names], **options})
-    remember(model, known)
-    return groups
+    return groups, known
 
 
 def _check_split(model: nn.Module, split: SplitOptions, found: Collection[str], usual: Mapping[str, Any]) -> None:
@@ -186,13 +193,14 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
 def decay_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters that decay by Trainer's rule: all but nn.LayerNorm's, biases and norms."""
-    return [
-        modules.clean(f"{prefix}.{name}")
+    clean = modules.cleaner(model)
+    names = (
+        clean(f"{prefix}.{name}".lstrip("."))
         for prefix, module in model.named_modules()
         if not isinstance(module, nn.LayerNorm)
         for name in module._parameters
-        if not _NO_DECAY.search(modules.clean(f"{prefix}.{name}").lower())
-    ]
+    )
+    return [name for name in names if not _NO_DECAY.search(name.lower())]
 
 
 def target_parameters(

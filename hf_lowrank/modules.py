@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from torch import Tensor, nn
 
@@ -14,7 +14,8 @@ HEADS = ("lm_head", "classifier", "score", "head")
 LORA = re.compile(r"(^|\.)lora_")
 """Names of LoRA factors."""
 
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)(?=\.|$)")
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What torch.compile, activation checkpointing and FSDP1 call what they wrap; DDP and others call it `module`."""
 
 
 def trainable(model: nn.Module, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -28,14 +29,28 @@ def trainable(model: nn.Module, *, frozen: bool = False) -> Iterator[tuple[str, 
         raise ValueError(
             f"parameters are split by their names in a model: give the nn.Module, not {type(model).__name__}"
         )
+    clean = cleaner(model)
     for name, p in model.named_parameters():
         if p.requires_grad or frozen:
             yield clean(name), p
 
 
-def clean(name: str) -> str:
-    """Strip what torch.compile, DDP and activation checkpointing add to a name."""
-    return _WRAPPERS.sub("", name).lstrip(".")
+def wrapped(module: nn.Module) -> str | None:
+    """Return the name of what a wrapper wraps; `module` is that where there is nothing beside it."""
+    found = next((name for name in _WRAPPED if name in module._modules), None)
+    alone = [*module._modules] == ["module"] and not any(p is not None for p in module._parameters.values())
+    return found or ("module" if alone else None)
+
+
+def cleaner(model: nn.Module) -> Callable[[str], str]:
+    """Return what strips from a name in a model what torch.compile, DDP and activation checkpointing add to it."""
+    inside = {f"{prefix}.{name}".lstrip(".") for prefix, one in model.named_modules() if (name := wrapped(one))}
+
+    def clean(name: str) -> str:
+        parts = name.split(".")
+        return ".".join(part for i, part in enumerate(parts) if ".".join(parts[: i + 1]) not in inside)
+
+    return clean if inside else str
 
 
 def kinds(model: nn.Module) -> dict[int, str]:
@@ -48,7 +63,7 @@ def kinds(model: nn.Module) -> dict[int, str]:
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name of the module, weight) of every weight that could be projected."""
-    tables = embeddings(model)
+    tables, clean = embeddings(model), cleaner(model)
     for prefix, module in model.named_modules():
         path = clean(prefix)
         experts = "expert" in f"{path}.{type(module).__name__}".lower()
@@ -112,8 +127,8 @@ def new_heads(model: nn.Module) -> set[int]:
 
 def body(model: nn.Module) -> nn.Module:
     """Return the model without its head: `base_model` of a PreTrainedModel, below any wrapper."""
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner
+    while name := wrapped(model):
+        model = model.get_submodule(name)
     if callable(get_base := getattr(model, "get_base_model", None)):  # peft
         model = get_base()
     base = getattr(model, "base_model", model)

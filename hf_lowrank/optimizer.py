@@ -174,14 +174,18 @@ class LowRankOptimizer(Replicas):
         return declared(self.param_groups, self.configs)
 
     def plan(self, p: Tensor) -> Plan:
-        """Return what is known of a parameter that has been stepped."""
-        assert self._work is not None
-        return self._work.plans[p]
+        """Return what is known of a parameter: how it lies, and what its state is."""
+        return next(one.plan for one in self.declared() if one.weight is p)
 
     def forget(self, params: Iterable[Tensor]) -> None:
-        """Drop the state of some parameters but for counters: trained again, they get new moments and bases."""
+        """Drop the state of some parameters but for counters: trained again, they get new moments and bases.
+
+        What the layerwise mode has projected of their gradients goes with the bases.
+        """
+        params = set(params)
         self._ahead.settle()
         self._work = None
+        self.layerwise.drop(params)
         forget(self.state, self.declared(), params)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
@@ -251,6 +255,7 @@ class LowRankOptimizer(Replicas):
             check_together(self.param_groups, self.configs)
             check_materialized(self.param_groups)
             work = self._work = Work(self.param_groups, self.configs, self.state, self._owned())
+            self.layerwise.hand_over(work.by_weight)
         return work
 
     # ---- the layerwise mode -----------------------------------------------------------------------------------------

@@ -1,14 +1,20 @@
-"""Damaged checkpoints are refused in a sentence, before anything is changed."""
+"""Damaged checkpoints are refused in a sentence, before anything is changed; what can be trained can be loaded."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fitting import fitting
+from torch import nn
 
-from hf_lowrank import LowRankOptimizer
+from hf_lowrank import METHODS, LowRankOptimizer, param_groups
+from hf_lowrank.engine.checks import config_of
+from hf_lowrank.methods.dense import SplitOptions
 
 
 def stepped() -> tuple[LowRankOptimizer, torch.nn.Parameter]:
@@ -59,3 +65,59 @@ def test_a_flipped_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
     assert "checksum" in checkpoints.checkpoint_fault(tmp_path)
     (tmp_path / "trainer_state.json").write_text('{"epoch": 1')
     assert "trainer_state.json" in checkpoints.checkpoint_fault(tmp_path)
+
+
+FREE = {
+    "frugal on rows": {"subspace": "rows", "rows": "top", "reconstruction": "frugal"},
+    "no error feedback": {"moments": "sgd", "reconstruction": "error_feedback", "error_feedback": "off"},
+}
+
+
+@pytest.mark.parametrize("options", FREE.values(), ids=FREE)
+def test_a_mixture_whose_parts_go_together_by_their_options_is_loaded_and_copied(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16))
+    optimizer = LowRankOptimizer(param_groups(model, rank=4, **options), "lowrank")
+    model(torch.ones(2, 16)).square().sum().backward()
+    optimizer.step()
+    for other in (copy.deepcopy(optimizer), LowRankOptimizer(param_groups(model, rank=4, **options), "lowrank")):
+        other.load_state_dict(optimizer.state_dict())
+        assert other.configs == optimizer.configs
+
+
+@pytest.mark.parametrize("stable_spam", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_groups_are_resolved_again_to_what_they_were(name: str, stable_spam: bool) -> None:
+    """After a load, or in a copy: dense groups too, on which it depends what the layerwise mode takes."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8))
+    options = fitting(name, {"rank": 4, "stable_spam": stable_spam})
+    optimizer = LowRankOptimizer(param_groups(model, method=name, **options))
+    known = [
+        replace(config, split=SplitOptions()) for config in optimizer.configs
+    ]  # that is of the model, not of them
+    assert [config_of(group) for group in optimizer.param_groups] == known
+
+
+def test_a_group_that_was_added_after_the_last_step_is_loaded_without_a_state() -> None:
+    def built() -> LowRankOptimizer:
+        optimizer, _ = stepped()
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(6, 8))], "rank": 2})
+        return optimizer
+
+    optimizer, other = built(), built()
+    with pytest.warns(UserWarning, match="no state for group 1, as if it had been added after the last step"):
+        other.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, other):
+        for group in one.param_groups:
+            (p,) = group["params"]
+            p.grad = torch.full_like(p, 0.5)
+        one.step()
+    first, second = ([p for group in one.param_groups for p in group["params"]] for one in (optimizer, other))
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+
+
+def test_betas_that_are_a_list_are_no_change(recwarn: pytest.WarningsRecorder) -> None:
+    optimizer, _ = stepped()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["betas"] = list(saved["param_groups"][0]["betas"])  # as JSON leaves them
+    optimizer.load_state_dict(saved)
+    assert not recwarn

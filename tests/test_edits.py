@@ -200,7 +200,7 @@ def test_a_bad_edit_is_refused_and_changes_nothing(key, value, message):
     steps(optimizer, p, q, first=2, count=1)
 
 
-def test_options_are_resolved_once_for_all_groups_of_a_model(monkeypatch):
+def test_options_are_resolved_once_for_matrices_and_once_for_the_rest(monkeypatch):
     from hf_lowrank.methods.resolve import Config
 
     calls, of = [], Config.of.__func__
@@ -208,7 +208,7 @@ def test_options_are_resolved_once_for_all_groups_of_a_model(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
     groups = hf_lowrank.param_groups(model, method="galore_i3s_adamw", rank=2, weight_decay=0.1)
     optimizer = LowRankOptimizer(groups, "galore_i3s_adamw", seed=7)
-    assert len(calls) == 1 and len(optimizer.param_groups) == 2
+    assert len(calls) == 2 and len(optimizer.param_groups) == 2
     assert all(group["seed"] == 7 for group in optimizer.param_groups)
     assert all("config" not in group for group in optimizer.state_dict()["param_groups"])
 
@@ -293,3 +293,18 @@ def test_what_was_told_of_the_run_counts_for_groups_that_come_later():
 def test_a_set_of_parameters_is_refused_as_torch_does():
     with pytest.raises(TypeError, match="ordered"):
         LowRankOptimizer([{"params": {weight(TALL)}}], "galore_i3s_adamw")
+
+
+def test_a_value_that_is_given_as_text_is_taken_for_what_it_says():
+    runs = []
+    for text in (False, True):
+        p = weight(TALL)
+        opt = LowRankOptimizer([{"params": [p], "rank": 2}], "galore_dominant_adamw", lr=1e-2)
+        for t, G in enumerate(gradients(TALL, STEPS)):
+            if t == 2:
+                edited = {"max_grad_norm": "1.0", "scale": "0.5"} if text else {"max_grad_norm": 1.0, "scale": 0.5}
+                opt.param_groups[0].update(edited)
+            p.grad = G.clone()
+            opt.step()
+        runs.append(p)
+    assert torch.equal(*runs) and opt.param_groups[0]["max_grad_norm"] == 1.0

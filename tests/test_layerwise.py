@@ -9,7 +9,7 @@ from distributed import models
 from streams import COVERING
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from hf_lowrank import METHODS
+from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.methods import resolve
 
 
@@ -227,3 +227,70 @@ def test_a_run_that_leaves_the_mode_accumulates_as_any_other(name):
             opt.step()
         ends.append([p.detach().clone() for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+EDITS = {
+    "lr": lambda opt: [group.update(lr=1e-3) for group in opt.param_groups],
+    "betas": lambda opt: [group.update(betas=(0.5, 0.8)) for group in opt.param_groups],
+    "weight_decay": lambda opt: [group.update(weight_decay=0.3) for group in opt.param_groups],
+    "scale": lambda opt: [group.update(scale=0.1) for group in opt.param_groups if "rank" in group],
+    "a group that is added": lambda opt: opt.add_param_group({"params": [("new", torch.nn.Parameter(torch.ones(3)))]}),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "galore_dominant_muon", "q_galore_adamw"])
+def test_an_edit_between_backward_and_step_counts_at_that_step(name, edit):
+    """As it does in the plain run: no gradient is lost, and the values are those of now."""
+    nets = []
+    for ending in ("", "_layerwise"):
+        net = models.model(experts=2)
+        opt = models.optimizer(net, name + ending, stagger=True)
+        opt.train()
+        for step in range(6):
+            opt.zero_grad()
+            models.loss_of(net, step).backward()
+            if step == 4:
+                edit(opt)
+            opt.step()
+        nets.append(net)
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+
+
+def test_what_is_forgotten_between_backward_and_step_loses_its_projected_gradient_alone():
+    net = models.model(experts=2)
+    opt = models.optimizer(net, "galore_i3s_adamw_layerwise")
+    models.train(net, opt, 1)
+    before = [p.detach().clone() for p in matrices(opt)]
+    models.loss_of(net, 1).backward()
+    forgotten = next(p for p in matrices(opt) if p.grad is None)  # that of one which is due is there as it is
+    opt.forget([forgotten])
+    opt.step()
+    for p, old in zip(matrices(opt), before, strict=True):
+        assert torch.equal(p, old) == (p is forgotten)
+
+
+@pytest.mark.parametrize("name", ["q_galore_adamw", "galore_i3s_adamw"])
+def test_what_waits_for_the_step_is_what_was_projected(name):
+    """And no basis that was decoded for it."""
+    weights = [torch.nn.Parameter(torch.randn(64, 96)) for _ in range(8)]
+    groups = [{"params": weights, "rank": 16, "update_proj_gap": 50}]
+    opt = LowRankOptimizer(groups, f"{name}_layerwise")
+    opt.train()
+    for step in range(2):
+        x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
+        loss = sum((x @ p).square().sum() for p in weights)
+        before = storages()
+        loss.backward()
+        if not step:
+            opt.step()
+    del loss, x
+    projected = 8 * 16 * 96 * 4
+    assert storages() - before <= projected
+
+
+def storages():
+    """Bytes of all tensors."""
+    gc.collect()
+    alive = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({one.data_ptr(): one.nbytes() for one in alive}.values())

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_lowrank
 from hf_lowrank import LowRankOptimizer, param_groups
 from hf_lowrank.hf import models
-from hf_lowrank.observe import describe
+from hf_lowrank.observe import counting, describe
 from hf_lowrank.planning import activations, budget, memory, targets
 from hf_lowrank.state import view
 
@@ -145,10 +145,41 @@ def test_layerwise_gradients_are_what_is_alive_before_step():
     model(input_ids=ids, labels=ids).loss.backward()
     alive = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     alive += sum(x.nbytes for unit in optimizer.layerwise.waiting.values() for x in unit.started[1].tensors)
-    estimate = memory.estimate_memory(tiny(), "galore_dominant_adamw", rank=16, dtype="fp32", layerwise=True)
-    largest = max(p.nbytes for group in optimizer.param_groups if "rank" in group for p in group["params"])
-    assert estimate.gradients == alive + largest  # during backward one matrix's gradient is there as well
+    estimate = memory.estimate_memory(
+        tiny(), "galore_dominant_adamw", rank=16, dtype="fp32", layerwise=True, options={"stagger": False}
+    )
+    sizes = [p.nbytes for group in optimizer.param_groups if "rank" in group for p in group["params"]]
+    # during backward one matrix's gradient is there as well, and at a refresh all are
+    assert estimate.gradients == alive + max(sizes) + sum(sizes)
     assert estimate.layerwise
+
+
+@pytest.mark.parametrize("gap, stagger", [(3, True), (40, True), (3, False)])
+def test_gradients_that_wait_for_a_refresh_are_counted(gap, stagger):
+    layers = torch.nn.Sequential(*[torch.nn.Linear(8 + i % 3, 8 + (i + 1) % 3, bias=False) for i in range(12)])
+    options = {"rank": 2, "update_proj_gap": gap, "stagger": stagger}
+    optimizer = LowRankOptimizer(param_groups(layers, layerwise=True, **options), "galore_dominant_adamw")
+    optimizer.train()
+    most = 0
+    for step in range(2 * gap + 1):
+        layers(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        most = max(most, sum(p.grad.nbytes for p in layers.parameters() if p.grad is not None))
+        optimizer.step()
+    projected = sum(4 * 2 * max(p.shape) for p in layers.parameters())
+    assert (
+        counting.gradient_bytes(optimizer.declared()) == projected + max(p.nbytes for p in layers.parameters()) + most
+    )
+
+
+def test_an_estimate_says_nothing_of_parameters_that_are_trained_later():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 24, bias=False), torch.nn.Linear(24, 32, bias=False))
+    model[1].weight.requires_grad_(False)
+    optimizer = LowRankOptimizer(param_groups(model, method="galore_i3s_adamw", rank=8))
+    memory.estimate_memory(model, "fira_adamw", rank=2)
+    targets.plan(model, "fira_adamw", rank=2)
+    model[1].weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [model[1].weight]})
+    assert [(group["method"], group["rank"]) for group in optimizer.param_groups] == 2 * [("galore_i3s_adamw", 8)]
 
 
 @pytest.mark.processes

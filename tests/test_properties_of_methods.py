@@ -6,10 +6,26 @@ import pytest
 import torch
 from comparing import GAP, STEPS, TOLERANCE, compare, optimizer, references
 from references.quantized import four_bits, intervals
-from streams import PLAIN, SQUARE, STACK, TALL, WIDE, displacement, finish, gradients, run, weight, wide
+from streams import (
+    COVERING,
+    NAMES,
+    PLAIN,
+    SQUARE,
+    STACK,
+    TALL,
+    WIDE,
+    displacement,
+    finish,
+    gradients,
+    run,
+    weight,
+    wide,
+)
 from test_sampling import DRAWS, assert_follows, plackett_luce
 
 from hf_lowrank import METHODS
+from hf_lowrank.methods import resolve
+from hf_lowrank.methods.registry import classes
 from hf_lowrank.state.formats import FORMATS
 
 
@@ -293,3 +309,63 @@ def test_a_sketch_is_no_state_and_a_resumed_run_draws_the_same(name, at):
     second = optimizer(again, name)
     second.load_state_dict(first.state_dict())
     assert torch.equal(finish(second, again, stream[at:]), whole)
+
+
+# ---- how tensors lie, and what is wrapped ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, options", [
+    *((name, {}) for name in COVERING),
+    ("full_adamw", {"stable_spam": True}),
+    ("lowrank", {"subspace": "whole", "reconstruction": "scaled_gradient", "proj_type": "right"}),
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_a_weight_and_gradients_that_lie_transposed_in_memory_make_the_same_step(name, options, shape):
+    ends = []
+    for turn in (False, True):
+        p = weight(shape)
+        if turn:
+            p = torch.nn.Parameter(p.detach().mT.contiguous().mT)
+        opt = optimizer(p, name, **options)
+        for t, G in enumerate(gradients(shape, STEPS)):
+            p.grad = G.to(p.dtype).mT.contiguous().mT if turn and t % 2 else G.to(p.dtype).contiguous()
+            opt.step()
+        ends.append(p)
+    # products of other strides round otherwise, which iterations in bf16 tip
+    assert displacement(ends[1], ends[0], weight(shape)) < (2e-2 if "muon" in name or "swan" in name else 1e-4)
+
+
+WRAPPED = [name for name in NAMES if "stable_spam" in resolve.complete(name, {}) and METHODS[name].moments != "racs"]
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_takes_out_spikes_leaves_the_rest_of_a_method_as_it_is(name):
+    plain, spam = (resolve.parts(name, {**resolve.complete(name, {}), "stable_spam": on}) for on in (False, True))
+    inner, outer = plain.reconstruction, spam.reconstruction
+    assert outer.rate(128.0) == inner.rate(128.0) and outer.gauges == inner.gauges
+    for what in ("needs_momentum", "needs_orthonormal", "scales_residual"):
+        assert getattr(outer, what) == getattr(inner, what)
+
+
+RUNNING_MEANS = [
+    key
+    for key, moments in classes("moments").items()
+    if moments.composable and moments.keeps_momentum and moments.of_gradients
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"first_momentum": "gradient"}], ids=["damped", "gradient"])
+@pytest.mark.parametrize("key", RUNNING_MEANS)
+def test_the_mean_of_a_constant_gradient_is_that_gradient(key, options):
+    """Which a subspace weighs against the next one."""
+    if options and key != "momentum":
+        pytest.skip("an option of momentum SGD")
+    p, G = weight(WIDE), gradients(WIDE, 1)[0]
+    given = {"subspace": "random", "moments": key, "reconstruction": "project", "update_proj_gap": 100, **options}
+    opt = optimizer(p, "lowrank", rank=4, **given)
+    for _ in range(3):
+        p.grad = G.to(p.dtype)
+        opt.step()
+    (unit,) = opt._work.matrices
+    R = unit.basis_in_use().project(G.float())
+    assert torch.allclose(unit.config.parts.moments.mean_gradient(unit.view, unit.context()), R, rtol=1e-5, atol=1e-6)

@@ -83,21 +83,35 @@ def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Co
     if "max_momentum" in loaded and "betas" in given:  # OneCycleLR has its momentum there
         given = {**given, "betas": (loaded["betas"][0], given["betas"][1])}
     for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params", *RUN_OPTIONS, *config.facts}):
-        if loaded[key] != given[key]:
+        if _plain(loaded[key]) != _plain(given[key]):
             warnings.warn(
                 f"{key}={given[key]} was given, the checkpoint has {loaded[key]}: the checkpoint's value is used",
                 stacklevel=3,
             )
 
 
+def _plain(value: Any) -> Any:
+    """Return a value as it is compared: betas may be a list."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def load_states(
     saved_states: Mapping[Any, Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]], known: Sequence[Declared]
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield every parameter with its saved state, checked against the declared one."""
+    """Yield every parameter with its saved state, checked against the declared one; but for those of new groups."""
     if not saved_states:  # before the first step
         return
-    saved_ids = [(i, group["format"]) for group in saved_groups for i in group["params"]]
-    for (saved_id, version), (name, p, _, plan) in zip(saved_ids, known, strict=True):
+    new = [i for i, group in enumerate(saved_groups) if not any(saved_states.get(key) for key in group["params"])]
+    if new:
+        warnings.warn(
+            f"the checkpoint has no state for group {', '.join(map(str, new))}, as if it had been added after the "
+            "last step: its parameters begin anew",
+            stacklevel=3,
+        )
+    saved_ids = [(key, group["format"], i) for i, group in enumerate(saved_groups) for key in group["params"]]
+    for (saved_id, version, place), (name, p, _, plan) in zip(saved_ids, known, strict=True):
+        if place in new:
+            continue
         saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
         saved = from_former_names(saved, plan.whole)
         if version < 2:

@@ -15,8 +15,7 @@ from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.sharding import check_weight
 from hf_lowrank.methods import options as opt
 from hf_lowrank.methods.dense import SAME, SplitOptions
-from hf_lowrank.methods.registry import KINDS
-from hf_lowrank.methods.resolve import SUFFIXES, Config, complete, split
+from hf_lowrank.methods.resolve import SUFFIXES, Config, complete, option_names, split
 from hf_lowrank.methods.table import METHODS
 
 
@@ -154,10 +153,9 @@ def doubts(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> It
 
 def config_of(group: Mapping[str, Any]) -> Config:
     """Return the options of a group that was completed before; other keys are a schedule's own."""
-    named = {kind: group[kind] for kind in KINDS if kind in group}
-    config = Config.of(group["method"], named, low_rank="rank" in group)
-    given = {key: group[key] for key in config.options if key in group}
-    return Config.of(group["method"], given, low_rank="rank" in group)
+    low_rank = "rank" in group
+    given = {key: group[key] for key in option_names(group["method"], group, low_rank=low_rank) if key in group}
+    return Config.of(group["method"], given, low_rank=low_rank)
 
 
 def edited(group: Mapping[str, Any], config: Config, stepped: Container[Tensor]) -> Config:

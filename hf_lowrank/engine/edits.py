@@ -52,9 +52,12 @@ class Resolved:
                 continue
             check_numbers(group)
             check_parameters(group, config)
-            self._known[i] = group, edited(group, config, stepped)
-            self._changed |= self._known[i][1] is not config or before is None or now["params"] != before["params"]
-            self._seen[i] = now
+            options = edited(group, config, stepped)
+            self._known[i] = group, options
+            self._changed |= options is not config or before is None or now["params"] != before["params"]
+            typed = {key: value for key, value in options.options.items() if key in group}  # what was given as text
+            group.update(typed)
+            self._seen[i] = now | typed
         changed, self._changed = self._changed, False
         return changed
 

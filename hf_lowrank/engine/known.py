@@ -69,13 +69,15 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
     """Return the names of a group's parameters, "" for those that have none.
 
     A wrapper that leaves some of the parameters to other processes (torch's ZeroRedundancyOptimizer) sorts those that
-    are here, and leaves the names of all in the group: each has the name then that `param_groups` gave it.
+    are here, and leaves the names of all in the group: each has the name then that `param_groups` gave it, unless
+    it has named them for another model since, such as a part of this one.
     """
     names, params = group.get("param_names"), group["params"]
     if not names:
         return [""] * len(params)
     given = [known.name if (known := _of(p)) else "" for p in params]
-    return given if set(given) <= set(names) else list(names)
+    same = len({*given}) == len(given) and {*given} <= {*names}
+    return given if same else list(names)
 
 
 def places_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:

@@ -60,6 +60,22 @@ class Layerwise:
         self.stepped.clear()
         self.offloaded.forget()
 
+    def drop(self, weights: Iterable[Tensor]) -> None:
+        """Drop the steps of some weights that wait."""
+        for weight in weights:
+            if weight in self.waiting:
+                self.waiting.pop(weight).forget()
+
+    def hand_over(self, units: Mapping[Tensor, Unit]) -> None:
+        """Give the steps that wait to the units that are in the place of theirs, after an edit of the groups."""
+        for weight, unit in [*self.waiting.items()]:
+            now = units.get(weight)
+            if not isinstance(now, MatrixStep):
+                self.drop([weight])
+            elif now is not unit:
+                now.take_over_(unit)
+                self.waiting[weight] = now
+
     @property
     def begun(self) -> bool:
         """Whether a hook has taken something since the last step."""
@@ -93,6 +109,7 @@ class Layerwise:
             if before is not None:  # a further micro-batch is added to what was read of those before
                 before[1].tensors[0].add_(reading[0])
                 unit.started = before
+            unit.rest()
             self.waiting[weight] = unit
         weight.grad = None
 

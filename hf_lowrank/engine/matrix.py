@@ -51,7 +51,8 @@ class MatrixStep(Unit):
         self.refreshed = False  # whether a refresh has looked at this gradient
         self.reduced = reduces(config) and self.mesh is None and replicas() is not None
         self.averaged = False  # whether they have averaged this gradient all the same
-        self.basis: Basis | None = None  # the one in use, if it is known; nothing is kept of one that is encoded
+        self.basis: Basis | None = None  # the one in use, if it is known
+        self.lasting = (self.view.plain or not self.view.bases) and not plan.pieces  # or decoded, gathered: see `rest`
 
     @property
     @override
@@ -83,7 +84,18 @@ class MatrixStep(Unit):
     @override
     def forget(self) -> None:
         super().forget()
-        self.refreshed, self.averaged, self.norms = False, False, None
+        self._done_()
+
+    def rest(self) -> None:
+        """Drop what was decoded or gathered for a step; it is made anew where it is needed."""
+        self.view.forget()
+        if not self.lasting:
+            self.basis = None
+
+    def take_over_(self, other: MatrixStep) -> None:
+        """Go on with a step of this weight that `other` has started: it ends on the options and the state of this."""
+        self.started, other.started = other.started, None
+        vars(other).update({**vars(self), "started": None})  # the step that waits is one of its methods
 
     def column_norms(self) -> Tensor | None:
         """Return the norms of the gradient's columns if they are known."""
@@ -104,18 +116,19 @@ class MatrixStep(Unit):
     @override
     def step_(self) -> Work[None]:
         """The algorithm: absorb, project, one finite flag, moments, combine, write."""
-        rules, ctx, basis = self.config.parts, self.context(), self.basis_in_use()
+        ctx, absorb = self.context(), self.config.parts.reconstruction.absorb
         G: Tensor | None
-        G, fresh = yield from asking(
-            rules.reconstruction.absorb(self.view, self.gradient, ctx), self.layout.over_gradient
-        )
-        R = basis.project(G)  # (..., r, n)
+        G, fresh = yield from asking(absorb(self.view, self.gradient, ctx), self.layout.over_gradient)
+        R = self.basis_in_use().project(G)  # (..., r, n)
         if not self.keeps_gradient:
             G = None  # the layerwise mode frees it while this waits
         here = self.weight.grad is not None if self.local else None
-        if not (yield Reading([self._read(basis.witness(R))], here))[0]:
+        if not (yield Reading([self._read(self.basis_in_use().witness(R))], here))[0]:
             self._skip_()
             return
+        rules, basis = self.config.parts, self.basis_in_use()
+        if self.config.hooked:  # the group may have been edited while this waited
+            ctx = self.context()
         with self.view.writing() as s:
             yield from asking(rules.subspace.observe(s, R, ctx), self.layout.over_projected)
             N = yield from asking(rules.moments.update(s, R, ctx), self.layout.over_projected)
@@ -169,13 +182,16 @@ class MatrixStep(Unit):
 
     def _skip_(self) -> None:
         self.stored["skipped"].add_(1)
-        self.view.forget()
-        self.refreshed, self.averaged, self.norms = False, False, None
+        self._done_()
 
     def _advance_(self) -> None:
         self.stored["step"].add_(1)
         self.stored["moment_step"].add_(1)
+        self._done_()
+
+    def _done_(self) -> None:
         self.refreshed, self.averaged, self.norms = False, False, None
+        self.rest()
 
     # ---- the pieces -------------------------------------------------------------------------------------------------
 
@@ -194,16 +210,13 @@ class MatrixStep(Unit):
 
     def basis_in_use(self) -> Basis:
         """Return the basis in use, for this process's piece."""
-        if self.basis is not None:
-            return self.basis
-        products = self.config.options.get("products", "auto")
-        s = self.view.with_(self.whole_bases()) if self.plan.pieces else self.view
-        exact = self.config.parts.reconstruction.scales_residual
-        chosen = self.config.parts.subspace.basis(s, self.context())
-        basis = self.placed(chosen.multiplied(products, exact=exact))
-        if (self.view.plain or not self.view.bases) and not self.plan.pieces:
-            self.basis = basis
-        return basis
+        if self.basis is None:
+            products = self.config.options.get("products", "auto")
+            s = self.view.with_(self.whole_bases()) if self.plan.pieces else self.view
+            exact = self.config.parts.reconstruction.scales_residual
+            chosen = self.config.parts.subspace.basis(s, self.context())
+            self.basis = self.placed(chosen.multiplied(products, exact=exact))
+        return self.basis
 
     def whole_bases(self) -> dict[str, Tensor]:
         """Return what is kept of the bases, all of its rows: gathered where other processes keep some of them."""

@@ -138,7 +138,7 @@ class Refresh:
         own = {name: slot for name, slot in self.subspace.slots().items() if slot.lifetime == "step"}
         self.known = {n: self._whole_stack(s[n]) for n, slot in own.items() if not (slot.shared or slot.held)}
         if self.subspace.needs_momentum:
-            self.known["momentum"] = self._whole_moment(unit.config.parts.moments.first_moment(s, self.ctx))
+            self.known["momentum"] = self._whole_moment(unit.config.parts.moments.mean_gradient(s, self.ctx))
         s.forget()
 
     def choose_(self, *, finite: bool) -> None:

@@ -40,6 +40,7 @@ class Stack(MatrixStep):
             for member, tensor in zip(members, stored[name].unbind(0), strict=True):
                 member.stored[name] = tensor
         super().__init__(first.weight, stored, first.config, first.plan, first.group, first.index)
+        self.lasting = False  # a refresh changes the basis of one member
 
     @property
     @override
@@ -69,7 +70,9 @@ class Stack(MatrixStep):
 
     @override
     def basis_in_use(self) -> Basis:
-        return Several.of([member.basis_in_use() for member in self.members])
+        if self.basis is None:
+            self.basis = Several.of([member.basis_in_use() for member in self.members])
+        return self.basis
 
     @override
     def _write_(self, basis: Basis, G: Any, update: Update, c_t: float, ctx: Context) -> None:
@@ -94,6 +97,7 @@ class Stack(MatrixStep):
     def _advance_(self) -> None:
         for member in self.members:
             member._advance_()
+        self._done_()
 
 
 def stacked(units: Iterable[MatrixStep]) -> list[Stack]:

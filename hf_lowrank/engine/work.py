@@ -132,7 +132,7 @@ class Work:
             with torch.autocast(self.units[0].device.type if self.units else "cpu", enabled=False):
                 yield
         finally:
-            layerwise.forget(self.units)
+            layerwise.forget((*self.units, *self.stacks))
 
     def holds(self, state: Mapping[Tensor, Any], some: Iterable[Tensor]) -> bool:
         """Tell whether the state of some parameters is what is stepped; it may have been moved, dropped or missed."""

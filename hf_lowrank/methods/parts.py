@@ -189,6 +189,11 @@ class Moments(Part, ABC):
         """Return the first moment (..., r, n) as a running mean: other parts weigh it against gradients."""
         return s["exp_avg"]
 
+    def mean_gradient(self, s: State, ctx: Context) -> Tensor:
+        """Return the first moment before this step as a mean whose weights sum to one, as a subspace looks at it."""
+        M, taken = self.first_moment(s, ctx), ctx.moment_step - 1
+        return M / (1 - ctx.beta1**taken) if taken else M
+
     def dense_step_(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], contexts: Sequence[Context]
     ) -> None:

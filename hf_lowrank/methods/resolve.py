@@ -118,7 +118,8 @@ class Config:
         named = {kind: given.get(kind, getattr(METHODS[row], kind)) for kind in kinds}
         try:
             parts = _filled(chosen, options)
-            check_together(parts, options)
+            if low_rank:
+                check_together(parts, options)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
         wanted = {**METHODS[row].defaults, **given}
@@ -136,9 +137,8 @@ class Config:
     def dense(self, kind: str = MIXED) -> Config:
         """Return the same for a group of dense parameters of one kind."""
         known = {**self.options, "dense": self.split.rule(kind), "kind": kind}
-        own = {*(KINDS if METHODS[self.method].free else ()), *_schema(self.parts, False)}
-        options = {key: value for key, value in known.items() if key in own}
-        return replace(self, options=MappingProxyType(options), low_rank=False)
+        own = option_names(self.method, known, low_rank=False)
+        return Config.of(self.method, {key: known[key] for key in own if key in known}, low_rank=False)
 
     @property
     def dense_rule(self) -> Moments:
@@ -175,6 +175,18 @@ class Config:
         """What the parts leave for the log."""
         parts = self.parts
         return {**parts.subspace.gauges, **parts.moments.gauges, **parts.reconstruction.gauges}
+
+
+def option_names(method: str, given: Mapping[str, Any], *, low_rank: bool) -> list[str]:
+    """Return the names of the options that a group has, those that choose its parts among them.
+
+    Args:
+        method: a key of METHODS.
+        given: what chooses its parts, for instance a group.
+        low_rank: whether it is a group of matrices.
+    """
+    kinds, chosen = _chosen_parts(method, given, f"optimizer {method}")
+    return [*kinds, *_schema(chosen, low_rank)]
 
 
 def complete(name: str, given: Mapping[str, Any], *, low_rank: bool = True) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
 from hf_lowrank.engine.plan import projected_bytes
+from hf_lowrank.engine.schedule import refresh_cost, staggered_intervals
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.optimizer import LowRankOptimizer
 from hf_lowrank.tensors.layout import local
@@ -44,17 +46,34 @@ def gradient_bytes(declared: Iterable[Declared], size: Size = own_type) -> int:
 
     All of them, at the end of the backward pass. In the layerwise mode a matrix leaves its projected gradient, and
     nothing where the method updates in the hook or the gradient waits in host memory; the largest gradient is there as
-    well while it is taken.
+    well while it is taken, and all of those whose refresh is due at one step are kept for it.
     """
     held = largest = 0
-    for _, p, config, plan in trained(declared):
+    waiting = list[Declared]()
+    for one in trained(declared):
+        _, p, config, plan = one
         whole = weight_bytes([p], size)
-        if config.hooked:
-            largest = max(largest, whole)
-            held += 0 if config.parts.needs_gradient or config.offloads else projected_bytes(plan, config)
-        else:
+        if not config.hooked:
             held += whole
-    return held + largest
+            continue
+        largest = max(largest, whole)
+        if not (config.parts.needs_gradient or config.offloads):
+            held += projected_bytes(plan, config)
+            waiting += [one] if config.low_rank and "update_proj_gap" in config.options else []
+    return held + largest + _due_at_once(waiting, size)
+
+
+def _due_at_once(waiting: Sequence[Declared], size: Size) -> int:
+    """Return the bytes of the gradients that wait for refreshes of one step, at most."""
+    found = 0
+    for gap in {one.config.options["update_proj_gap"] for one in waiting}:
+        some = [one for one in waiting if one.config.options["update_proj_gap"] == gap]
+        spread = staggered_intervals([refresh_cost(one.weight) for one in some], gap)
+        at = Counter[int]()
+        for one, first in zip(some, spread, strict=True):
+            at[first if one.config.options["stagger"] else 0] += weight_bytes([one.weight], size)
+        found += max(at.values())
+    return found
 
 
 def state_bytes(

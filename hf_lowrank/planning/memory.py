@@ -1,6 +1,6 @@
 """How much memory a training run takes, before it starts: bytes from shapes alone, nothing is allocated.
 
-Weights, gradients and optimizer state are exact: the state is what the method's parts declare, which is what the
+Weights and optimizer state are exact: the state is what the method's parts declare, which is what the
 first step allocates. Activations follow a simple rule, see `activations.activation_bytes`; what a step allocates for a
 moment on an accelerator is bounded (`workspace.workspace_bytes`). The context of an accelerator (about 0.5 GB under
 CUDA) and fragmentation are not counted.
@@ -276,7 +276,8 @@ def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mappi
     chosen = {k: v for k, v in given.items() if k not in OF_THE_RUN}
     if rank is not None:
         chosen["rank"] = rank
-    split = groups.param_groups(net, method=optim, target_modules=given.get("target_modules"), **chosen)
+    config = Config.of(optim, chosen, model=True, facts=groups.model_facts(net))
+    split = groups.groups_for(net, config, target_modules=given.get("target_modules"), remembered=False)
     return LowRankOptimizer(split, optim)
 
 

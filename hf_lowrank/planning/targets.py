@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowrank import groups
 from hf_lowrank.observe.counting import adamw_bytes
-from hf_lowrank.optimizer import LowRankOptimizer
+from hf_lowrank.planning.memory import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    split = groups.param_groups(model, method=method, target_modules=target_modules, **options)
-    optimizer = LowRankOptimizer(split, method)
+    optimizer = build_optimizer(model, method, None, {**options, "target_modules": target_modules})
     found: dict[tuple[str, tuple[int, ...], int | None, bool, str | None], list[tuple[int, int]]] = defaultdict(list)
     for name, p, config, plan in optimizer.declared():
         rank = plan.r if config.low_rank else None

@@ -164,6 +164,46 @@ def test_wrappers_do_not_change_the_names():
     plain = target_parameters(model, rank=4)
     assert target_parameters(torch.compile(model), rank=4) == plain
     assert target_parameters(nn.DataParallel(model), rank=4) == plain
+    assert target_parameters(nn.DataParallel(torch.compile(model)), rank=4) == plain
+
+
+@pytest.mark.parametrize("name", ["inner", "module"])
+def test_a_child_that_is_called_module_is_no_wrapper(name):
+    """Where there is something beside it: other modules, or parameters of its own."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(32))
+            setattr(self, name, nn.Linear(32, 64, bias=False))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            setattr(self, name, nn.Linear(32, 64))
+            self.scaled, self.out = Scaled(), nn.Linear(64, 32)
+
+    assert target_parameters(Net(), rank=4) == [f"{name}.weight", f"scaled.{name}.weight", "out.weight"]
+    names = [name for group in param_groups(Net(), rank=4) for name in group["param_names"]]
+    assert sorted(names) == sorted(n for n, _ in Net().named_parameters())
+
+
+def test_a_part_of_a_model_that_is_split_later_changes_no_name_of_its_run():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 24, bias=False)
+
+    net = Block()
+    net.block = Block()
+    optimizer = LowRankOptimizer(param_groups(net, rank=4), "galore_random_adamw")
+    before = [one.name for one in optimizer.declared()]
+    param_groups(net.block, rank=4)
+    assert [one.name for one in optimizer.declared()] == before == ["fc.weight", "block.fc.weight"]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not torch.equal(*(optimizer.state[p]["basis"] for p in net.parameters()))  # each draws from its own stream
 
 
 @pytest.mark.parametrize(

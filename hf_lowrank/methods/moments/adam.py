@@ -51,7 +51,7 @@ class Adam(Moments, key="adam"):
 
     @override
     def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
-        N = torch.zeros_like(R)
+        N = torch.zeros_like(s["exp_avg"])
         _adamw_([N], [R], [s], [ctx], lr=-1 / self.step_scale(ctx), weight_decay=0.0)
         return N
 
@@ -94,8 +94,9 @@ def _adamw_(
     for W, G, s, ctx in zip(weights, grads, states, contexts, strict=True):
         M, V, t = s["exp_avg"], s["exp_avg_sq"], _bias_step(ctx)
         eps = ctx.eps if ctx.eps_place == "torch" else ctx.eps / _root_correction(ctx)
-        if has_fused_kernel(W.device) and W.is_contiguous():
-            fused.setdefault((W.device, eps), []).append((W, G.contiguous(), M, V, _step_tensor(t, W.device)))
+        if has_fused_kernel(W.device) and _dense(W) and W.stride() == M.stride() == V.stride():
+            G = G.contiguous() if W.is_contiguous() else G.mT.contiguous().mT
+            fused.setdefault((W.device, eps), []).append((W, G, M, V, _step_tensor(t, W.device)))
             continue
         M.lerp_(G, 1 - ctx.beta1)
         V.mul_(ctx.beta2).addcmul_(G, G, value=1 - ctx.beta2)
@@ -118,6 +119,12 @@ def _adamw_(
             amsgrad=False,
             maximize=False,
         )
+
+
+def _dense(W: Tensor) -> bool:
+    """Tell whether a tensor lies without gaps, its last two axes in this order or the other: the kernel pairs elements
+    as they lie."""
+    return W.is_contiguous() or (W.dim() > 1 and W.mT.is_contiguous())
 
 
 def bias_correction(ctx: Context) -> float:

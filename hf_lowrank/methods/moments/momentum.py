@@ -49,5 +49,9 @@ class Momentum(Moments, key="momentum"):
         return s["exp_avg"].lerp_(R, 1.0 if whole else 1 - ctx.beta1)
 
     @override
+    def mean_gradient(self, s: State, ctx: Context) -> Tensor:
+        return s["exp_avg"] if self.first_momentum == "gradient" else super().mean_gradient(s, ctx)
+
+    @override
     def rotate_(self, s: State, C: Tensor, how: str, ctx: Context) -> None:
         s["exp_avg"].copy_(C @ s["exp_avg"])

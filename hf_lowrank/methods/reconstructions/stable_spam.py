@@ -68,6 +68,10 @@ class StableSpam(Reconstruction):
         return self.inner.gauges
 
     @override
+    def rate(self, scale: float) -> float:
+        return self.inner.rate(scale)
+
+    @override
     def slots(self) -> Slots:
         return {**self.inner.slots(), **{name: Slot("", values="exact") for name in ("spike", "norm_mean", "norm_sq")}}
 

@@ -55,7 +55,5 @@ class BlockPower(Subspace, key="block_power"):
     @override
     def choose(self, s: State, G: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         G, P, M = G.float(), s["basis"], s["momentum"]
-        if ctx.moment_step > 1:
-            M = M / (1 - ctx.beta1 ** (ctx.moment_step - 1))
         B = (self.rho * (P.mT @ P) @ M + (1 - self.rho) * (P.mT @ G)).mT  # (..., n, r)
         return kernels.orthonormalize(self.rho * P @ (M @ B) + (1 - self.rho) * (G @ B)), None
