@@ -98,20 +98,11 @@ def _plain(value: Any) -> Any:
 def load_states(
     saved_states: Mapping[Any, Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]], known: Sequence[Declared]
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield every parameter with its saved state, checked against the declared one; but for those of new groups."""
+    """Yield every parameter with its saved state, checked against the declared one."""
     if not saved_states:  # before the first step
         return
-    new = [i for i, group in enumerate(saved_groups) if not any(saved_states.get(key) for key in group["params"])]
-    if new:
-        warnings.warn(
-            f"the checkpoint has no state for group {', '.join(map(str, new))}, as if it had been added after the "
-            "last step: its parameters begin anew",
-            stacklevel=3,
-        )
-    saved_ids = [(key, group["format"], i) for i, group in enumerate(saved_groups) for key in group["params"]]
-    for (saved_id, version, place), (name, p, _, plan) in zip(saved_ids, known, strict=True):
-        if place in new:
-            continue
+    saved_ids = [(i, group["format"]) for group in saved_groups for i in group["params"]]
+    for (saved_id, version), (name, p, _, plan) in zip(saved_ids, known, strict=True):
         saved = {key: whole_if_needed(value, p) for key, value in saved_states.get(saved_id, {}).items()}
         saved = from_former_names(saved, plan.whole)
         if version < 2:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from hf_lowrank.engine.agreement import same_steps, same_weights
 from hf_lowrank.engine.ahead import Ahead
 from hf_lowrank.engine.ownership import Owners, check_shardable
-from hf_lowrank.engine.work import Declared, Work
+from hf_lowrank.engine.work import Declared, Work, prepare
 from hf_lowrank.state.slots import Stored
 
 
@@ -125,10 +125,14 @@ class Replicas(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return groups and state as plain data; where state is sharded the same as an unsharded run does.
 
+        Parameters that were added since the last step have the state with which they begin.
+
         Raises:
             RuntimeError: where the state has not been gathered on this process since the last step.
         """
         self._ahead.settle()
+        for one in self.declared() if self.state and self.owners is None else ():
+            prepare(self.state, one.weight, one.plan)
         packed = super().state_dict()
         if self.owners is None or not self.owners.begun:
             return packed
