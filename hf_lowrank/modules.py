@@ -53,6 +53,11 @@ def cleaner(model: nn.Module) -> Callable[[str], str]:
     return clean if inside else str
 
 
+def kind_of(name: str) -> str:
+    """Return the name of a parameter's module with `*` for the numbers of layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))
+
+
 def kinds(model: nn.Module) -> dict[int, str]:
     """Return by its id what a parameter is: an embedding, also if a head shares it, a head's weight, or a vector."""
     vectors = {id(p): "vector" for p in model.parameters() if p.dim() < 2}

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
 
+from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.hf.arguments import unwrapped
 from hf_lowrank.hf.outliers import calibration_batches, outlier_shares
 from hf_lowrank.layer_sampling import OPTION, Layers, Rule, rule_of, take
@@ -103,7 +104,7 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         if "inputs" not in self._undo and _behind_frozen_embeddings(model):
             model.enable_input_require_grads()
             self._undo["inputs"] = model.disable_input_require_grads
-        if _several_processes():
+        if replicas() is not None:
             self._undo.pop("buffers", lambda: None)()
             self._undo["buffers"] = _reduce_what_trains(model)
         return chosen
@@ -164,7 +165,7 @@ def _shares(layers: Layers, args: Any, state: Any, model: nn.Module, loader: Any
     saved = (state.stateful_callbacks or {}).get(SAVED, {})
     if "shares" not in saved:
         measured = [outlier_shares(layers, model, calibration_batches(loader, args, layers.rule))]
-        if _several_processes():
+        if replicas() is not None:
             dist.broadcast_object_list(measured)
         saved = state.stateful_callbacks[SAVED] = {"shares": measured[0]}
     shares: list[float] = saved["shares"]
@@ -174,10 +175,6 @@ def _shares(layers: Layers, args: Any, state: Any, model: nn.Module, loader: Any
             "drawn among those: choose a smaller outlier_threshold"
         )
     return shares
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def sample_layers(trainer: Any) -> None:

@@ -16,6 +16,9 @@ TRANSPORTS = ("keep", "rotate", "rotate_variance", "rotate_variance_complete", "
 """What can happen to the moments at a refresh: nothing; M <- C M; the same and V transported; the same with the lost
 mass completed; both zeroed with their step count."""
 
+CARRIED = ("keep", "rotate", "reset")
+"""Those of them for a rule whose statistics are carried along as they are."""
+
 
 @dataclass(frozen=True)
 class Gauge:

@@ -138,7 +138,8 @@ class Config:
         """Return the same for a group of dense parameters of one kind."""
         known = {**self.options, "dense": self.split.rule(kind), "kind": kind}
         own = option_names(self.method, known, low_rank=False)
-        return Config.of(self.method, {key: known[key] for key in own if key in known}, low_rank=False)
+        given = {key: known[key] for key in own if key in known}
+        return replace(Config.of(self.method, given, low_rank=False), split=self.split)
 
     @property
     def dense_rule(self) -> Moments:

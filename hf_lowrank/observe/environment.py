@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import hf_lowrank
+from hf_lowrank.modules import kind_of
 from hf_lowrank.observe.records import RUN_FILE
 
 
@@ -83,8 +83,7 @@ def _parameters(groups: list[dict[str, Any]], shapes: list[list[list[int]]]) -> 
     for group, sizes in zip(groups, shapes, strict=True):
         names: list[str] = group.get("param_names") or ["-"] * len(sizes)
         for name, shape in zip(names, sizes or [[]] * len(names), strict=True):
-            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))
-            counted[kind, " x ".join(map(str, shape)) or "-", group.get("rank")] += 1
+            counted[kind_of(name), " x ".join(map(str, shape)) or "-", group.get("rank")] += 1
     return [
         {"name": name, "number": number, "shape": shape, "rank": rank}
         for (name, shape, rank), number in counted.items()

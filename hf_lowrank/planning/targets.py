@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from hf_lowrank.modules import kind_of
 from hf_lowrank.observe.counting import adamw_bytes
 from hf_lowrank.planning.memory import build_optimizer
 
@@ -56,7 +56,7 @@ def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **
         rank = plan.r if config.low_rank else None
         whole = config.low_rank and config.parts.subspace.whole
         rule = None if config.low_rank else config.options["dense"]
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")), tuple(p.shape), rank, whole, rule
+        key = kind_of(name), tuple(p.shape), rank, whole, rule
         found[key].append((plan.nbytes, adamw_bytes([p])))
     return [
         Row(

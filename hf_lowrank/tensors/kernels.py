@@ -212,6 +212,11 @@ def overlap(C: Tensor) -> Tensor:
     return C.square().sum((-2, -1)).mean() / C.shape[-1]
 
 
+def divisor(norm: Tensor) -> Tensor:
+    """Return norms, or their squares, to divide by, in a new tensor: zeros stay zeros."""
+    return torch.where(norm > 0, norm, torch.inf)
+
+
 def column_norms(R: Tensor) -> Tensor:
     """Return the Euclidean norm of every column of R (..., r, n), (..., n), in fp32."""
     if _in_one_pass(R):

@@ -23,14 +23,11 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from hf_lowrank.tensors.bases import Basis
-from hf_lowrank.tensors.splits import First, Split, Team, gather_to, splits
+from hf_lowrank.tensors.splits import First, Split, Team, all_gather, gather_to, splits
 
 
-# torch 2.13 renames these two
+# torch 2.13 renames it
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-PROJ_TYPES = ("std", "paper", "reverse_std", "left", "right", "full")
 
 
 def is_transposed(rows: int, columns: int, proj_type: str) -> bool:
@@ -185,7 +182,7 @@ class Layout:
         width = max(length for _, length in self._scattered)
         mine = torch.nn.functional.pad(Z, (0, width - Z.shape[-1])).contiguous()
         pieces = mine.new_empty(self.rows.team.size, *mine.shape)
-        _all_gather(pieces.view(-1), mine.view(-1), group=self.rows.team.group)
+        all_gather(pieces.view(-1), mine.view(-1), group=self.rows.team.group)
         whole = Z.new_empty(*Z.shape[:-1], self.columns.length)
         for piece, (start, length) in zip(pieces, self._scattered, strict=True):
             whole.narrow(-1, start, length).copy_(piece.narrow(-1, 0, length))

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 
 # torch 2.13 renames it
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Split:
         width = max(length for _, length in pieces)
         mine = _padded(piece.movedim(axis, 0), (width, *piece.movedim(axis, 0).shape[1:]))
         every = mine.new_empty((len(pieces), *mine.shape))
-        _all_gather(every.view(-1), mine.view(-1), group=self.team.group)
+        all_gather(every.view(-1), mine.view(-1), group=self.team.group)
         whole = mine.new_empty((self.size, *mine.shape[1:]))
         for one, (start, length) in zip(every, pieces, strict=True):
             whole[start : start + length] = one[:length]

@@ -13,6 +13,7 @@ from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.adam import bias_correction, eps_of_root
 from hf_lowrank.methods.options import integer
 from hf_lowrank.methods.parts import Moments
+from hf_lowrank.methods.registry import CARRIED
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.sums import Asking, Sum
 
@@ -38,7 +39,7 @@ class AdamMini(Moments, key="adam_mini"):
     (outputs, inputs), which transformers' Conv1D is not: there the blocks are inputs.
     """
 
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
 
     head_dim: int = integer(
         0, minimum=0, help="Adam-mini: size of an attention head; 0: one v per neuron there too", fact="head_dim"

@@ -20,6 +20,7 @@ from hf_lowrank.methods.moments.adam import Adam
 from hf_lowrank.methods.moments.momentum import Momentum
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slots, State
+from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.sums import Asking, Sum
 
 
@@ -44,7 +45,7 @@ class Normalised(Moments):
             norm, count = squares.sqrt().unsqueeze(-1), ctx.columns.n
         else:
             norm, count = torch.linalg.vector_norm(X, dim=-2, keepdim=True), X.shape[-2]
-        return X / torch.where(norm > 0, norm, torch.inf) * sqrt(count)
+        return X / kernels.divisor(norm) * sqrt(count)
 
     @override
     def step_scale(self, ctx: Context) -> float:

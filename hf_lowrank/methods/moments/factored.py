@@ -17,6 +17,7 @@ from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.momentum import Momentum
 from hf_lowrank.methods.options import again, choice, number
 from hf_lowrank.methods.parts import Moments
+from hf_lowrank.methods.registry import CARRIED
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.layout import local
 from hf_lowrank.tensors.sums import Asking, Sum
@@ -101,7 +102,7 @@ class Adafactor(Moments, key="adafactor"):
     """
 
     of_gradients: ClassVar[bool] = False
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     decay_rate: float = again(DECAY_RATE)
@@ -142,7 +143,7 @@ class AdaLomo(Moments, key="adalomo"):
 
     needs_weight: ClassVar[bool] = True
     keeps_momentum: ClassVar[bool] = False
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     decay_rate: float = again(DECAY_RATE)
@@ -185,7 +186,7 @@ class CAME(Moments, key="came"):
     """
 
     of_gradients: ClassVar[bool] = False
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     clip_threshold: float = again(CLIP_THRESHOLD)

@@ -11,6 +11,7 @@ from typing_extensions import override
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.options import choice
 from hf_lowrank.methods.parts import Moments
+from hf_lowrank.methods.registry import CARRIED
 from hf_lowrank.state.slots import Slot, Slots, State
 
 
@@ -32,7 +33,7 @@ class Momentum(Moments, key="momentum"):
 
     elementwise: ClassVar[bool] = True
     images: ClassVar[int] = 0
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     first_momentum: str = choice(

@@ -19,6 +19,7 @@ from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.adam import Adam
 from hf_lowrank.methods.options import again, choice, flag, integer, number
 from hf_lowrank.methods.parts import Moments
+from hf_lowrank.methods.registry import CARRIED
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.sums import Asking, Sum, whole_columns
 
@@ -73,7 +74,7 @@ class OneMoment(Moments):
     momentum: float | None = again(MOMENTUM)
     nesterov: bool = again(NESTEROV)
 
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
 
     @property
     @override

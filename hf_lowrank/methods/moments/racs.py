@@ -16,14 +16,13 @@ from typing_extensions import override
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.limiter import LIMITED, LIMITER, limit_
 from hf_lowrank.methods.moments.adam import Adam
+from hf_lowrank.methods.moments.factored import TINY
 from hf_lowrank.methods.options import again, integer
 from hf_lowrank.methods.parts import Moments
-from hf_lowrank.methods.registry import Gauge
+from hf_lowrank.methods.registry import CARRIED, Gauge
 from hf_lowrank.state.slots import Slot, Slots, State
+from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.sums import Asking, Sum
-
-
-TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class RACS(Moments, key="racs"):
 
     composable: ClassVar[bool] = False  # its limiter is that of the whole step
     keeps_momentum: ClassVar[bool] = False
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
     gauges: ClassVar[Mapping[str, Gauge]] = LIMITED
 
     iterations: int = integer(5, minimum=1, help="RACS: steps of the fixed point")
@@ -97,4 +96,4 @@ class RACS(Moments, key="racs"):
 
 def _inverse_root(x: Tensor) -> Tensor:
     """Return x^-1/2, and 0 for 0: a row or column that has only had zeros."""
-    return torch.where(x > 0, x, torch.inf).rsqrt_()
+    return kernels.divisor(x).rsqrt_()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -40,5 +39,5 @@ class RMNP(OneMoment, key="rmnp"):
     def update(self, s: State, R: Tensor, ctx: Context) -> Tensor:
         X = self.taken(s["exp_avg"], R, ctx)
         norms = kernels.column_norms(X)
-        factor = torch.where(norms > 0, norms, torch.inf).reciprocal_().mul_(ADAMS_RMS * sqrt(X.shape[-2]))
+        factor = kernels.divisor(norms).reciprocal_().mul_(ADAMS_RMS * sqrt(X.shape[-2]))
         return X * factor.unsqueeze(-2)

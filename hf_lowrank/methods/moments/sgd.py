@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.parts import Moments
+from hf_lowrank.methods.registry import CARRIED
 from hf_lowrank.state.slots import Slots, State
 
 
@@ -26,7 +27,7 @@ class Sgd(Moments, key="sgd"):
 
     elementwise: ClassVar[bool] = True
     keeps_momentum: ClassVar[bool] = False
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
     images: ClassVar[int] = 0
 

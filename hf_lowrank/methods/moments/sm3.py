@@ -12,6 +12,7 @@ from typing_extensions import override
 from hf_lowrank.methods.context import Columns, Context
 from hf_lowrank.methods.moments.factored import TINY
 from hf_lowrank.methods.parts import Moments
+from hf_lowrank.methods.registry import CARRIED
 from hf_lowrank.state.slots import Slot, Slots, State
 from hf_lowrank.tensors.sums import Asking, Max
 
@@ -34,7 +35,7 @@ class SM3(Moments, key="sm3"):
     """
 
     of_gradients: ClassVar[bool] = False
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
     without: ClassVar[tuple[str, ...]] = ("eps_place",)
 
     @override

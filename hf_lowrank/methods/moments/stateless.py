@@ -18,7 +18,9 @@ from hf_lowrank.methods.moments.adam import Adam
 from hf_lowrank.methods.moments.muon import ORTHOGONALIZE, STEPS, adjusted, orthogonal
 from hf_lowrank.methods.options import again, integer
 from hf_lowrank.methods.parts import Moments
+from hf_lowrank.methods.registry import CARRIED
 from hf_lowrank.state.slots import Slots, State
+from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.sums import Asking, Sum
 
 
@@ -26,7 +28,7 @@ class Stateless(Moments):
     """Moments that keep nothing; what has no matrix takes Adam."""
 
     keeps_momentum: ClassVar[bool] = False
-    transports: ClassVar[tuple[str, ...]] = ("keep", "rotate", "reset")
+    transports: ClassVar[tuple[str, ...]] = CARRIED
 
     @property
     @override
@@ -60,9 +62,9 @@ class Sinkhorn(Stateless, key="sinkhorn"):
     def update(self, s: State, R: Tensor, ctx: Context) -> Asking[Tensor]:
         N = R
         for _ in range(self.iterations):
-            N = N / _divisor(torch.linalg.vector_norm(N, dim=-2)).unsqueeze(-2) * sqrt(R.shape[-2])
+            N = N / kernels.divisor(torch.linalg.vector_norm(N, dim=-2)).unsqueeze(-2) * sqrt(R.shape[-2])
             squares = yield Sum(N.square().sum(-1), over="columns")
-            N.div_((_divisor(squares.sqrt()) / sqrt(ctx.columns.n)).unsqueeze(-1))
+            N.div_((kernels.divisor(squares.sqrt()) / sqrt(ctx.columns.n)).unsqueeze(-1))
         return N
 
 
@@ -87,17 +89,12 @@ class Whitened(Stateless, key="whitened"):
         n = ctx.columns.n
         if R.shape[-2] > n:
             X = R - R.mean(-2, keepdim=True)
-            X.div_(_divisor(torch.linalg.vector_norm(X, dim=-2)).unsqueeze(-2))
+            X.div_(kernels.divisor(torch.linalg.vector_norm(X, dim=-2)).unsqueeze(-2))
         else:
             total = yield Sum(R.sum(-1), over="columns")
             X = R - (total / n).unsqueeze(-1)
             squares = yield Sum(X.square().sum(-1), over="columns")
-            X.div_(_divisor(squares.sqrt()).unsqueeze(-1))
+            X.div_(kernels.divisor(squares.sqrt()).unsqueeze(-1))
         factor = adjusted("match_rms_adamw", ctx)
         white = yield from orthogonal(X, self.orthogonalize, self.ns_steps, ctx.columns, factor)
         return white
-
-
-def _divisor(norm: Tensor) -> Tensor:
-    """Return a norm to divide by, which leaves zeros what they are."""
-    return torch.where(norm > 0, norm, torch.inf)

@@ -67,5 +67,5 @@ class Frugal(Reconstruction, key="frugal"):
                 return E.sign_().mul_(kernels.piece(sizes, start, length).unsqueeze(-2))
 
             return Update(N, ctx.scale, rest=signs)
-        d = torch.where(c > 0, c, torch.inf).rsqrt_().mul_(factor * sqrt(ctx.m))
+        d = kernels.divisor(c).rsqrt_().mul_(factor * sqrt(ctx.m))
         return Update(torch.addcmul(N, R, d.unsqueeze(-2), value=-1 / ctx.scale), ctx.scale, d)

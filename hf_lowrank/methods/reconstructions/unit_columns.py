@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from hf_lowrank.methods.context import ColumnNorms, Context, Update
 from hf_lowrank.methods.parts import Reconstruction
 from hf_lowrank.state.slots import State
+from hf_lowrank.tensors import kernels
 
 
 @dataclass(frozen=True)
@@ -35,4 +35,4 @@ class UnitColumns(Reconstruction, key="unit_columns"):
     @override
     def combine(self, s: State, norms: ColumnNorms, R: Tensor, N: Tensor, c_t: float, ctx: Context) -> Update:
         squares = norms.gradient()  # (..., n)
-        return Update(d=torch.where(squares > 0, squares, torch.inf).rsqrt_().mul_(ctx.scale * sqrt(ctx.m)))
+        return Update(d=kernels.divisor(squares).rsqrt_().mul_(ctx.scale * sqrt(ctx.m)))
