@@ -314,12 +314,15 @@ def test_a_sketch_is_no_state_and_a_resumed_run_draws_the_same(name, at):
 # ---- how tensors lie, and what is wrapped ---------------------------------------------------------------------------
 
 
+WHOLE = {"subspace": "whole", "reconstruction": "scaled_gradient", "proj_type": "right"}
+
+
 @pytest.mark.parametrize("name, options", [
-    *((name, {}) for name in COVERING),
-    ("full_adamw", {"stable_spam": True}),
-    ("lowrank", {"subspace": "whole", "reconstruction": "scaled_gradient", "proj_type": "right"}),
+    *(pytest.param(name, {}, id=name) for name in COVERING),
+    pytest.param("full_adamw", {"stable_spam": True}, id="stable_spam"),
+    pytest.param("lowrank", WHOLE, id="whole"),
 ])  # fmt: skip
-@pytest.mark.parametrize("shape", [WIDE, TALL])
+@pytest.mark.parametrize("shape", [WIDE, TALL], ids=["wide", "tall"])
 def test_a_weight_and_gradients_that_lie_transposed_in_memory_make_the_same_step(name, options, shape):
     ends = []
     for turn in (False, True):
@@ -369,3 +372,16 @@ def test_the_mean_of_a_constant_gradient_is_that_gradient(key, options):
     (unit,) = opt._work.matrices
     R = unit.basis_in_use().project(G.float())
     assert torch.allclose(unit.config.parts.moments.mean_gradient(unit.view, unit.context()), R, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, options", [("full_adamw", {}), ("full_adamw", {"stable_spam": True})])
+def test_a_checkpoint_goes_on_in_a_weight_that_lies_the_other_way(name, options):
+    p, stream = weight(WIDE), gradients(WIDE, STEPS)
+    opt = optimizer(p, name, **options)
+    finish(opt, p, stream[:4])
+    q = torch.nn.Parameter(p.detach().mT.contiguous().mT)
+    other = optimizer(q, name, **options)
+    other.load_state_dict(opt.state_dict())
+    for one, x in ((opt, p), (other, q)):
+        finish(one, x, stream[4:])
+    assert displacement(q, p, weight(WIDE)) < TOLERANCE

@@ -38,6 +38,7 @@ ROTATED, COMPLETED, RESET = (
 )
 SMALL = OPTIONS + "test_small_second_moments[shape0-rotate-adafactor-options0]"
 PROPERTIES = "tests/test_properties_of_methods.py::"
+EDITS = "tests/test_layerwise.py::test_an_edit_between_backward_and_step_counts_at_that_step"
 DENSE = "tests/test_dense_rules.py::"
 EMBEDDING = DENSE + "test_a_run_equals_the_reference[column_norm-shape0-embedding]"
 GROUPS = (
@@ -289,6 +290,16 @@ MUTANTS = [
            "if not (yield Reading([self._read(self.basis_in_use().witness(R))], here))[0]:",
            "if (yield Reading([self._read(R)])) is None:",
            "tests/test_bad_gradients.py::test_a_bad_slice_skips_its_whole_parameter"),
+    Mutant("rate of the hook", "engine/matrix.py", "if self.config.hooked:  # the group", "if False:  # the group",
+           EDITS + "[galore_i3s_adamw-lr]"),
+    Mutant("gradient lost by an edit", "optimizer.py", "self.layerwise.hand_over(work.by_weight)", "pass",
+           EDITS + "[galore_i3s_adamw-scale]"),
+    Mutant("elements paired as they do not lie", MOMENTS + "adam.py", "and W.stride() == M.stride() == V.stride()", "",
+           "tests/test_properties_of_methods.py::"
+           "test_a_checkpoint_goes_on_in_a_weight_that_lies_the_other_way[full_adamw-options0]"),
+    Mutant("momentum corrected twice", MOMENTS + "momentum.py",
+           's["exp_avg"] if self.first_momentum == "gradient" else super()', "super()",
+           "tests/test_properties_of_methods.py::test_the_mean_of_a_constant_gradient_is_that_gradient[momentum-gradient]"),
     Mutant("stale basis", "engine/refresh.py", "unit.basis, unit.refreshed, self.old, self.new = None, True, {}, {}",
            "unit.refreshed, self.old, self.new = True, {}, {}", run_of("apollo_random_adamw")),
     Mutant("gradient counted twice", "engine/refresh.py", "unit.refreshed, self.old, self.new = None, True, {}, {}",
