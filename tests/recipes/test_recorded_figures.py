@@ -11,6 +11,7 @@ from recipes.studies import compare_picture as picture
 from recipes.studies.compare_methods import FILE, Record
 from recipes.studies.compare_rows import BASELINE, ROWS
 from recipes.studies.compare_tables import interval, paired, results, text
+from recipes.studies.compare_training import at_bytes
 from recipes.studies.step_times import FILE as TIMES
 
 
@@ -52,6 +53,32 @@ def test_the_table_of_the_evidence(found):
 
 def test_the_table_of_the_larger_model(larger):
     assert check_lines(PAGES["docs/recommended.md"].partition(LARGER)[2], larger, "large") == 6
+
+
+def test_the_table_at_equal_bytes(found):
+    section = PAGES["docs/recommended.md"].partition("### At equal bytes")[2].partition("###")[0]
+    fitting = [row for row in (at_bytes(row, "small", 1.0) for row in ROWS.values()) if row]
+    equal = {result.row.name: result for result in results(Record(FILE), fitting, "small", 1000)}
+    lines = re.findall(
+        r"^\| `(\w+)` \| ([\d-]+) \| ([\d.]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", section, re.M
+    )
+    assert [name if rank == "-" else f"{name}, rank {rank}" for name, rank, *_ in lines] == [*equal]
+    nearest = []
+    for (name, rank, size, loss, *differences), result in zip(lines, equal.values(), strict=True):
+        assert float(size) <= 1 and size == f"{result.middle('matrix_bytes'):.2f}"
+        assert loss == text(interval([*result.losses.values()]))
+        beside = [(BASELINE, False), ("muon_4bit", name == "muon_4bit"), (name, rank == "-")]
+        for (other, left_out), difference in zip(beside, differences, strict=True):
+            expected = "-" if left_out else text(paired(result.losses, found[other].losses), sign="+")
+            assert difference == expected, (name, other)
+        if rank != "-":
+            nearest.append(paired(result.losses, found["muon_4bit"].losses))
+    middle, half = min(nearest)
+    assert all(f"{middle:.3f} ± {half:.3f} or more" in PAGES[page] for page in ("README.md", "docs/choosing.md"))
+    assert (
+        text(found["frugal_adamw_4bit"].losses and paired(found["frugal_adamw_4bit"].losses, found[BASELINE].losses))
+        in section
+    )
 
 
 def test_the_table_of_the_long_runs():
