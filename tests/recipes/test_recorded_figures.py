@@ -73,6 +73,8 @@ def test_the_table_at_equal_bytes(found):
             assert difference == expected, (name, other)
         if rank != "-":
             nearest.append(paired(result.losses, found["muon_4bit"].losses))
+    coded = minus(found, "frugal_adamw_4bit", "muon_4bit").removeprefix("+")
+    assert coded in section and all(coded in PAGES[page] for page in ("README.md", "docs/choosing.md"))
     middle, half = min(nearest)
     assert all(f"{middle:.3f} ± {half:.3f} or more" in PAGES[page] for page in ("README.md", "docs/choosing.md"))
     assert (
