@@ -53,6 +53,8 @@ class MatrixStep(Unit):
         self.averaged = False  # whether they have averaged this gradient all the same
         self.basis: Basis | None = None  # the one in use, if it is known
         self.lasting = (self.view.plain or not self.view.bases) and not plan.pieces  # or decoded, gathered: see `rest`
+        self.rests = not (self.lasting and self.view.plain)
+        self.waits = config.hooked
 
     @property
     @override
@@ -119,15 +121,18 @@ class MatrixStep(Unit):
         ctx, absorb = self.context(), self.config.parts.reconstruction.absorb
         G: Tensor | None
         G, fresh = yield from asking(absorb(self.view, self.gradient, ctx), self.layout.over_gradient)
-        R = self.basis_in_use().project(G)  # (..., r, n)
+        basis = self.basis_in_use()
+        R = basis.project(G)  # (..., r, n)
+        read = self._read(basis.witness(R))
+        del basis  # one that was decoded is not held while this waits
         if not self.keeps_gradient:
             G = None  # the layerwise mode frees it while this waits
         here = self.weight.grad is not None if self.local else None
-        if not (yield Reading([self._read(self.basis_in_use().witness(R))], here))[0]:
+        if not (yield Reading([read], here))[0]:
             self._skip_()
             return
         rules, basis = self.config.parts, self.basis_in_use()
-        if self.config.hooked:  # the group may have been edited while this waited
+        if self.waits:  # since a hook took the gradient; the group may have been edited
             ctx = self.context()
         with self.view.writing() as s:
             yield from asking(rules.subspace.observe(s, R, ctx), self.layout.over_projected)
@@ -191,7 +196,8 @@ class MatrixStep(Unit):
 
     def _done_(self) -> None:
         self.refreshed, self.averaged, self.norms = False, False, None
-        self.rest()
+        if self.rests:
+            self.rest()
 
     # ---- the pieces -------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ class Stack(MatrixStep):
             for member, tensor in zip(members, stored[name].unbind(0), strict=True):
                 member.stored[name] = tensor
         super().__init__(first.weight, stored, first.config, first.plan, first.group, first.index)
-        self.lasting = False  # a refresh changes the basis of one member
+        self.lasting, self.rests = False, True  # a refresh changes the basis of one member
 
     @property
     @override
