@@ -79,9 +79,7 @@ def param_groups(
     def of_kind(kind: str) -> dict[str, Any]:
         return {**dense, **({"dense": split.rule(kind), "kind": kind} if apart else {})}
 
-    found, known = _split_up(model, {"rank": rank, **given}, of_kind, split, target_modules, weight_decay)
-    remember(model, known)
-    return found
+    return _split_up(model, {"rank": rank, **given}, of_kind, split, target_modules, weight_decay)
 
 
 def groups_for(
@@ -92,7 +90,6 @@ def groups_for(
     weight_decay: float | None = None,
     decaying: Iterable[str] | None = None,
     own_seed: bool = False,
-    remembered: bool = True,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters as `param_groups` does, for a method whose options are resolved.
 
@@ -101,7 +98,6 @@ def groups_for(
         config: the method and its options.
         decaying: names of the parameters that decay; by default those of `decay_names`.
         own_seed: whether the options' seed counts, and not that of the optimizer.
-        remembered: whether parameters that are added to an optimizer later are split in this way, too.
     """
 
     def own(c: Config) -> dict[str, Any]:
@@ -115,10 +111,7 @@ def groups_for(
     if config.parts.subspace.whole:  # no rank leaves a matrix out, but one row or column
         own_options["rank"] = 1
     usual = METHODS[config.method].defaults
-    found, known = _split_up(model, own_options, of_kind, config.split, target_modules, weight_decay, usual, decaying)
-    if remembered:
-        remember(model, known)
-    return found
+    return _split_up(model, own_options, of_kind, config.split, target_modules, weight_decay, usual, decaying)
 
 
 def _split_up(
@@ -130,9 +123,8 @@ def _split_up(
     weight_decay: float | None,
     usual: Mapping[str, Any] = MappingProxyType({}),
     decaying: Iterable[str] | None = None,
-) -> tuple[list[dict[str, Any]], dict[Tensor, Known]]:
-    """Return groups of matrices with the options `own`, and of all else with the options `dense` of their kind; and
-    what there is to know of every parameter."""
+) -> list[dict[str, Any]]:
+    """Return groups of matrices with the options `own`, and of all else with the options `dense` of their kind."""
     target_parameters(model, rank=own["rank"], target_modules=target_modules)  # says so if there are none
     targets = set(target_parameters(model, rank=own["rank"], target_modules=target_modules, frozen=True))
     decaying = set(decay_names(model) if decaying is None else map(modules.cleaner(model), decaying))
@@ -158,7 +150,8 @@ def _split_up(
             if members:
                 names, params = zip(*members, strict=True)
                 groups.append({"params": [*params], "param_names": [*names], **options})
-    return groups, known
+    remember(model, known)
+    return groups
 
 
 def _check_split(model: nn.Module, split: SplitOptions, found: Collection[str], usual: Mapping[str, Any]) -> None:

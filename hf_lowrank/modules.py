@@ -36,10 +36,14 @@ def trainable(model: nn.Module, *, frozen: bool = False) -> Iterator[tuple[str, 
 
 
 def wrapped(module: nn.Module) -> str | None:
-    """Return the name of what a wrapper wraps; `module` is that where there is nothing beside it."""
-    found = next((name for name in _WRAPPED if name in module._modules), None)
-    alone = [*module._modules] == ["module"] and not any(p is not None for p in module._parameters.values())
-    return found or ("module" if alone else None)
+    """Return the name of what a wrapper wraps; `module` is that where there are no parameters beside it."""
+    if found := next((name for name in _WRAPPED if name in module._modules), None):
+        return found
+    if module._modules.get("module") is None:
+        return None
+    beside = [one for name, one in module._modules.items() if name != "module" and one is not None]
+    own = [p for p in module._parameters.values() if p is not None]
+    return None if own or any(True for one in beside for _ in one.parameters()) else "module"
 
 
 def cleaner(model: nn.Module) -> Callable[[str], str]:

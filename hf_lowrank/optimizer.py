@@ -175,6 +175,8 @@ class LowRankOptimizer(Replicas):
 
     def plan(self, p: Tensor) -> Plan:
         """Return what is known of a parameter: how it lies, and what its state is."""
+        if self._work is not None and p in self._work.plans:
+            return self._work.plans[p]
         return next(one.plan for one in self.declared() if one.weight is p)
 
     def forget(self, params: Iterable[Tensor]) -> None:

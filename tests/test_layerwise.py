@@ -1,5 +1,6 @@
 """The layerwise mode in plain PyTorch: the plain run bit for bit, with gradients freed during backward."""
 
+import copy
 import gc
 import weakref
 
@@ -9,6 +10,7 @@ from distributed import models
 from streams import COVERING
 from torch.distributed._tools.mem_tracker import MemTracker
 
+import hf_lowrank
 from hf_lowrank import METHODS, LowRankOptimizer
 from hf_lowrank.methods import resolve
 
@@ -294,3 +296,41 @@ def storages():
     gc.collect()
     alive = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     return sum({one.data_ptr(): one.nbytes() for one in alive}.values())
+
+
+def test_several_edits_and_micro_batches_count_as_in_the_plain_run():
+    """Steps are handed over more than once, and the mode may be left between backward and step."""
+    nets = []
+    for ending in ("", "_layerwise"):
+        net = models.model(experts=2)
+        opt = models.optimizer(net, "galore_random_adamw" + ending, stagger=True, update_proj_gap=50)
+        opt.train()
+        for step in range(3):
+            opt.zero_grad()
+            for i in range(3 if step == 1 else 1):
+                models.loss_of(net, 10 * step + i).backward()
+                for group in opt.param_groups if step == 1 else ():
+                    group.update(weight_decay=0.1 * i)
+                    group.update({"scale": 0.5 + i} if "rank" in group else {})
+            if step == 2 and ending:
+                for group in opt.param_groups:
+                    group.update(layerwise=False)
+            for group in opt.param_groups:
+                group["lr"] = 1e-2 / (1 + step)
+            opt.step()
+        nets.append(net)
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # projections of parts are added up in another order
+
+
+def test_dense_parameters_are_stepped_as_the_matrices_of_their_model_are():
+    """By what the options of those make of the method, when it is built and after a load."""
+    spam = {"method": "galore_dominant_adamw", "stable_spam": True}
+    kept = {"method": "lowrank", "subspace": "random", "reconstruction": "error_feedback", "error_feedback": "off"}
+    for options, in_hook in ((spam, True), (kept, False)):
+        net = models.model()
+        opt = LowRankOptimizer(hf_lowrank.param_groups(net, rank=3, layerwise=True, **options))
+        again = LowRankOptimizer(hf_lowrank.param_groups(net, rank=3, layerwise=True, **options))
+        again.load_state_dict(opt.state_dict())
+        for one in (opt, copy.deepcopy(opt), again):
+            assert [config.hooked for config in one.configs if not config.low_rank] == 2 * [in_hook]

@@ -176,7 +176,7 @@ def test_an_estimate_says_nothing_of_parameters_that_are_trained_later():
     model[1].weight.requires_grad_(False)
     optimizer = LowRankOptimizer(param_groups(model, method="galore_i3s_adamw", rank=8))
     memory.estimate_memory(model, "fira_adamw", rank=2)
-    targets.plan(model, "fira_adamw", rank=2)
+    targets.plan(model, "fira_adamw", rank=2, weight_decay=0.1)
     model[1].weight.requires_grad_(True)
     optimizer.add_param_group({"params": [model[1].weight]})
     assert [(group["method"], group["rank"]) for group in optimizer.param_groups] == 2 * [("galore_i3s_adamw", 8)]

@@ -101,14 +101,22 @@ def test_options_of_one_optimizer_are_refused_before_anything_is_trained(recipe,
         (["--train_file", "nowhere.txt", "--validation_file", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--grid", "nowhere.json"], "--grid nowhere.json is no file that grid.py has written"),
         (["--num_hidden_layers", "0"], "--num_hidden_layers must be at least 1, not 0"),
+        (["--block_size", "99999"], "fewer than 99999 tokens"),
+        (["--learning_rate", "-1"], "--learning_rate must be at least 0, not -1"),
+        (["--matrix_lr_scale", "0.5"], "--matrix_lr_scale is the trainings' own here"),
+        (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint is the trainings' own here"),
+        (["--grid", "text.json"], "--grid text.json is no file that grid.py has written"),
     ],
 )
-def test_a_mistake_leaves_the_last_results(recipe, tmp_path, monkeypatch, capsys, options, sentence):
+def test_a_mistake_leaves_the_last_results(recipe, texts, tmp_path, monkeypatch, capsys, options, sentence):
     import quickstart
 
     quickstart.prepare(tmp_path / "run")
     (tmp_path / "run" / "results.json").write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output_dir", str(tmp_path / "run"), *options])
+    monkeypatch.chdir(tmp_path)
+    Path("text.json").write_text(json.dumps({"runs": [{"optimizer": "muon_4bit", "perplexity": 3.0}]}))
+    given = [*texts, *options] if "--train_file" not in options else options
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output_dir", str(tmp_path / "run"), *given])
     with pytest.raises(SystemExit) as ended:
         quickstart.main()
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
@@ -122,7 +130,7 @@ def test_rates_are_those_of_the_grid_that_is_named(recipe, tmp_path):
     runs = [{"optimizer": name, "seed": 1, "perplexity": 9.0, **key} for name in quickstart.OPTIMIZERS]
     runs += [{**run, "perplexity": None, "scale": 1.0} for run in runs]
     (tmp_path / "grid.json").write_text(json.dumps({"runs": runs}))
-    assert quickstart.rates(tmp_path / "grid.json") == dict(zip(quickstart.OPTIMIZERS, runs, strict=False))
+    assert quickstart.rates(tmp_path / "grid.json") == dict.fromkeys(quickstart.OPTIMIZERS, key)
 
 
 @pytest.mark.parametrize("optim", ["galore_i3s_adamw", "adamw_torch"])

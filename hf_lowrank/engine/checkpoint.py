@@ -23,7 +23,7 @@ to 2 the levels of 4-bit moments were evenly spaced."""
 AFRESH = "start from the checkpoint's weights alone, without resuming"
 """What can always be done."""
 
-RUN_OPTIONS = ("layerwise", "max_grad_norm", "stagger", "reduce_projected")
+RUN_OPTIONS = ("layerwise", "in_hook", "max_grad_norm", "stagger", "reduce_projected")
 """How a run is run, not what it computes: the caller's value holds, not the checkpoint's. So do the options that are a
 fact of the model or the run."""
 

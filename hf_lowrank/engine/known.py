@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -40,6 +41,17 @@ def remember(model: nn.Module, known: Mapping[Tensor, Known]) -> None:
         for attribute, p in module._parameters.items():
             if p is not None and p in known:
                 _places[id(p)] = _Place(weakref.ref(module), attribute, known[p])
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Forget what is said inside this context: a plan changes nothing of a run."""
+    before = dict(_places)
+    try:
+        yield
+    finally:
+        _places.clear()
+        _places.update(before)
 
 
 def _of(p: Any) -> Known | None:

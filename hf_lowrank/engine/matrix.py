@@ -55,6 +55,7 @@ class MatrixStep(Unit):
         self.lasting = (self.view.plain or not self.view.bases) and not plan.pieces  # or decoded, gathered: see `rest`
         self.rests = not (self.lasting and self.view.plain)
         self.waits = config.hooked
+        self.before: list[MatrixStep] = []  # whose step this one goes on with
 
     @property
     @override
@@ -97,7 +98,9 @@ class MatrixStep(Unit):
     def take_over_(self, other: MatrixStep) -> None:
         """Go on with a step of this weight that `other` has started: it ends on the options and the state of this."""
         self.started, other.started = other.started, None
-        vars(other).update({**vars(self), "started": None})  # the step that waits is one of its methods
+        self.before = [*other.before, other]
+        for one in self.before:  # the step that waits is a method of one of them
+            vars(one).update({**vars(self), "started": None, "before": []})
 
     def column_norms(self) -> Tensor | None:
         """Return the norms of the gradient's columns if they are known."""
@@ -127,12 +130,12 @@ class MatrixStep(Unit):
         del basis  # one that was decoded is not held while this waits
         if not self.keeps_gradient:
             G = None  # the layerwise mode frees it while this waits
-        here = self.weight.grad is not None if self.local else None
+        here, waits = self.weight.grad is not None if self.local else None, self.waits
         if not (yield Reading([read], here))[0]:
             self._skip_()
             return
         rules, basis = self.config.parts, self.basis_in_use()
-        if self.waits:  # since a hook took the gradient; the group may have been edited
+        if waits:  # since a hook took the gradient; the group may have been edited
             ctx = self.context()
         with self.view.writing() as s:
             yield from asking(rules.subspace.observe(s, R, ctx), self.layout.over_projected)
@@ -195,7 +198,7 @@ class MatrixStep(Unit):
         self._done_()
 
     def _done_(self) -> None:
-        self.refreshed, self.averaged, self.norms = False, False, None
+        self.refreshed, self.averaged, self.norms, self.before = False, False, None, []
         if self.rests:
             self.rest()
 

@@ -121,6 +121,15 @@ class Replicas(Optimizer):
         if whole is not None:
             self._whole = whole
 
+    def _begin_added(self) -> None:
+        """Create the state of parameters that were added since the last step."""
+        added = {p for group in self.param_groups for p in group["params"] if not self.state.get(p)}
+        if added and self.owners is None and any(self.state.values()):
+            with torch.inference_mode(False):
+                for one in self.declared():
+                    if one.weight in added:
+                        prepare(self.state, one.weight, one.plan)
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return groups and state as plain data; where state is sharded the same as an unsharded run does.
@@ -131,8 +140,7 @@ class Replicas(Optimizer):
             RuntimeError: where the state has not been gathered on this process since the last step.
         """
         self._ahead.settle()
-        for one in self.declared() if self.state and self.owners is None else ():
-            prepare(self.state, one.weight, one.plan)
+        self._begin_added()
         packed = super().state_dict()
         if self.owners is None or not self.owners.begun:
             return packed

@@ -31,6 +31,10 @@ class DenseOptions:
 
     dense: str = opt.again(RULE)
     kind: str = opt.choice(MIXED, *KINDS, help="what the parameters are")
+    in_hook: bool | str = opt.switch(
+        "auto",
+        help="whether the layerwise mode steps them as soon as there is a gradient; auto: as the row's matrices",
+    )
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Config:
 
     def dense(self, kind: str = MIXED) -> Config:
         """Return the same for a group of dense parameters of one kind."""
-        known = {**self.options, "dense": self.split.rule(kind), "kind": kind}
+        known = {**self.options, "dense": self.split.rule(kind), "kind": kind, "in_hook": self.parts.needs_gradient}
         own = option_names(self.method, known, low_rank=False)
         given = {key: known[key] for key in own if key in known}
         return replace(Config.of(self.method, given, low_rank=False), split=self.split)
@@ -163,7 +163,10 @@ class Config:
     @property
     def hooked(self) -> bool:
         """Whether the layerwise mode takes the gradients of these parameters during backward."""
-        return bool(self.options["layerwise"]) and (self.low_rank or self.parts.needs_gradient or self.offloads)
+        if self.low_rank or self.offloads or not self.options["layerwise"]:
+            return bool(self.options["layerwise"])
+        chosen = self.options["in_hook"]
+        return self.parts.needs_gradient if chosen == "auto" else bool(chosen)
 
     @property
     def facts(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from hf_lowrank import groups, layer_sampling, modules
+from hf_lowrank.engine.known import unsaid
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.work import Declared
 from hf_lowrank.methods.resolve import Config
@@ -276,9 +277,9 @@ def build_optimizer(net: nn.Module, optim: str, rank: float | None, given: Mappi
     chosen = {k: v for k, v in given.items() if k not in OF_THE_RUN}
     if rank is not None:
         chosen["rank"] = rank
-    config = Config.of(optim, chosen, model=True, facts=groups.model_facts(net))
-    split = groups.groups_for(net, config, target_modules=given.get("target_modules"), remembered=False)
-    return LowRankOptimizer(split, optim)
+    with unsaid():
+        split = groups.param_groups(net, method=optim, target_modules=given.get("target_modules"), **chosen)
+        return LowRankOptimizer(split, optim)
 
 
 def paper_bytes(one: Declared) -> int:

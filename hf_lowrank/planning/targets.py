@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowrank import groups
+from hf_lowrank.engine.known import unsaid
 from hf_lowrank.modules import kind_of
 from hf_lowrank.observe.counting import adamw_bytes
-from hf_lowrank.planning.memory import build_optimizer
+from hf_lowrank.optimizer import LowRankOptimizer
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def plan(model: nn.Module, method: str, *, target_modules: str | None = None, **
     Raises:
         ValueError: for an unknown method or option, or where nothing can be projected.
     """
-    optimizer = build_optimizer(model, method, None, {**options, "target_modules": target_modules})
+    with unsaid():
+        split = groups.param_groups(model, method=method, target_modules=target_modules, **options)
+        optimizer = LowRankOptimizer(split, method)
     found: dict[tuple[str, tuple[int, ...], int | None, bool, str | None], list[tuple[int, int]]] = defaultdict(list)
     for name, p, config, plan in optimizer.declared():
         rank = plan.r if config.low_rank else None

@@ -44,6 +44,9 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
 faster on a busy one."""
 
 LEDGER = "commands.txt"
+OWN = ("--optim", "--matrix_lr_scale", "--resume_from_checkpoint")
+"""Options that the trainings do not share."""
+
 OPTIONS = 4
 """Words of a command before its options: python -m hf_lowrank run_clm.py."""
 
@@ -74,13 +77,14 @@ def best(runs: list[dict], optimizer: str, file: Path) -> dict:
     return min(known, key=lambda run: run["perplexity"])
 
 
-def rates(file: Path) -> dict[str, dict]:
-    """Return the best recorded run of every optimizer."""
+def rates(file: Path) -> dict[str, dict[str, float]]:
+    """Return the best recorded rates of every optimizer."""
     try:
         runs = json.loads(file.read_text())["runs"]
+        found = {optimizer: best(runs, optimizer, file) for optimizer in OPTIMIZERS}
+        return {name: {key: float(run[key]) for key in ("learning_rate", "scale")} for name, run in found.items()}
     except (OSError, ValueError, KeyError, TypeError):
         stop(f"--grid {file} is no file that grid.py has written")
-    return {optimizer: best(runs, optimizer, file) for optimizer in OPTIMIZERS}
 
 
 def stop(sentence: str, code: int = 2) -> NoReturn:
@@ -97,18 +101,23 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="run folder")
     parser.add_argument("--grid", type=Path, default=GRID_FILE, help="file of grid.py, whose best rates are taken")
     arguments, more = parser.parse_known_args()
-    if own := next((option for option in more if option.startswith("--optim")), None):
+    if own := next((option for option in more if option.startswith(OWN)), None):
         stop(f"{own} is the trainings' own here; start one by itself: python -m hf_lowrank {_short(HERE)}/run_clm.py")
     try:
         import report
         import run_clm
+
+        import hf_lowrank
     except ImportError as error:
         stop(f"{error}; install the recipe's requirements: pip install '.[recipes]'")
+    hf_lowrank.register()
     folder, commands = arguments.output_dir, {}
     for optimizer, cell in rates(arguments.grid).items():
         line = command(optimizer, cell, folder / optimizer, folder / "tokenizer", *LOGGING.split(), *more)
-        run_clm.check(line[OPTIONS:])
+        arguments_of_one = run_clm.parse(line[OPTIONS:])
         commands[optimizer] = line
+    check_folder(folder)
+    run_clm.read(*arguments_of_one[1:])  # the texts; what ends here has cost nothing
     prepare(folder)
     signal.signal(signal.SIGTERM, lambda *_: stop("terminated; a new start begins afresh", 143))  # training ends too
     start = time.perf_counter()
@@ -125,12 +134,18 @@ def main() -> None:
     print("\n".join(f"  {path.name}{'/' * path.is_dir()}" for path in sorted(folder.iterdir())))
 
 
-def prepare(folder: Path) -> None:
-    """Make the run folder ready for a fresh start; refuse one that holds something else."""
+def check_folder(folder: Path) -> None:
+    """Refuse a run folder that holds something else."""
     if folder.exists() and not folder.is_dir():
         stop(f"{folder} is not a folder; choose another --output_dir")
-    if folder.exists() and any(folder.iterdir()) and not (folder / LEDGER).exists():
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if there - {"tokenizer"} and LEDGER not in there:
         stop(f"{folder} holds something that this recipe did not write; choose another --output_dir")
+
+
+def prepare(folder: Path) -> None:
+    """Make the run folder ready for a fresh start."""
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LEDGER).write_text("")
     for optimizer in OPTIMIZERS:

@@ -109,16 +109,7 @@ def main() -> None:
     """Train and evaluate as the command line says."""
     model_args, data_args, training_args = parse(sys.argv[1:])
     checkpoint = checkpoint_to_resume(training_args)
-    training_documents, validation_documents = load_documents(data_args)
-    tokenizer_dir = Path(data_args.tokenizer_dir or Path(training_args.output_dir) / "tokenizer")
-    with training_args.main_process_first(desc="tokenizer"):
-        tokenizer = load_bpe(training_documents, data_args.vocab_size, tokenizer_dir)
-    training = Blocks.pack(training_documents, tokenizer, data_args.block_size)
-    validation = Blocks.pack(validation_documents, tokenizer, data_args.block_size)
-    for name, blocks in {"training": training, "validation": validation}.items():
-        if not len(blocks):
-            stop(f"the {name} text has fewer than {data_args.block_size} tokens, which is one block (--block_size)")
-
+    tokenizer, training, validation = read(data_args, training_args)
     set_seed(training_args.seed)
     if checkpoint and not training_args.do_train:
         model = LlamaForCausalLM.from_pretrained(checkpoint)
@@ -163,16 +154,24 @@ def parse(line: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     require_at_least(1, **{name: getattr(model, name) for name in names}, eval_blocks=data.eval_blocks)
     require_at_least(2, block_size=data.block_size)  # the first token of a block is not predicted
     require_at_least(257, vocab_size=data.vocab_size)  # every byte, and the end of a text
-    require_at_least(0, matrix_lr_scale=model.matrix_lr_scale)
+    require_at_least(0, matrix_lr_scale=model.matrix_lr_scale, learning_rate=training.learning_rate)
     if model.hidden_size % model.num_attention_heads or model.hidden_size // model.num_attention_heads % 2:
         stop("--hidden_size must be an even multiple of --num_attention_heads")
     return model, data, training
 
 
-def check(line: list[str]) -> None:
-    """End with one sentence where a training would, without starting it: for its options, or for its texts."""
-    hf_lowrank.register()
-    load_documents(parse(line)[1])
+def read(args: DataArguments, training_args: TrainingArguments) -> tuple[PreTrainedTokenizerFast, Blocks, Blocks]:
+    """Return the tokenizer, and the blocks to train and to validate on."""
+    training_documents, validation_documents = load_documents(args)
+    folder = Path(args.tokenizer_dir or Path(training_args.output_dir) / "tokenizer")
+    with training_args.main_process_first(desc="tokenizer"):
+        tokenizer = load_bpe(training_documents, args.vocab_size, folder)
+    training = Blocks.pack(training_documents, tokenizer, args.block_size)
+    validation = Blocks.pack(validation_documents, tokenizer, args.block_size)
+    for name, blocks in {"training": training, "validation": validation}.items():
+        if not len(blocks):
+            stop(f"the {name} text has fewer than {args.block_size} tokens, which is one block (--block_size)")
+    return tokenizer, training, validation
 
 
 def load_documents(args: DataArguments) -> tuple[list[str], list[str]]:

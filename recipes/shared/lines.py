@@ -38,8 +38,8 @@ class Lines:
         self.runs: list[dict[str, Any]] = []
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                self.runs.append(json.loads(line))
-            except ValueError:
+                self.runs.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
                 stop(f"line {number} of {file} is not a result; delete it")
 
     def write(self, line: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.shared.common import stop  # noqa: E402
+from recipes.shared.common import require_writable, stop  # noqa: E402
 from recipes.shared.display import COLOURS, MARKERS  # noqa: E402
 from recipes.shared.lines import require_file  # noqa: E402
 from recipes.studies.compare_methods import FILE, Record, study_named  # noqa: E402
@@ -154,6 +154,7 @@ def main() -> None:
     if args.picture.suffix != ".png" or args.picture.is_dir():
         stop(f"--picture must be a PNG file such as picture.png, not {args.picture}")
     require_file(args.file)
+    require_writable(args.picture.parent)
     record, found = Record(args.file), []
     for name in names:
         one = series(record, *study_named(name, "a study"))

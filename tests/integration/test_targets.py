@@ -188,6 +188,16 @@ def test_a_child_that_is_called_module_is_no_wrapper(name):
     assert sorted(names) == sorted(n for n, _ in Net().named_parameters())
 
 
+def test_a_wrapper_may_have_a_loss_beside_what_it_wraps():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.module, self.loss = inner, nn.CrossEntropyLoss()
+
+    model = tiny_llama()
+    assert target_parameters(Wrapper(model), rank=4) == target_parameters(model, rank=4)
+
+
 def test_a_part_of_a_model_that_is_split_later_changes_no_name_of_its_run():
     class Block(nn.Module):
         def __init__(self):

@@ -122,6 +122,8 @@ def test_the_readme_has_the_table_of_the_recorded_study():
         ("compare_picture", ["--file", "."], "that is a folder"),
         ("compare_picture", ["--file", "no.jsonl"], "there is nothing to draw"),
         ("compare_picture", ["--picture", "x.jpg"], "must be a PNG file such as picture.png, not x.jpg"),
+        ("compare_picture", ["--picture", "text.json/x.png"], "cannot write to text.json"),
+        ("compare_picture", ["--file", "list.jsonl"], "line 1 of list.jsonl is not a result"),
         ("compare_picture", ["small"], "a study is SIZE:STEPS such as small:1000, not small"),
         ("compare_picture", ["small:1", "small:2", "small:3", "small:4"], "at most 3 studies"),
         ("ablations", ["--file", "no/folder.jsonl"], "its folder does not exist"),
@@ -139,6 +141,7 @@ def test_the_readme_has_the_table_of_the_recorded_study():
 def test_what_cannot_be_done_is_one_sentence(script, options, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.json").write_text("no JSON")
+    Path("list.jsonl").write_text("[1]\n")
     monkeypatch.syspath_prepend(str(Path(study.__file__).parents[1] / "quickstart"))
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *options])
     with pytest.raises(SystemExit) as ended:
