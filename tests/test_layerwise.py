@@ -309,18 +309,22 @@ def test_several_edits_and_micro_batches_count_as_in_the_plain_run():
             opt.zero_grad()
             for i in range(3 if step == 1 else 1):
                 models.loss_of(net, 10 * step + i).backward()
-                for group in opt.param_groups if step == 1 else ():
-                    group.update(weight_decay=0.1 * i)
-                    group.update({"scale": 0.5 + i} if "rank" in group else {})
+                if step == 1 and i == 0:
+                    opt.forget([forgotten := matrices(opt)[-1]])  # all steps are made anew, those that wait as well
+            if step == 1:
+                for group in opt.param_groups:
+                    group.update({"weight_decay": 0.3, **({"scale": 0.5} if "rank" in group else {})})
             if step == 2 and ending:
                 for group in opt.param_groups:
                     group.update(layerwise=False)
             for group in opt.param_groups:
                 group["lr"] = 1e-2 / (1 + step)
             opt.step()
-        nets.append(net)
-    for a, b in zip(*(net.parameters() for net in nets), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # projections of parts are added up in another order
+        nets.append([p for p in net.parameters() if p is not forgotten])
+    a, b = (torch.cat([p.detach().flatten() for p in net]) for net in nets)
+    travelled = 1e-2 * len(a) ** 0.5  # one step of Adam's at the first rate
+    # projections of parts are added up in another order, and Adam brings small sums to the size of large ones
+    assert (a - b).norm() < 1e-4 * travelled
 
 
 def test_dense_parameters_are_stepped_as_the_matrices_of_their_model_are():
