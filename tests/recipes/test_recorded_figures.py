@@ -83,6 +83,28 @@ def test_the_table_at_equal_bytes(found):
     )
 
 
+def test_the_table_of_own_embeddings_and_heads(found):
+    section = PAGES["docs/recommended.md"].partition("### Embeddings and head as")[2].partition("###")[0]
+    own = {r.row.name: r for r in results(Record(FILE), [row.own for row in ROWS.values() if row.own], "small", 1000)}
+    lines = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", section, re.M)
+    assert [f"{name}, own dense" for name, *_ in lines] == [*own]
+    for (name, state, loss, *differences), result in zip(lines, own.values(), strict=True):
+        assert state == f"{result.middle('state_bytes') / 2**20:.2f}"
+        assert loss == text(interval([*result.losses.values()]))
+        others = [text(paired(result.losses, found[other].losses), sign="+") for other in (BASELINE, name)]
+        assert differences == others, name
+    trials = [own[f"{name}, own dense"].trials for name in ("scale_sgd", "full_adamw_8bit")]
+    assert f"({trials[0]} and {trials[1]}, where" in section
+    scale = own["scale_sgd, own dense"]
+    ahead = text(paired(found["galore_dominant_adamw"].losses, scale.losses))
+    assert (
+        f"by {ahead}" in section
+        and text(paired(scale.losses, found[BASELINE].losses), sign="+") in PAGES["docs/choosing.md"]
+    )
+    assert min(paired(scale.losses, found["racs"].losses)) > 0
+    assert f"{found[BASELINE].middle('state_bytes') / 2**20:.2f}" in section
+
+
 def test_the_table_of_the_long_runs():
     section = PAGES["docs/recommended.md"].partition("### Twenty tokens per parameter")[2].partition("###")[0]
     long = recorded("narrow", 5152)
