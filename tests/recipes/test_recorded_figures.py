@@ -48,7 +48,7 @@ def check_behind(found, first, second, page):
 
 def test_the_table_of_the_evidence(found):
     evidence = PAGES["docs/recommended.md"].partition("## The evidence")[2].partition(LARGER)[0]
-    assert check_lines(evidence, found, "small") == len(found) == 22
+    assert check_lines(evidence, found, "small") == len(found) == 23
 
 
 def test_the_table_of_the_larger_model(larger):
@@ -207,6 +207,8 @@ def test_the_tables_by_bytes(found, page):
         ("golore_adamw", "full_adamw"),
         ("racs", "full_adamw"),
         ("galore_i3s_adamw", "racs"),
+        ("lora", "full_adamw"),
+        ("galore_dominant_adamw", "lora"),
         ("galore_i3s_adamw", "i3s_compensation"),
         ("galore_dominant_adamw", "fira_adamw"),
         ("apollo_mini_adamw", "racs"),
