@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t
+from scipy.stats import ttest_rel
 
 
 HERE = Path(__file__).resolve().parent
@@ -154,12 +154,15 @@ def verdict(difference: tuple[float, float] | None) -> str:
     return "the other way round here" if middle - half > 0 else "not decidable here"
 
 
-def chance(difference: tuple[float, float] | None, seeds: int) -> float:
-    """Return the two-sided p-value of a paired t test, from its 95 % interval; 1 where there is none."""
-    if difference is None or difference[1] in (0.0, inf):
+def chance(first: Mapping[int, float], second: Mapping[int, float]) -> float:
+    """Return the two-sided p-value of a t test of losses paired by seed; 1 where it says nothing: of fewer than two
+    seeds, of runs that diverged, or of losses that are the same.
+    """
+    common = sorted(first.keys() & second.keys())
+    pairs = [(first[seed], second[seed]) for seed in common]
+    if len(pairs) < 2 or any(inf in pair for pair in pairs) or all(a == b for a, b in pairs):
         return 1.0
-    middle, half = difference
-    return float(2 * t.sf(abs(middle) / half * t.ppf(0.975, seeds - 1), seeds - 1))
+    return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
 
 
 def corrected(chances: Sequence[float]) -> list[float]:
@@ -176,10 +179,10 @@ def table(record: Record, size: str, steps: int, claims: Sequence[Claim] = CLAIM
     tried = []
     for claim in claims:
         first, second = (losses(record.scores(row, size, steps)) for row in (claim.first, claim.second))
-        tried.append((claim, paired(first, second), len(first.keys() & second.keys())))
-    together = corrected([chance(difference, seeds) for _, difference, seeds in tried])
+        tried.append((claim, paired(first, second), len(first.keys() & second.keys()), chance(first, second)))
+    together = corrected([p for *_, p in tried])
     lines = []
-    for (claim, difference, seeds), p in zip(tried, together, strict=True):
+    for (claim, difference, seeds, _), p in zip(tried, together, strict=True):
         shown = "-" if difference is None else text(difference, sign="+")
         trials = ", ".join(searched(record, row, size, steps) for row in (claim.first, claim.second))
         stands = "yes" if p < 0.05 else "-"

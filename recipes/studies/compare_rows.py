@@ -187,10 +187,12 @@ def next_trial(losses: Mapping[Point, float], row: Row, *, start: Point, trials:
         trials: trials of every row.
         most: trials of a row whose best stays at an edge.
     """
+    if len(losses) >= most:
+        return None
     if start not in losses:
         return start
     ranked = sorted(losses, key=losses.__getitem__)
-    open_ones = ranked if len(losses) < trials else ranked[:1] if len(losses) < most else []
+    open_ones = ranked if len(losses) < trials else ranked[:1]
     return next((near for point in open_ones for near in point.neighbours(row) if near not in losses), None)
 
 

@@ -1,7 +1,8 @@
 """The tables of compare_methods.py, from what is recorded; nothing is run.
 
 python recipes/studies/compare_tables.py                                     # the small model, 1000 steps
-python recipes/studies/compare_tables.py --size large --steps 1200 --bytes 1
+python recipes/studies/compare_tables.py --size large --steps 1200
+python recipes/studies/compare_tables.py --bytes 1 --minus muon_4bit         # differences to another row
 """
 
 from __future__ import annotations
@@ -24,10 +25,6 @@ from recipes.shared.display import markdown  # noqa: E402
 from recipes.shared.lines import require_file  # noqa: E402
 from recipes.studies.compare_methods import Record, add_study_options, rows_of  # noqa: E402
 from recipes.studies.compare_rows import BASELINE, ROWS, Point, Row, settled  # noqa: E402
-
-
-HEAD = ["row", "bytes per element", "state, MiB", "loss", "minus AdamW, paired", "paired seeds"]
-HEAD += ["refreshes", "trials", "rate", "other rate", "betas", "decay"]
 
 
 @dataclass(frozen=True)
@@ -90,14 +87,16 @@ def results(record: Record, rows: Sequence[Row], size: str, steps: int) -> list[
 
 
 def table(found: Sequence[Result], baseline: Result | None) -> str:
-    """Return the results as Markdown, losses with 95 % intervals."""
-    return markdown(HEAD, [line(result, baseline) for result in found])
+    """Return the results as Markdown, losses with 95 % intervals, differences to a baseline's paired by seed."""
+    head = ["row", "bytes per element", "state, MiB", "loss", f"minus {baseline.row.name if baseline else BASELINE}"]
+    head += ["paired seeds", "refreshes", "trials", "rate", "other rate", "betas", "decay"]
+    return markdown(head, [line(result, baseline) for result in found])
 
 
 def line(result: Result, baseline: Result | None) -> list[str]:
     """Return a row of the table."""
     values = result.best.values(result.row)
-    difference = paired(result.losses, baseline.losses) if baseline and result is not baseline else None
+    difference = paired(result.losses, baseline.losses) if baseline and result.row != baseline.row else None
     return [
         result.row.name,
         f"{result.middle('matrix_bytes'):.2f}",
@@ -126,13 +125,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_study_options(parser)
+    parser.add_argument("--minus", choices=ROWS, default=BASELINE, help="the row that losses are compared with")
     args = parser.parse_args()
     require_at_least(1, steps=args.steps)
     require_file(args.file)
     record = Record(args.file)
     found = results(record, rows_of(args), args.size, args.steps)
-    baseline = next(iter(results(record, [ROWS[BASELINE]], args.size, args.steps)), None)
-    baseline = next((r for r in found if r.row.name == BASELINE), baseline)
+    baseline = next(iter(results(record, [ROWS[args.minus]], args.size, args.steps)), None)
     if not found:
         stop(f"there is nothing to show: {args.file} has no score of these rows at {args.size}, {args.steps} steps")
     print(table(found, baseline))

@@ -67,6 +67,12 @@ def test_every_row_has_the_same_number_of_trials_and_more_only_while_its_best_is
     assert all(abs(p.betas) <= len(row.betas) // 2 and p.decay >= 0 for p in {*settled_early, *endless, *more})
 
 
+def test_a_search_that_began_elsewhere_and_is_over_begins_no_more():
+    tried = {Point(3, i): 1.0 for i in range(5)}
+    assert next_trial(tried, ROWS[BASELINE], start=Point(), trials=3, most=5) is None
+    assert next_trial(tried, ROWS[BASELINE], start=Point(), trials=3, most=6) == Point()
+
+
 def test_a_search_in_which_all_diverged_goes_on_by_the_same_rule():
     tried = search(lambda point: inf, ROWS[BASELINE], trials=5, most=5)
     assert len(tried) == 5
@@ -257,6 +263,8 @@ def test_intervals_are_those_of_a_hand_computation(tmp_path):
     cells = tables.line(best, worst)
     assert cells[:6] == ["racs", "1.00", "1.00", "3.542 ± 0.071", "-0.100 ± 0.028", "5"]
     assert cells[7] == "1, at an edge"
+    assert "minus racs" in tables.table([best, worst], best)
+    assert tables.line(worst, best)[4] == "+0.100 ± 0.028" and tables.line(best, best)[4] == "-"
     series = picture.series(record, "tiny", 2)
     assert series.differences == {"racs": tables.paired(best.losses, worst.losses), "full_adamw": (0.0, 0.0)}
     assert series.name.endswith(" 0.7 tokens for each")
