@@ -245,7 +245,7 @@ def test_who_is_behind_adamw_on_the_first_pages(found, row):
 
 def test_how_much_lower_a_parabola_would_lie(found):
     """Through the losses of a row's best and its neighbours along a rate, where both were tried."""
-    record, lower, none = Record(FILE), [], 0
+    record, lower, none = Record(FILE), {}, 0
     for result in found.values():
         trials = record.trials(result.row, "small", 1000)
         drops = []
@@ -254,13 +254,28 @@ def test_how_much_lower_a_parabola_would_lie(found):
             if left in trials and right in trials:
                 a, b, c = trials[left], trials[result.best], trials[right]
                 drops.append((a - c) ** 2 / (8 * (a - 2 * b + c)))
-        lower += drops
+        lower |= {result.row.name: max(drops)} if drops else {}
         none += not drops
-    assert (
-        f"up\n  to {max(lower):.3f} lower" in PAGES["docs/recommended.md"]
-        and f"up to {max(lower):.3f} lower" in STUDIES
-    )
-    assert none == 8 and "for eight rows, AdamW and Muon among them, they were not" in PAGES["docs/recommended.md"]
+    most = max(lower.values())
+    assert f"up\n  to {most:.3f} lower" in PAGES["docs/recommended.md"] and f"up to {most:.3f} lower" in STUDIES
+    assert none == 8 and "For eight rows,\n  AdamW and Muon in fp32 and four bits" in PAGES["docs/recommended.md"]
+    assert not {"full_adamw", "full_muon", "muon_4bit"} & lower.keys()
+    far = {name: drop for name, drop in lower.items() if drop > 0.01}
+    assert {*far} == {"full_adamw_8bit", "subtrack_pp_adamw", "fira_adamw", "apollo_random_adamw"}
+    assert all(f"{drop:.3f} for " in PAGES["docs/recommended.md"] for drop in far.values())
+
+
+def test_which_axes_were_tried(found):
+    """Rows that tried one value of the decays, of those that have several, and rows that tried one weight decay."""
+    record, single = Record(FILE), {"betas": 0, "decay": 0}
+    for result in found.values():
+        trials = record.trials(result.row, "small", 1000)
+        single["betas"] += len(result.row.betas) > 1 and len({point.betas for point in trials}) == 1
+        single["decay"] += len({point.decay for point in trials}) == 1
+    assert single == {"betas": 13, "decay": 19}
+    words = "thirteen of {} tried no other {} and nineteen no other {}"
+    assert words.format("these rows", "decay of the moments here", "weight decay") in PAGES["docs/recommended.md"]
+    assert words.format("the twenty-three rows", "betas,", "decay") in STUDIES
 
 
 def test_which_rows_had_a_lucky_seed():
