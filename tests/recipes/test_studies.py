@@ -18,7 +18,11 @@ from transformers import (
 from recipes.glue import bert_to_roberta, data
 from recipes.glue.comparison import Ledger
 from recipes.studies import minilm_study as study
-from recipes.studies.compare_tables import interval
+from recipes.studies.compare_tables import interval, paired
+
+
+SEEDS = [1, 2, 3, 4, 5]
+STUDIES = "recipes/studies/README.md"
 
 
 def test_bert_in_its_roberta_form_has_the_same_hidden_states():
@@ -109,8 +113,39 @@ def test_the_readme_has_the_table_of_the_recorded_study():
     ledger = Ledger(study.FILE)
     assert ("Nothing of it is recorded yet" in text) == (not ledger.results)
     if ledger.results:
-        assert study.results_table(ledger, [1, 2, 3, 4, 5]) in text
+        assert study.results_table(ledger, SEEDS) in text
         assert study.grid_table(ledger) in text
+
+
+def test_what_the_pages_say_of_the_recorded_study():
+    """The table of the page of what we recommend, and what rank 4 costs."""
+    pages = {name: (study.FILE.parents[2] / name).read_text() for name in ("docs/recommended.md", STUDIES)}
+    ledger, said = Ledger(study.FILE), pages["docs/recommended.md"].partition("### Fine-tuning")[2]
+    tasks = {task for task in study.BUDGET if study.scores_of(ledger, study.BASELINE, SEEDS)[task]}
+    assert tasks == {"cola", "sst2"}
+    scores = {row: {task: study.scores_of(ledger, row, SEEDS)[task] for task in tasks} for row in study.ROWS}
+    whole = {row: study.means(found) for row, found in scores.items()}
+
+    def minus(first, second):
+        middle, half = paired(first, second)
+        return f"{middle:+.1f} ± {half:.1f}"
+
+    def shown(row):
+        method, comma, rank = row.partition(",")
+        return row if method == "LoRA" else f"`{method}`{comma}{rank}"
+
+    ranked = sorted(whole, key=lambda row: -np.mean([*whole[row].values()]))
+    table = [
+        f"| {shown(row)} | {study.interval_text([*whole[row].values()])} | "
+        f"{'-' if row == study.BASELINE else minus(whole[row], whole[study.BASELINE])} |"
+        for row in ranked
+    ]
+    assert "\n".join(table) in said
+    for method in ("galore_i3s_adamw", "alice_adamw", "subtrack_pp_adamw", "fira_adamw", "LoRA"):
+        low, high = (whole[f"{method}, rank {rank}"] for rank in (4, 8))
+        assert minus(low, high).removeprefix("-" if method == "galore_i3s_adamw" else "") in pages[STUDIES]
+    for row in ("muon_4bit", "alice_adamw, rank 4", "alice_adamw, rank 8"):
+        assert minus(scores[row]["cola"], scores[study.BASELINE]["cola"]) in pages[STUDIES]
 
 
 @pytest.mark.parametrize(
