@@ -1,4 +1,4 @@
-"""What each part of 4-bit Muon is worth: the row with one part taken away or changed, at the row's best point.
+"""What each part of 4-bit Muon is worth: the row with one part taken away or changed, or several, at its best point.
 
     python recipes/studies/ablations.py                # trains what is missing, then prints the table
     python recipes/studies/ablations.py --print        # the table alone
@@ -75,6 +75,7 @@ CHANGES = (
     Change("three iterations", {"ns_steps": 3}),
     Change("the exact polar factor", {"orthogonalize": "exact"}),
     Change("no weight decay", {}, decay=0),
+    Change("three iterations, no units, no weight decay", {"ns_steps": 3, "row_scales": False}, decay=0),
 )
 
 
@@ -97,14 +98,14 @@ def table(base: Mapping[int, Mapping[str, Any]], changed: Mapping[str, Mapping[i
     reference = losses(base)
     for says, runs in {"as it is": base, **changed}.items():
         if not runs:
-            lines.append([says, *(["-"] * 5)])
+            lines.append([says, *(["-"] * 4)])
             continue
         own = losses(runs)
         difference = paired(own, reference) if runs is not base else None
-        size, took = (median(run[key] for run in runs.values()) for key in ("matrix_bytes", "optimizer_ms_median"))
+        size = median(run["matrix_bytes"] for run in runs.values())
         minus, seeds = text(difference, sign="+") if difference else "-", len(own.keys() & reference.keys())
-        lines.append([says, f"{size:.2f}", text(interval([*own.values()])), minus, str(seeds), f"{took:.0f}"])
-    head = ["change", "bytes per element", "loss", f"minus {BASE.name}, paired", "paired seeds", "optimizer, ms"]
+        lines.append([says, f"{size:.2f}", text(interval([*own.values()])), minus, str(seeds)])
+    head = ["change", "bytes per element", "loss", f"minus {BASE.name}, paired", "paired seeds"]
     return markdown(head, lines)
 
 
