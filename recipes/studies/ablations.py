@@ -1,4 +1,4 @@
-"""What each part of 4-bit Muon is worth: the row with one part taken away or changed, or several, at its best point.
+"""What each part of 4-bit Muon is worth: its row at its best point with one part changed or taken away, or three.
 
     python recipes/studies/ablations.py                # trains what is missing, then prints the table
     python recipes/studies/ablations.py --print        # the table alone

@@ -125,15 +125,21 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_study_options(parser)
-    parser.add_argument("--minus", choices=ROWS, default=BASELINE, help="the row that losses are compared with")
+    parser.add_argument(
+        "--minus",
+        choices=ROWS,
+        default=BASELINE,
+        help="the row that losses are compared with, as it is without --bytes and --own",
+    )
     args = parser.parse_args()
     require_at_least(1, steps=args.steps)
     require_file(args.file)
     record = Record(args.file)
     found = results(record, rows_of(args), args.size, args.steps)
     baseline = next(iter(results(record, [ROWS[args.minus]], args.size, args.steps)), None)
-    if not found:
-        stop(f"there is nothing to show: {args.file} has no score of these rows at {args.size}, {args.steps} steps")
+    if not found or not baseline and args.minus != BASELINE:
+        missing = args.minus if found else "these rows"
+        stop(f"there is nothing to show: {args.file} has no score of {missing} at {args.size}, {args.steps} steps")
     print(table(found, baseline))
 
 

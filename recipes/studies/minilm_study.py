@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def study(ledger: Ledger, arguments: argparse.Namespace) -> None:
-    """Run the grid, then the tasks, seed by seed, of every method there is."""
+    """Look for the rates, then run task after task, each with all seeds, of every row asked for."""
     where = ["--model_name_or_path", arguments.model]
     where += [] if torch.cuda.is_available() else ["--use_cpu", "True", "--attn_implementation", "eager"]
     held_out, hardware = split_off(arguments.data_dir, arguments.output_dir), machine()
