@@ -18,6 +18,7 @@ from transformers import (
 from recipes.glue import bert_to_roberta, data
 from recipes.glue.comparison import Ledger
 from recipes.studies import minilm_study as study
+from recipes.studies.claims import chance, corrected
 from recipes.studies.compare_tables import interval, paired
 
 
@@ -146,6 +147,29 @@ def test_what_the_pages_say_of_the_recorded_study():
         assert minus(low, high).removeprefix("-" if method == "galore_i3s_adamw" else "") in pages[STUDIES]
     for row in ("muon_4bit", "alice_adamw, rank 4", "alice_adamw, rank 8"):
         assert minus(scores[row]["cola"], scores[study.BASELINE]["cola"]) in pages[STUDIES]
+    others = [row for row in study.ROWS if row != study.BASELINE]
+    together = corrected([chance(whole[row], whole[study.BASELINE]) for row in others])
+    assert [row for row, p in zip(others, together, strict=True) if p < 0.05] == ["galore_i3s_adamw, rank 4"]
+
+
+def test_the_times_that_the_page_says_are_medians_of_the_seeds_that_score():
+    runs = [run for run in Ledger(study.FILE).results if run["seed"] in SEEDS]
+    for task, words in (
+        (
+            "cola",
+            "CoLA takes {0} s with AdamW, {1} to {2} with the rows that have a subspace, {3} with LoRA, and {4} ",
+        ),
+        ("sst2", "SST-2 takes\n  {0}, {1} to {2}, {3} and {4} "),
+    ):
+        took = {
+            row: np.median([run["train_seconds"] for run in runs if (run["row"], run["task"]) == (row, task)])
+            for row in study.ROWS
+        }
+        lora = [seconds for row, seconds in took.items() if row.startswith("LoRA")]
+        muon, adam = took["muon_4bit"], took[study.BASELINE]
+        inside = [seconds for row, seconds in took.items() if ", rank" in row and seconds not in lora]
+        said = words.format(*(round(x) for x in (adam, min(inside), max(inside), np.mean(lora), muon)))
+        assert said in study.FILE.with_name("README.md").read_text()
 
 
 @pytest.mark.parametrize(
