@@ -3,10 +3,10 @@
     python recipes/glue/bert_to_roberta.py --output_dir runs/minilm
     python recipes/studies/minilm_study.py --model runs/minilm --data_dir DATA
 
-DATA holds sst2, cola and rte as CSV files (`run.py --data_dir`). First the learning rate of every method's matrices is
-looked for at rank 8, on a part of CoLA's training set with a seed of its own; then task after task runs at it with the
-other seeds. What minilm_study.jsonl has already is not run again, so a study that was stopped goes on, and two
-commands may run at a time, each with other methods in `--rows`.
+DATA holds sst2, cola and rte as CSV files (`run.py --data_dir`). Task after task, the learning rate of every method's
+matrices is looked for at rank 8, on a part of the training set with a seed of its own (SST-2 takes that of CoLA); then
+the other seeds run at it. What minilm_study.jsonl has already is not run again, so a study that was stopped goes on,
+and two commands may run at a time, each with other methods in `--rows`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from pathlib import Path
 from statistics import mean
@@ -80,9 +80,10 @@ COMMON = (
     "--bf16 True --per_device_eval_batch_size 64 --save_strategy no --logging_steps 50 --report_to none "
     "--disable_tqdm True --dataloader_pin_memory False"
 )
-GRID_TASK, GRID_SEED = "cola", 0
-HELD_OUT = 1000
-"""Of GRID_TASK's training set: the last rows, on which rates are chosen. No score is read for that."""
+CHOSEN_ON, GRID_SEED = {"cola": "cola", "sst2": "cola", "rte": "rte"}, 0
+"""On which task the rates of a task are chosen."""
+HELD_OUT = {"cola": 1000, "rte": 500}
+"""Of a training set: the last rows, on which rates are chosen. No score is read for that."""
 MOST_RATES = 6
 """Where the best rate is at an edge of those tried, the next one (half or twice) is tried too, up to this many."""
 
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder that bert_to_roberta.py made")
     parser.add_argument("--data_dir", help="folder with cola, rte and sst2")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="methods to run; default: all")
+    parser.add_argument("--tasks", nargs="+", choices=BUDGET, default=list(BUDGET), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--file", type=Path, default=FILE, help="where results are recorded")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/minilm_study"), help="folder of the trainings")
@@ -106,7 +108,7 @@ def main() -> None:
         if not (arguments.model and arguments.data_dir):
             parser.error("--model and --data_dir say what to train on which data")
         study(ledger, arguments)
-    print(results_table(ledger, arguments.seeds) + "\n\n" + grid_table(ledger))
+    print(results_table(ledger, arguments.seeds, arguments.tasks) + "\n\n" + grid_table(ledger))
 
 
 def study(ledger: Ledger, arguments: argparse.Namespace) -> None:
@@ -123,23 +125,25 @@ def study(ledger: Ledger, arguments: argparse.Namespace) -> None:
     def run(cells: list[Cell]) -> None:
         run_missing(cells, ledger, arguments.output_dir, train_there, record=True)
 
-    for row in dict.fromkeys(map(tuned_as, arguments.rows)):
-        search(row, ledger, run)
-    rates = {row: rate for row in arguments.rows if (rate := best_rate(ledger, row)) is not None}  # else it failed
-    for task in BUDGET:
-        run([cell(row, task, seed, rate) for seed in arguments.seeds for row, rate in rates.items()])
+    for task in arguments.tasks:
+        for row in dict.fromkeys(map(tuned_as, arguments.rows)):
+            search(row, CHOSEN_ON[task], ledger, run)
+        rates = {row: best_rate(ledger, row, task) for row in arguments.rows}
+        found = {row: rate for row, rate in rates.items() if rate is not None}  # else its search failed
+        run([cell(row, task, seed, rate) for seed in arguments.seeds for row, rate in found.items()])
 
 
 def split_off(data_dir: str, output_dir: Path) -> Path:
-    """Write GRID_TASK's training set in two, the last HELD_OUT rows to choose rates by; return the folder."""
-    rows, folder = data.load(GRID_TASK, data_dir)["train"], output_dir / "tuning" / GRID_TASK
-    folder.mkdir(parents=True, exist_ok=True)
-    cut = len(rows) - HELD_OUT
-    for name, some in (("train", range(cut)), ("validation", range(cut, len(rows)))):
-        whole = folder / f"{os.getpid()}.part"  # another command may be reading the same
-        rows.select(some).to_csv(str(whole), index=False)
-        whole.replace(folder / f"{name}.csv")
-    return folder.parent
+    """Write training sets in two, the last HELD_OUT rows to choose rates by; return the folder."""
+    for task, count in HELD_OUT.items():
+        rows, folder = data.load(task, data_dir)["train"], output_dir / "tuning" / task
+        folder.mkdir(parents=True, exist_ok=True)
+        cut = len(rows) - count
+        for name, some in (("train", range(cut)), ("validation", range(cut, len(rows)))):
+            whole = folder / f"{os.getpid()}.part"  # another command may be reading the same
+            rows.select(some).to_csv(str(whole), index=False)
+            whole.replace(folder / f"{name}.csv")
+    return output_dir / "tuning"
 
 
 def cell(row: str, task: str, seed: int, rate: float) -> Cell:
@@ -153,12 +157,12 @@ def tuned_as(row: str) -> str:
     return row.replace("rank 4", "rank 8")
 
 
-def search(row: str, ledger: Ledger, run: Callable[[list[Cell]], None]) -> None:
-    """Try the learning rates of a method until the best is not at an edge."""
-    rates = sorted({*ROWS[row][1], *tried(ledger, row)})  # a search that was stopped goes on
+def search(row: str, task: str, ledger: Ledger, run: Callable[[list[Cell]], None]) -> None:
+    """Try the learning rates of a method on a task until the best is not at an edge."""
+    rates = sorted({*ROWS[row][1], *tried(ledger, row, task)})  # a search that was stopped goes on
     while True:
-        run([cell(row, GRID_TASK, GRID_SEED, rate) for rate in rates])
-        best = best_rate(ledger, row)
+        run([cell(row, task, GRID_SEED, rate) for rate in rates])
+        best = best_rate(ledger, row, task)
         if best is None:  # what went wrong has been said
             return
         if min(rates) < best < max(rates) or len(rates) >= MOST_RATES:
@@ -166,16 +170,16 @@ def search(row: str, ledger: Ledger, run: Callable[[list[Cell]], None]) -> None:
         rates.append(best / 2 if best == min(rates) else best * 2)
 
 
-def tried(ledger: Ledger, row: str) -> dict[float, float]:
-    """Return the grid's score of every learning rate that was tried."""
+def tried(ledger: Ledger, row: str, task: str) -> dict[float, float]:
+    """Return the score of every learning rate that was tried on a task."""
     rates = [rate * 2.0**power for rate in ROWS[row][1][:1] for power in range(-MOST_RATES, 2 * MOST_RATES)]
-    found = {rate: ledger.find(cell(row, GRID_TASK, GRID_SEED, rate)) for rate in rates}
-    return {rate: main_score(result, GRID_TASK) for rate, result in found.items() if result}
+    found = {rate: ledger.find(cell(row, task, GRID_SEED, rate)) for rate in rates}
+    return {rate: main_score(result, task) for rate, result in found.items() if result}
 
 
-def best_rate(ledger: Ledger, row: str) -> float | None:
-    """Return the learning rate with the best score on the grid, or None if there is none; of equals the highest."""
-    scores = tried(ledger, tuned_as(row))
+def best_rate(ledger: Ledger, row: str, task: str) -> float | None:
+    """Return the learning rate with the best score where a task's is chosen, or None; of equals the highest."""
+    scores = tried(ledger, tuned_as(row), CHOSEN_ON[task])
     return max(scores, key=lambda rate: (scores[rate], rate), default=None)
 
 
@@ -184,16 +188,18 @@ def main_score(result: dict[str, Any], task: str) -> float:
     return 100 * next(iter(result["metrics"].values()))[TASKS[task].metrics[0]]
 
 
-def results_table(ledger: Ledger, seeds: list[int]) -> str:
+def results_table(ledger: Ledger, seeds: list[int], tasks: Iterable[str] = tuple(BUDGET)) -> str:
     """Return scores by row and task, means over seeds with 95 % intervals by Student's t, as Markdown.
 
     A task of which nothing is recorded has no column. The mean over the others, and its difference to BASELINE's, are
     of the seeds that have all of them, paired by seed.
     """
     found = {row: scores_of(ledger, row, seeds) for row in ROWS}
-    tasks = [task for task in BUDGET if any(scores[task] for scores in found.values())]
+    tasks = [task for task in tasks if any(scores[task] for scores in found.values())]
     found = {row: {task: scores[task] for task in tasks} for row, scores in found.items() if any(scores.values())}
-    head = ["", "lr", *(f"{TASKS[task].title} {TASKS[task].metrics[0].split('_')[0]}" for task in tasks)]
+    grids = [*dict.fromkeys(CHOSEN_ON[task] for task in tasks)]
+    head = ["", *(f"lr, {TASKS[grid].title}" for grid in grids)]
+    head += [f"{TASKS[task].title} {TASKS[task].metrics[0].split('_')[0]}" for task in tasks]
     head += ["mean", f"minus {BASELINE}", "seeds", "optimizer state, MiB"]
     reference, lines = means(found.get(BASELINE, {})), []
     for row, scores in found.items():
@@ -203,18 +209,20 @@ def results_table(ledger: Ledger, seeds: list[int]) -> str:
         counts = "/".join(str(len(values)) for values in scores.values())
         cells = [interval_text([*values.values()]) for values in (*scores.values(), whole)]
         shown = "-" if difference is None else _text(difference, "+")
-        lines.append([row, f"{best_rate(ledger, row):g}", *cells, shown, counts, f"{state:.1f}"])
+        rates = [best_rate(ledger, row, grid) for grid in grids]
+        lr = ["-" if rate is None else f"{rate:g}" for rate in rates]
+        lines.append([row, *lr, *cells, shown, counts, f"{state:.1f}"])
     return markdown(head, lines)
 
 
 def scores_of(ledger: Ledger, row: str, seeds: list[int]) -> dict[str, dict[int, float]]:
-    """Return the scores of a row at its best rate by task and seed."""
-    rate = best_rate(ledger, row)
-    found = {task: {seed: ledger.find(cell(row, task, seed, rate or 0.0)) for seed in seeds} for task in BUDGET}
-    return {
-        task: {seed: main_score(result, task) for seed, result in results.items() if result}
-        for task, results in found.items()
-    }
+    """Return the scores of a row at its best rates by task and seed."""
+    scores: dict[str, dict[int, float]] = {}
+    for task in BUDGET:
+        rate = best_rate(ledger, row, task) or 0.0
+        found = {seed: ledger.find(cell(row, task, seed, rate)) for seed in seeds}
+        scores[task] = {seed: main_score(result, task) for seed, result in found.items() if result}
+    return scores
 
 
 def means(scores: dict[str, dict[int, float]]) -> dict[int, float]:
@@ -238,15 +246,18 @@ def _text(found: tuple[float, float], sign: str = "") -> str:
 
 
 def grid_table(ledger: Ledger) -> str:
-    """Return the score of every learning rate that was tried, as Markdown, the best in bold."""
+    """Return the score of every learning rate that was tried, as Markdown, the chosen in bold."""
     lines = []
+    grids = [task for task in HELD_OUT if any(tried(ledger, row, task) for row in ROWS)]
     for row in ROWS:
-        scores = tried(ledger, row)
-        texts = [f"{rate:g}: {value:.1f}" for rate, value in sorted(scores.items())]
-        best = max(scores.values(), default=0.0)
-        texts = [f"**{text}**" if text.endswith(f": {best:.1f}") else text for text in texts]
-        lines += [[row, ", ".join(texts)]] if texts else []
-    return markdown(["", f"{TASKS[GRID_TASK].title} at each learning rate, seed {GRID_SEED}"], lines)
+        texts = [_trials(tried(ledger, row, task), best_rate(ledger, row, task)) for task in grids]
+        lines += [[row, *(text or "-" for text in texts)]] if any(texts) else []
+    return markdown(["", *(f"{TASKS[task].title} at each learning rate, seed {GRID_SEED}" for task in grids)], lines)
+
+
+def _trials(scores: dict[float, float], best: float | None) -> str:
+    texts = {rate: f"{rate:g}: {value:.1f}" for rate, value in sorted(scores.items())}
+    return ", ".join(f"**{text}**" if rate == best else text for rate, text in texts.items())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from recipes.studies.compare_tables import interval, paired
 
 SEEDS = [1, 2, 3, 4, 5]
 STUDIES = "recipes/studies/README.md"
+WHOLE = ["cola", "sst2"]
+"""Tasks of which every training is recorded."""
 
 
 def test_bert_in_its_roberta_form_has_the_same_hidden_states():
@@ -70,43 +72,52 @@ def test_the_study_widens_its_grid_until_the_best_is_inside(tmp_path):
                 score = -abs(np.log2(rate / 16e-4))
                 ledger.append(cell, {"metrics": {"validation": {"matthews_correlation": score}}, "state_mib": 1.0})
 
-    study.search("fira_adamw, rank 8", ledger, run)
+    study.search("fira_adamw, rank 8", "cola", ledger, run)
     assert ran == pytest.approx([2e-4, 4e-4, 8e-4, 16e-4, 32e-4])
-    assert study.best_rate(ledger, "fira_adamw, rank 8") == pytest.approx(16e-4)
+    for task in ("cola", "sst2"):
+        assert study.best_rate(ledger, "fira_adamw, rank 4", task) == pytest.approx(16e-4)
+    assert study.best_rate(ledger, "fira_adamw, rank 8", "rte") is None
     again = Ledger(tmp_path / "results.jsonl")
-    study.search("fira_adamw, rank 8", again, run)
+    study.search("fira_adamw, rank 8", "cola", again, run)
     assert len(ran) == 5 and len(again.results) == 5
     ledger.runs = [run for run in ledger.runs if "0.0032" not in run["options"]]  # stopped before the last
-    study.search("fira_adamw, rank 8", ledger, run)
+    study.search("fira_adamw, rank 8", "cola", ledger, run)
     assert ran == pytest.approx([2e-4, 4e-4, 8e-4, 16e-4, 32e-4, 32e-4])
 
 
 def test_rates_are_chosen_on_rows_that_score_nothing(tmp_path):
-    folder = tmp_path / "data" / "cola"
-    folder.mkdir(parents=True)
-    for name, count in (("train", 1200), ("validation", 3)):
-        lines = [f'"{name}, {i}",{i % 2}' for i in range(count)]
-        (folder / f"{name}.csv").write_text("\n".join(["sentence,label", *lines]) + "\n")
-    found = data.load("cola", str(study.split_off(str(folder.parent), tmp_path)))
-    whole = [f"train, {i}" for i in range(1200)]
-    assert (found["train"]["sentence"][:], found["validation"]["sentence"][:]) == (whole[:200], whole[200:])
+    for task, sentence in (("cola", "sentence"), ("rte", "sentence1,sentence2")):
+        folder = tmp_path / "data" / task
+        folder.mkdir(parents=True)
+        for name, count in (("train", 1200), ("validation", 3)):
+            second = ",another" if task == "rte" else ""
+            lines = [f'"{name}, {i}"{second},{i % 2}' for i in range(count)]
+            (folder / f"{name}.csv").write_text("\n".join([f"{sentence},label", *lines]) + "\n")
+    tuning, whole = str(study.split_off(str(tmp_path / "data"), tmp_path)), [f"train, {i}" for i in range(1200)]
+    for task, column, cut in (("cola", "sentence", 200), ("rte", "sentence1", 700)):
+        found = data.load(task, tuning)
+        assert (found["train"][column][:], found["validation"][column][:]) == (whole[:cut], whole[cut:])
 
 
 def test_the_difference_is_paired_by_the_seeds_that_have_all_tasks(tmp_path):
     ledger = Ledger(tmp_path / "results.jsonl")
     scores = {study.BASELINE: [[10, 20, 30], [11, 22, 33], [50, 50, None]], "muon_4bit": [[13, 20, 30], [11, 28, 33]]}
     for row, seeds in scores.items():
-        grid = study.cell(row, "cola", 0, 1e-4)
-        ledger.append(grid, {"metrics": {"validation": {"matthews_correlation": 0.1}}, "state_mib": 1.0})
+        rates = {"cola": 1e-4, "sst2": 1e-4, "rte": 5e-5}
+        for task, metric in (("cola", "matthews_correlation"), ("rte", "accuracy")):
+            result = {"metrics": {"validation": {metric: 0.1}}, "state_mib": 1.0}
+            ledger.append(study.cell(row, task, 0, rates[task]), result)
         for seed, values in enumerate(seeds, start=1):
             for task, value in zip(study.BUDGET, values, strict=True):
                 metric = {"cola": "matthews_correlation"}.get(task, "accuracy")
                 result = {"metrics": {"validation": {metric: (value or 0) / 100}}, "state_mib": 1.0}
                 if value is not None:
-                    ledger.append(study.cell(row, task, seed, 1e-4), result)
+                    ledger.append(study.cell(row, task, seed, rates[task]), result)
     line = study.results_table(ledger, [1, 2, 3]).splitlines()[-1]
     middle, half = interval([1.0, 2.0])  # of the means 20, 22 and 21, 24
-    assert f" {middle:+.1f} ± {half:.1f} |" in line
+    assert f" {middle:+.1f} ± {half:.1f} |" in line and " 0.0001 |   5e-05 |" in line
+    two = study.results_table(ledger, [1, 2, 3], ["cola", "sst2"]).splitlines()
+    assert "RTE" not in two[0] and f" {interval([1.5, 3.0])[0]:+.1f} ±" in two[-1]  # 15, 16.5 and 16.5, 19.5
 
 
 def test_the_readme_has_the_table_of_the_recorded_study():
@@ -114,7 +125,7 @@ def test_the_readme_has_the_table_of_the_recorded_study():
     ledger = Ledger(study.FILE)
     assert ("Nothing of it is recorded yet" in text) == (not ledger.results)
     if ledger.results:
-        assert study.results_table(ledger, SEEDS) in text
+        assert study.results_table(ledger, SEEDS, WHOLE) in text
         assert study.grid_table(ledger) in text
 
 
@@ -122,9 +133,9 @@ def test_what_the_pages_say_of_the_recorded_study():
     """The table of the page of what we recommend, and what rank 4 costs."""
     pages = {name: (study.FILE.parents[2] / name).read_text() for name in ("docs/recommended.md", STUDIES)}
     ledger, said = Ledger(study.FILE), pages["docs/recommended.md"].partition("### Fine-tuning")[2]
-    tasks = {task for task in study.BUDGET if study.scores_of(ledger, study.BASELINE, SEEDS)[task]}
-    assert tasks == {"cola", "sst2"}
-    scores = {row: {task: study.scores_of(ledger, row, SEEDS)[task] for task in tasks} for row in study.ROWS}
+    found = {row: study.scores_of(ledger, row, SEEDS) for row in study.ROWS}
+    assert [task for task in study.BUDGET if all(len(scores[task]) == 5 for scores in found.values())] == WHOLE
+    scores = {row: {task: values[task] for task in WHOLE} for row, values in found.items()}
     whole = {row: study.means(found) for row, found in scores.items()}
 
     def minus(first, second):
