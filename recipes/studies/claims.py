@@ -120,6 +120,7 @@ OF_STUDY = (
     _of_study("2410.16103", "LDAdam beats GaLore", "ldadam", "galore_dominant_adamw"),
     _of_study("2410.11289", "GoLore beats GaLore", "golore_adamw", "galore_dominant_adamw"),
     _of_study("2512.07112", "FOAM beats GaLore", "foam_adamw", "galore_dominant_adamw"),
+    _of_study("2505.24749", "SUMO beats GaLore", "galore_dominant_muon", "galore_dominant_adamw"),
     _of_study("2502.05790", "I3S beats the dominant subspace, with Adam", "galore_i3s_adamw", "galore_dominant_adamw"),
     _of_study("2502.05790", "... with Fira", "fira_i3s_adamw", "fira_adamw"),
     _of_study("2502.07752", "compensation helps: I3S with it beats I3S", "i3s_compensation", "galore_i3s_adamw"),
