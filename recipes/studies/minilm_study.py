@@ -108,7 +108,7 @@ def main() -> None:
         if not (arguments.model and arguments.data_dir):
             parser.error("--model and --data_dir say what to train on which data")
         study(ledger, arguments)
-    print(results_table(ledger, arguments.seeds, arguments.tasks) + "\n\n" + grid_table(ledger))
+    print(results_table(ledger, arguments.seeds, arguments.tasks) + "\n\n" + grid_table(ledger, arguments.tasks))
 
 
 def study(ledger: Ledger, arguments: argparse.Namespace) -> None:
@@ -245,10 +245,11 @@ def _text(found: tuple[float, float], sign: str = "") -> str:
     return f"{middle:{sign}.1f}" + (f" ± {half:.1f}" if half < inf else "")
 
 
-def grid_table(ledger: Ledger) -> str:
+def grid_table(ledger: Ledger, tasks: Iterable[str] = tuple(BUDGET)) -> str:
     """Return the score of every learning rate that was tried, as Markdown, the chosen in bold."""
     lines = []
-    grids = [task for task in HELD_OUT if any(tried(ledger, row, task) for row in ROWS)]
+    chosen_on = dict.fromkeys(CHOSEN_ON[task] for task in tasks)
+    grids = [task for task in chosen_on if any(tried(ledger, row, task) for row in ROWS)]
     for row in ROWS:
         texts = [_trials(tried(ledger, row, task), best_rate(ledger, row, task)) for task in grids]
         lines += [[row, *(text or "-" for text in texts)]] if any(texts) else []

@@ -126,7 +126,7 @@ def test_the_readme_has_the_table_of_the_recorded_study():
     assert ("Nothing of it is recorded yet" in text) == (not ledger.results)
     if ledger.results:
         assert study.results_table(ledger, SEEDS, WHOLE) in text
-        assert study.grid_table(ledger) in text
+        assert study.grid_table(ledger, WHOLE) in text
 
 
 def test_what_the_pages_say_of_the_recorded_study():
@@ -161,6 +161,18 @@ def test_what_the_pages_say_of_the_recorded_study():
     others = [row for row in study.ROWS if row != study.BASELINE]
     together = corrected([chance(whole[row], whole[study.BASELINE]) for row in others])
     assert [row for row, p in zip(others, together, strict=True) if p < 0.05] == ["galore_i3s_adamw, rank 4"]
+
+
+def test_what_the_page_says_of_rte():
+    """At the rates of CoLA, where one answer to all has 146 of 277, and of its own search."""
+    ledger, page = Ledger(study.FILE), study.FILE.with_name("README.md").read_text()
+    rows = study.BASELINE, "galore_i3s_adamw, rank 8"
+    there = [ledger.find(study.cell(row, "rte", 1, study.best_rate(ledger, row, "cola"))) for row in rows]
+    adam, i3s = (f"{study.main_score(result, 'rte'):.1f}" for result in there)
+    assert f"({adam} and {i3s}, seed 1, where one answer to all gives {100 * 146 / 277:.1f})" in page
+    own = [study.tried(ledger, row, "rte") for row in rows]
+    (adam_rate, adam), (i3s_rate, i3s) = ((min(one), one[min(one)]) for one in own)
+    assert f"AdamW at {adam_rate:g} {adam:.1f}, I3S at {i3s_rate:g} {i3s:.1f}" in page
 
 
 def test_the_times_that_the_page_says_are_medians_of_the_seeds_that_score():
