@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_lowrank.methods import resolve
 from recipes.studies import claims
 from recipes.studies import compare_picture as picture
 from recipes.studies.compare_methods import FILE, Record
@@ -243,6 +244,19 @@ def test_how_far_racs_is_behind_at_the_larger_size(larger, page):
 @pytest.mark.parametrize("row", ["galore_dominant_adamw", "galore_i3s_adamw"])
 def test_who_is_behind_adamw_on_the_first_pages(found, row):
     assert minus(found, row, BASELINE).removeprefix("+") in PAGES["README.md"]
+
+
+def test_the_settings_of_others(found):
+    """learning_rate is the study's rate of the matrices in units of the method's scale."""
+    section = PAGES["docs/recommended.md"].partition("Where the searches of others ended")[2]
+    lines = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([^|]+) \| ([\d.]+) \|", section, re.M)
+    assert len(lines) == 5
+    for name, rate, scale, others, betas, decay in lines:
+        run = next(iter(found[name].runs.values()))
+        assert float(scale) == resolve.complete(name, {"rank": 32})["scale"], name
+        assert float(rate) == float(f"{run['matrix_rate'] / float(scale):.2g}"), name
+        assert (float(others), float(decay)) == (run["other_rate"], run["decay"]), name
+        assert [float(b) for b in betas.split(",")] == run["betas"][: len(betas.split(","))], name
 
 
 def test_how_much_lower_a_parabola_would_lie(found):
