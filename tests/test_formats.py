@@ -317,13 +317,33 @@ def test_the_levels_of_a_moment_lie_where_gaussians_do():
     x = torch.randn(20000, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ratio = (x / x.abs().amax(1, keepdim=True)).flatten().float()
     moment = Buffer(Slot("r n"), (ratio.numel() // 128, 128), split="n")
-    codes = FORMATS["4bit"]._codes(ratio.view(1, -1, 1), replace(moment, shape=(ratio.numel(), 1)))
+    codes = FORMATS["4bit"]._codes(ratio.clone().view(1, -1, 1), replace(moment, shape=(ratio.numel(), 1)))
     nearest = FORMATS["4bit"]._levels(codes, replace(moment, shape=(ratio.numel(), 1))).flatten()
     for level in nearest.unique():
         mean = ratio[nearest == level].mean()
         # 0.02 as documented; the outermost is kept at 1, so that absmax stays what it is
         assert (mean - level).abs() < 0.02 or level.abs() == 1
     assert torch.equal(nearest.unique(), -nearest.unique().flip(0)) and nearest.abs().max() == 1
+
+
+def test_a_basis_and_its_negative_have_opposite_codes():
+    """Values that lie halfway between two levels, too: small whole numbers, as in a basis of few distinct entries."""
+    basis = Buffer(Slot("m r", "basis"), (128, 64))
+    x = torch.randint(-14, 15, (128, 64), generator=torch.Generator().manual_seed(0)).float() / 14
+    assert torch.equal(held("4bit", basis, -x)[1], -held("4bit", basis, x)[1])
+
+
+@pytest.mark.parametrize("values", ["signed", "positive"])
+def test_codes_stay_in_their_range_down_to_the_smallest_numbers(values):
+    """Of a moment that fades away: its largest keeps its size, zeros stay zeros, and neighbours are not touched."""
+    smallest = 2.0**-149
+    for units in (1, 2, 3, 8, 9, 24, 31, 1000):
+        x = torch.zeros(128)
+        x[3], x[5] = units * smallest, 0 if values == "positive" else -units * smallest
+        y, _ = round_trip("4bit", values, x)
+        assert torch.equal(y[3], x[3])
+        if values == "signed":
+            assert torch.equal(y, x)
 
 
 def test_a_second_encoding_changes_nothing():

@@ -110,7 +110,7 @@ class Blockwise(Encoding):
 
     @abstractmethod
     def _codes(self, ratio: Tensor, buffer: Buffer) -> Tensor:
-        """Return the codes, as they are stored, of numbers (before, line, after) in [-1, 1]."""
+        """Return the codes, as they are stored, of numbers (before, line, after) in [-1, 1], which are overwritten."""
 
     @abstractmethod
     def _levels(self, codes: Tensor, buffer: Buffer) -> Tensor:
@@ -197,23 +197,35 @@ class FourBit(Blockwise):
 
     @override
     def _codes(self, ratio: Tensor, buffer: Buffer) -> Tensor:
-        positive = buffer.slot.values == "positive"
-        if self.curved(buffer):
-            codes = (ratio * tan(1.0)).atan_().mul_(7).round_().add_(7)
+        if buffer.slot.values == "positive":
+            codes = ratio.mul_(16).round_().sub_(1).clamp_(0, 15)
+        elif self.curved(buffer):
+            codes = ratio.mul_(tan(1.0)).atan_().mul_(7).add_(7.5)  # the whole number below: nothing lies halfway
         else:
-            codes = (ratio * 16).round().sub(1).clamp_(0, 15) if positive else (ratio * 7).round().add(7)
+            codes = ratio.mul_(7).round_().add_(7)
         pairs = _padded(codes.to(torch.uint8), 2)
         return (pairs[:, ::2] | pairs[:, 1::2] << 4).view(self._declare(buffer).shape)
 
     @override
     def _levels(self, codes: Tensor, buffer: Buffer) -> Tensor:
         before, line, after = buffer.sides
-        packed = codes.reshape(before, -1, after)
-        levels = torch.stack([packed & 15, packed >> 4], 2).view(before, -1, after)[:, :line].float().contiguous()
-        if buffer.slot.values == "positive":
-            return (levels + 1) / 16
-        even = levels.sub_(7).div_(7)
-        return even.tan_().div_(tan(1.0)) if self.curved(buffer) else even
+        kind = "positive" if buffer.slot.values == "positive" else "curved" if self.curved(buffer) else "even"
+        table, byte = _levels_of_bytes(kind, codes.device), codes.reshape(-1).int()
+        if after == 1:  # the two of a byte follow each other
+            levels = table.index_select(0, byte)
+        else:
+            levels = torch.stack([one.index_select(0, byte).view(before, -1, after) for one in table.unbind(1)], 2)
+        return levels.view(before, -1, after)[:, :line].contiguous()
+
+
+@lru_cache
+def _levels_of_bytes(kind: str, device: torch.device) -> Tensor:
+    """Return the two levels that every byte stands for, (256, 2), that of its low four bits first."""
+    code = torch.arange(16, dtype=torch.float32, device="cpu")
+    even = (code - 7) / 7
+    levels = {"positive": (code + 1) / 16, "curved": even.tan() / tan(1.0), "even": even}[kind]
+    byte = torch.arange(256, device="cpu")
+    return torch.stack([levels[byte & 15], levels[byte >> 4]], 1).to(device)
 
 
 FORMATS: dict[str, Encoding] = {"fp32": Plain(), "bf16": BFloat16(), "8bit": EightBit(), "4bit": FourBit()}

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 import hf_lowrank
 from hf_lowrank.methods.moments import adam
+from hf_lowrank.state import formats
 from hf_lowrank.tensors import fused, products, random
 
 
@@ -291,6 +292,7 @@ def fake_cuda() -> Iterator[None]:
         adam.has_fused_kernel.cache_clear()
         adam._step_tensor.cache_clear()
         products.has_mixed_product.cache_clear()
+        formats._levels_of_bytes.cache_clear()
 
     for name, patch in PATCHES.items():
         setattr(FakeTensor, name, patch)
