@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_lowrank import METHODS
 from hf_lowrank.methods import resolve
 from recipes.studies import claims
 from recipes.studies import compare_picture as picture
@@ -53,7 +54,7 @@ def test_the_table_of_the_evidence(found):
 
 
 def test_the_table_of_the_larger_model(larger):
-    assert check_lines(PAGES["docs/recommended.md"].partition(LARGER)[2], larger, "large") == 6
+    assert check_lines(PAGES["docs/recommended.md"].partition(LARGER)[2], larger, "large") == 7
 
 
 def test_the_table_at_equal_bytes(found):
@@ -225,8 +226,10 @@ def test_differences_in_the_text(found, first, second):
     "first, second",
     [
         ("frugal_adamw", "muon_4bit"),
+        ("alice_adamw", "muon_4bit"),
         ("subtrack_pp_adamw", "muon_4bit"),
         ("fira_adamw", "muon_4bit"),
+        ("alice_adamw", "frugal_adamw"),
         ("subtrack_pp_adamw", "frugal_adamw"),
         ("fira_adamw", "frugal_adamw"),
         ("full_adamw", "frugal_adamw"),
@@ -234,6 +237,28 @@ def test_differences_in_the_text(found, first, second):
 )
 def test_differences_in_the_text_of_the_larger_model(larger, first, second):
     check_behind(larger, first, second, PAGES["docs/recommended.md"].partition(LARGER)[2])
+
+
+WHOLE = METHODS["full_adamw"]
+
+
+def test_intervals_of_other_rows_with_a_subspace_lie_above_that_of_frugal(found, larger):
+    times = json.loads(TIMES.read_text())
+    for size, rows in (("small", found), ("large", larger)):
+        middle, half = interval([*rows["frugal_adamw"].losses.values()])
+        inside = [name for name, result in rows.items() if METHODS.get(result.row.method, WHOLE).subspace != "whole"]
+        others = {BASELINE, *inside} - {"frugal_adamw", "frugal_adamw_4bit"}
+        assert {"alice_adamw", "subtrack_pp_adamw", "fira_adamw"} < others
+        assert not others & {"muon_4bit", "racs", "full_muon"}, others
+        for other in others:
+            assert (
+                interval([*rows[other].losses.values()])[0] - interval([*rows[other].losses.values()])[1]
+                > middle + half
+            )
+        spent = times[size]["milliseconds"]
+        share = spent["frugal_adamw"]["mean"] / spent["fira_adamw"]["mean"]
+        assert f"{share:.2f}" == {"small": "0.81", "large": "1.09"}[size]
+    assert "with GaLore's state and 0.81 and 1.09 of Fira's optimizer time" in PAGES["docs/recommended.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
