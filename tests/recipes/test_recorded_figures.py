@@ -125,6 +125,12 @@ def test_the_table_of_the_long_runs():
     for row in ("full_adamw", "fira_adamw", "frugal_adamw", "subtrack_pp_adamw", "alice_adamw", "muon_4bit"):
         check_behind(long, "galore_dominant_adamw", row, section)
     assert minus(long, "muon_4bit", "full_muon") in section
+    for row in ("full_adamw", "frugal_adamw", "galore_dominant_adamw"):
+        check_behind(long, row, "racs", section)
+    assert all(minus(long, "racs", row) in section for row in ("muon_4bit", "alice_adamw"))
+    seeds = long["racs"].losses.values()
+    assert f"{min(seeds):.3f} and {max(seeds):.3f}" in section
+    assert all(minus(long, "racs", BASELINE) in PAGES[page] for page in ("README.md", "docs/choosing.md"))
     for row in ("fira_adamw", "frugal_adamw", "subtrack_pp_adamw"):
         check_behind(long, row, "muon_4bit", section)
         assert interval([*long[row].losses.values()])[0] - interval([*long[row].losses.values()])[1] > sum(
@@ -341,7 +347,7 @@ def test_which_rows_had_a_lucky_seed():
             others = [run["tune_loss"] for seed, run in runs.items() if seed != 1]
             lucky[name, size] = runs[1]["tune_loss"] - sum(others) / len(others)
     said = {("racs", "large"): 0.05, ("apollo_mini_adamw", "small"): 0.06}
-    said |= {("full_adamw", "narrow"): 0.04, ("fira_adamw", "narrow"): 0.05}
+    said |= {("full_adamw", "narrow"): 0.04, ("fira_adamw", "narrow"): 0.05, ("racs", "narrow"): 0.05}
     for row, luck in lucky.items():
         assert -round(luck, 2) == said[row] if row in said else abs(luck) < 0.0205, row
 
