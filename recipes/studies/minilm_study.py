@@ -183,6 +183,11 @@ def best_rate(ledger: Ledger, row: str, task: str) -> float | None:
     return max(scores, key=lambda rate: (scores[rate], rate), default=None)
 
 
+def chosen_on(tasks: Iterable[str]) -> list[str]:
+    """Return the tasks on which the rates of some are chosen, each once."""
+    return [*dict.fromkeys(CHOSEN_ON[task] for task in tasks)]
+
+
 def main_score(result: dict[str, Any], task: str) -> float:
     """Return the task's main metric, times 100."""
     return 100 * next(iter(result["metrics"].values()))[TASKS[task].metrics[0]]
@@ -197,7 +202,7 @@ def results_table(ledger: Ledger, seeds: list[int], tasks: Iterable[str] = tuple
     found = {row: scores_of(ledger, row, seeds) for row in ROWS}
     tasks = [task for task in tasks if any(scores[task] for scores in found.values())]
     found = {row: {task: scores[task] for task in tasks} for row, scores in found.items() if any(scores.values())}
-    grids = [*dict.fromkeys(CHOSEN_ON[task] for task in tasks)]
+    grids = chosen_on(tasks)
     head = ["", *(f"lr, {TASKS[grid].title}" for grid in grids)]
     head += [f"{TASKS[task].title} {TASKS[task].metrics[0].split('_')[0]}" for task in tasks]
     head += ["mean", f"minus {BASELINE}", "seeds", "optimizer state, MiB"]
@@ -248,8 +253,7 @@ def _text(found: tuple[float, float], sign: str = "") -> str:
 def grid_table(ledger: Ledger, tasks: Iterable[str] = tuple(BUDGET)) -> str:
     """Return the score of every learning rate that was tried, as Markdown, the chosen in bold."""
     lines = []
-    chosen_on = dict.fromkeys(CHOSEN_ON[task] for task in tasks)
-    grids = [task for task in chosen_on if any(tried(ledger, row, task) for row in ROWS)]
+    grids = [task for task in chosen_on(tasks) if any(tried(ledger, row, task) for row in ROWS)]
     for row in ROWS:
         texts = [_trials(tried(ledger, row, task), best_rate(ledger, row, task)) for task in grids]
         lines += [[row, *(text or "-" for text in texts)]] if any(texts) else []
