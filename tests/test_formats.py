@@ -303,7 +303,9 @@ def as_version_1(optimizer):
             )
             x = plan.encodings[name].decode(state, name, buffer)
             one = Buffer(Slot("n", values=buffer.slot.values), (buffer.numel,))
-            stored, values[i, name] = held({"8bit": FORMATS["8bit"], "4bit": former.EVEN}[form], one, x.reshape(-1))
+            stored, values[i, name] = held(
+                {"8bit": FORMATS["8bit"], "4bit": former.EVEN_4BIT}[form], one, x.reshape(-1)
+            )
             stored[name] = stored.pop("x").view(x.shape if form == "8bit" else (-1,))
             old |= {name: stored[name], f"{name}.absmax": stored["x.absmax"]}
         saved["state"][i] = old
@@ -364,7 +366,9 @@ def test_a_checkpoint_of_version_2_is_read_with_the_levels_it_had():
     plan = optimizer.plan(w)
     for name in ("exp_avg", "exp_avg_sq"):
         stored, moments[name] = held(
-            former.EVEN, plan.buffers[name], plan.encodings[name].decode(saved["state"][0], name, plan.buffers[name])
+            former.EVEN_4BIT,
+            plan.buffers[name],
+            plan.encodings[name].decode(saved["state"][0], name, plan.buffers[name]),
         )
         saved["state"][0] |= {name: stored["x"], f"{name}.absmax": stored["x.absmax"]}
     for group in saved["param_groups"]:

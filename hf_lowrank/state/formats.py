@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from math import tan
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,6 +172,22 @@ class EightBit(Blockwise):
         return _valued(flat, ones, 4096, buffer).view(buffer.sides)
 
 
+class Code(NamedTuple):
+    """What sixteen codes stand for, in units of a block's absmax."""
+
+    encode: Callable[[Tensor], Tensor]
+    """Of values, which it overwrites, to codes that are yet to be cut to whole numbers."""
+    decode: Callable[[Tensor], Tensor]
+    """Of codes to values."""
+
+
+EVEN = Code(lambda x: x.mul_(7).round_().add_(7), lambda code: (code - 7) / 7)
+CURVED = Code(  # half is added instead of rounding: nothing lies halfway between two codes
+    lambda x: x.mul_(tan(1.0)).atan_().mul_(7).add_(7.5), lambda code: ((code - 7) / 7).tan() / tan(1.0)
+)
+POSITIVE = Code(lambda x: x.mul_(16).round_().sub_(1).clamp_(0, 15), lambda code: (code + 1) / 16)
+
+
 class FourBit(Blockwise):
     """Block-wise 4-bit, two codes of a line to a byte, one absmax per 128 elements of a line.
 
@@ -186,9 +203,11 @@ class FourBit(Blockwise):
 
     block = 128
 
-    def curved(self, buffer: Buffer) -> bool:
-        """Tell whether levels lie closer at zero."""
-        return buffer.slot.values == "signed" and not buffer.slot.of_basis
+    def code_of(self, buffer: Buffer) -> Code:
+        """Return the code of a buffer's values."""
+        if buffer.slot.values == "positive":
+            return POSITIVE
+        return EVEN if buffer.slot.of_basis else CURVED
 
     @override
     def _declare(self, buffer: Buffer) -> Buffer:
@@ -197,20 +216,13 @@ class FourBit(Blockwise):
 
     @override
     def _codes(self, ratio: Tensor, buffer: Buffer) -> Tensor:
-        if buffer.slot.values == "positive":
-            codes = ratio.mul_(16).round_().sub_(1).clamp_(0, 15)
-        elif self.curved(buffer):
-            codes = ratio.mul_(tan(1.0)).atan_().mul_(7).add_(7.5)  # the whole number below: nothing lies halfway
-        else:
-            codes = ratio.mul_(7).round_().add_(7)
-        pairs = _padded(codes.to(torch.uint8), 2)
+        pairs = _padded(self.code_of(buffer).encode(ratio).to(torch.uint8), 2)
         return (pairs[:, ::2] | pairs[:, 1::2] << 4).view(self._declare(buffer).shape)
 
     @override
     def _levels(self, codes: Tensor, buffer: Buffer) -> Tensor:
         before, line, after = buffer.sides
-        kind = "positive" if buffer.slot.values == "positive" else "curved" if self.curved(buffer) else "even"
-        table, byte = _levels_of_bytes(kind, codes.device), codes.reshape(-1).int()
+        table, byte = _levels_of_bytes(self.code_of(buffer), codes.device), codes.reshape(-1).int()
         if after == 1:  # the two of a byte follow each other
             levels = table.index_select(0, byte)
         else:
@@ -219,11 +231,9 @@ class FourBit(Blockwise):
 
 
 @lru_cache
-def _levels_of_bytes(kind: str, device: torch.device) -> Tensor:
+def _levels_of_bytes(code: Code, device: torch.device) -> Tensor:
     """Return the two levels that every byte stands for, (256, 2), that of its low four bits first."""
-    code = torch.arange(16, dtype=torch.float32, device="cpu")
-    even = (code - 7) / 7
-    levels = {"positive": (code + 1) / 16, "curved": even.tan() / tan(1.0), "even": even}[kind]
+    levels = code.decode(torch.arange(16, dtype=torch.float32, device="cpu"))
     byte = torch.arange(256, device="cpu")
     return torch.stack([levels[byte & 15], levels[byte >> 4]], 1).to(device)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from hf_lowrank.state.formats import FORMATS, Blockwise, FourBit
+from hf_lowrank.state.formats import CURVED, EVEN, FORMATS, Blockwise, Code, FourBit
 from hf_lowrank.state.slots import Buffer, Buffers, Stored
 from hf_lowrank.state.view import Encodings
 from hf_lowrank.tensors.layout import local
@@ -25,11 +25,12 @@ class EvenFourBit(FourBit):
     """4-bit codes as they were up to version 2: the levels of moments evenly spaced."""
 
     @override
-    def curved(self, buffer: Buffer) -> bool:
-        return False
+    def code_of(self, buffer: Buffer) -> Code:
+        now = super().code_of(buffer)
+        return EVEN if now is CURVED else now
 
 
-EVEN = EvenFourBit()
+EVEN_4BIT = EvenFourBit()
 
 
 def from_even_levels(saved: Mapping[str, Tensor], buffers: Buffers, chosen: Encodings) -> Stored:
@@ -43,11 +44,11 @@ def from_even_levels(saved: Mapping[str, Tensor], buffers: Buffers, chosen: Enco
     found = dict(saved)
     for name, buffer in buffers.items():
         form = chosen[name]
-        if not (isinstance(form, FourBit) and form.curved(buffer) and name in saved):
+        if not (isinstance(form, FourBit) and form.code_of(buffer) is CURVED and name in saved):
             continue
         keys = form.buffers(name, buffer).keys()
         here = {key: local(saved[key]).clone() for key in keys}
-        form.encode_(here, name, buffer, EVEN.decode(here, name, buffer))
+        form.encode_(here, name, buffer, EVEN_4BIT.decode(here, name, buffer))
         for key, now in here.items():
             was = saved[key]
             found[key] = (
@@ -76,14 +77,14 @@ def from_one_line(saved: Mapping[str, Tensor], buffers: Buffers, chosen: Encodin
         if buffer.slot.lifetime == "basis" or f"{name}.absmax" not in saved:
             continue
         codes, absmax = found.pop(name), found.pop(f"{name}.absmax")
-        form = EVEN if chosen[name] is FORMATS["4bit"] else chosen[name]
+        form = EVEN_4BIT if chosen[name] is FORMATS["4bit"] else chosen[name]
         now = {key: one.allocate(absmax) for key, one in form.buffers(name, buffer).items()}
         before, line, after = buffer.sides
         if isinstance(form, Blockwise) and after == 1 and (before == 1 or line % form.block == 0):
             now[name].copy_(codes.view(now[name].shape))
             now[f"{name}.absmax"].copy_(absmax.view(now[f"{name}.absmax"].shape))
         else:
-            old = FORMATS["8bit"] if codes.numel() == buffer.numel else EVEN
+            old = FORMATS["8bit"] if codes.numel() == buffer.numel else EVEN_4BIT
             one = replace(buffer, slot=replace(buffer.slot, axes="elements"), shape=(buffer.numel,), turned=False)
             flat = codes if codes.dim() == 1 else buffer.flat(codes)
             value = buffer.laid(old.decode({name: flat, f"{name}.absmax": absmax}, name, one))

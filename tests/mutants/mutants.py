@@ -384,7 +384,7 @@ MUTANTS = [
            "tests/test_async_refresh.py::test_a_run_equals_the_equations"),
     # ---- codes ------------------------------------------------------------------------------------------------------
     Mutant("levels evenly spaced", "state/formats.py",
-           'return buffer.slot.values == "signed" and not buffer.slot.of_basis', "return False",
+           "return EVEN if buffer.slot.of_basis else CURVED", "return EVEN",
            "tests/test_formats.py::test_the_levels_of_a_moment_lie_where_gaussians_do"),
     Mutant("old codes read with new levels", "engine/checkpoint.py", "if version < 3:", "if version < 2:",
            "tests/test_formats.py::test_a_checkpoint_of_version_2_is_read_with_the_levels_it_had"),
