@@ -118,6 +118,7 @@ def main() -> None:
     )
     parser.add_argument("--size", default="small", choices=SIZES, help="of the model")
     parser.add_argument("--steps", type=int, default=1000, help="of a training; 1024 tokens each")
+    parser.add_argument("--changes", nargs="+", choices=[change.says for change in CHANGES], help="default: all")
     add_run_options(parser)
     parser.add_argument("--print", action="store_true", help="print the table of what is recorded, and run nothing")
     args = parser.parse_args()
@@ -127,15 +128,16 @@ def main() -> None:
     best = recorded.best(BASE, args.size, args.steps)
     if best is None:
         stop(f"{args.base} has no search of {BASE.name} at {args.size}, {args.steps} steps: run compare_methods.py")
-    points = {change.row.name: change.point(best) for change in CHANGES}
+    changes = [change for change in CHANGES if args.changes is None or change.says in args.changes]
+    points = {change.row.name: change.point(best) for change in changes}
     if not args.print:
-        rows = tuple(change.row for change in CHANGES)
+        rows = tuple(change.row for change in changes)
         study = Changed(rows, args.size, args.steps, 1, 1, args.seeds, points=points)
         deadline = time.monotonic() + 60 * args.minutes
         with only_one(args.file):
             several(study, Record(args.file), deadline, args.jobs)
     record = Record(args.file)
-    changed = {c.says: record.at(points[c.row.name], c.row, args.size, args.steps) for c in CHANGES}
+    changed = {c.says: record.at(points[c.row.name], c.row, args.size, args.steps) for c in changes}
     print(table(recorded.scores(BASE, args.size, args.steps), changed))
 
 

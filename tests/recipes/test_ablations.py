@@ -79,3 +79,12 @@ def test_the_changed_momentum_is_held_in_the_bits_that_its_name_says():
     for change in ablations.CHANGES:
         low, high = expected.get(change.says, (0.5, 0.6))  # and what a block or a row has for itself
         assert low <= declared_bytes(change.row, "small") <= high, change.says
+
+
+def test_chosen_changes_alone_are_in_the_table(recorded, tmp_path, monkeypatch, capsys):
+    files = ["--base", str(tmp_path / "methods.jsonl"), "--file", str(tmp_path / "ablations.jsonl")]
+    chosen = ["--changes", "three iterations", "no weight decay"]
+    monkeypatch.setattr("sys.argv", ["ablations.py", "--size", "tiny", "--steps", "4", "--print", *files, *chosen])
+    ablations.main()
+    shown = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert shown == ["as it is", *chosen[1:]]
