@@ -6,6 +6,7 @@ from hf_lowrank.methods.resolve import Config
 from recipes.studies import ablations
 from recipes.studies.compare_methods import Record
 from recipes.studies.compare_rows import Point
+from recipes.studies.compare_tables import losses, paired, text
 from recipes.studies.compare_training import TUNING_SEED, Run, declared_bytes, options
 
 
@@ -65,6 +66,16 @@ def test_the_page_has_the_table_of_the_recorded_runs():
     changed = {c.says: record.at(c.point(best), c.row, "small", 1000) for c in ablations.CHANGES}
     assert all(len(runs) == 5 for runs in changed.values())
     assert ablations.table(recorded.scores(ablations.BASE, "small", 1000), changed) in page
+
+
+@pytest.mark.parametrize("size, steps", [("narrow", 5152), ("large", 1200)])
+def test_the_page_has_what_is_spared_at_other_sizes(size, steps):
+    page = (ablations.FILE.parents[2] / "docs" / "recommended.md").read_text()
+    recorded, record, spared = Record(ablations.METHODS_FILE), Record(ablations.FILE), ablations.CHANGES[-1]
+    runs = record.at(spared.point(recorded.best(ablations.BASE, size, steps)), spared.row, size, steps)
+    difference = paired(losses(runs), losses(recorded.scores(ablations.BASE, size, steps)))
+    assert len(runs) == 5
+    assert text(difference, sign="+") in page.partition("### What each part is worth")[2].partition("###")[0]
 
 
 def test_the_command_names_what_has_to_be_run_first(tmp_path, monkeypatch, capsys):
