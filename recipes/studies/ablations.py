@@ -1,7 +1,8 @@
 """What each part of 4-bit Muon is worth: its row at its best point with one part changed or taken away, or three.
 
-    python recipes/studies/ablations.py                # trains what is missing, then prints the table
-    python recipes/studies/ablations.py --print        # the table alone
+    python recipes/studies/ablations.py                    # trains what is missing, then prints the table
+    python recipes/studies/ablations.py --print            # the table alone
+    python recipes/studies/ablations.py --of full_adamw    # AdamW's own first moment, in the same way
 
 Models, text and the point are those of compare_methods.py, where the row itself is recorded; the changed ones are
 recorded in ablations.jsonl. Nothing is tuned again: a change is judged at the rates that suit the row without it.
@@ -40,7 +41,6 @@ from recipes.studies.compare_training import SIZES, Run  # noqa: E402
 
 
 FILE = HERE / "ablations.jsonl"
-BASE = ROWS["muon_4bit"]
 
 
 @dataclass(frozen=True)
@@ -48,35 +48,50 @@ class Change:
     """A change of the row.
 
     Attributes:
+        base: the row that is changed.
         says: which, in words.
         options: what differs in its options.
         decay: what differs in its point.
+        betas: the decays of its moments, where they differ.
     """
 
+    base: Row
     says: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
     decay: int | None = None
+    betas: tuple[float, float] | None = None
 
     @property
     def row(self) -> Row:
         """The changed row."""
-        return replace(BASE, name=f"{BASE.name}, {self.says}", options={**BASE.options, **self.options})
+        base, betas = self.base, (self.betas,) if self.betas else self.base.betas
+        return replace(base, name=f"{base.name}, {self.says}", options={**base.options, **self.options}, betas=betas)
 
     def point(self, best: Point) -> Point:
         """Return the changed row's point."""
-        return best if self.decay is None else best._replace(decay=self.decay)
+        moved = best if self.decay is None else best._replace(decay=self.decay)
+        return moved._replace(betas=0) if self.betas else moved  # they are the middle of their own
 
 
+_MUON, _ADAMW = ROWS["muon_4bit"], ROWS["full_adamw"]
 CHANGES = (
-    Change("momentum in 8 bits", {"state_format": "8bit"}),
-    Change("momentum in fp32", {"state_format": "fp32"}),
-    Change("rows not in units of their size", {"row_scales": False}),
-    Change("momentum itself, not Nesterov's", {"nesterov": False}),
-    Change("three iterations", {"ns_steps": 3}),
-    Change("the exact polar factor", {"orthogonalize": "exact"}),
-    Change("no weight decay", {}, decay=0),
-    Change("three iterations, no units, no weight decay", {"ns_steps": 3, "row_scales": False}, decay=0),
+    Change(_MUON, "momentum in 8 bits", {"state_format": "8bit"}),
+    Change(_MUON, "momentum in fp32", {"state_format": "fp32"}),
+    Change(_MUON, "rows not in units of their size", {"row_scales": False}),
+    Change(_MUON, "a momentum of 0.9, not 0.8", betas=(0.9, 0.95)),
+    Change(_MUON, "momentum itself, not Nesterov's", {"nesterov": False}),
+    Change(_MUON, "three iterations", {"ns_steps": 3}),
+    Change(_MUON, "the exact polar factor", {"orthogonalize": "exact"}),
+    Change(_MUON, "no weight decay", decay=0),
+    Change(_MUON, "three iterations, no units, no weight decay", {"ns_steps": 3, "row_scales": False}, decay=0),
+    Change(_ADAMW, "b1 of 0.8, not 0.9", betas=(0.8, 0.999)),
 )
+BASES = {change.base.name: change.base for change in CHANGES}
+
+
+def changes_of(base: Row) -> tuple[Change, ...]:
+    """Return the changes of a row."""
+    return tuple(change for change in CHANGES if change.base == base)
 
 
 @dataclass(frozen=True)
@@ -92,8 +107,10 @@ class Changed(Study):
         return [Run(row, self.points[row.name], self.size, self.steps, seed) for seed in seeds if seed not in done]
 
 
-def table(base: Mapping[int, Mapping[str, Any]], changed: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
-    """Return the losses as Markdown, with 95 % intervals of the differences to the row as it is, paired by seed."""
+def table(
+    name: str, base: Mapping[int, Mapping[str, Any]], changed: Mapping[str, Mapping[int, Mapping[str, Any]]]
+) -> str:
+    """Return the losses as Markdown, with 95 % intervals of the differences to the row `name`, paired by seed."""
     lines = []
     reference = losses(base)
     for says, runs in {"as it is": base, **changed}.items():
@@ -105,7 +122,7 @@ def table(base: Mapping[int, Mapping[str, Any]], changed: Mapping[str, Mapping[i
         size = median(run["matrix_bytes"] for run in runs.values())
         minus, seeds = text(difference, sign="+") if difference else "-", len(own.keys() & reference.keys())
         lines.append([says, f"{size:.2f}", text(interval([*own.values()])), minus, str(seeds)])
-    head = ["change", "bytes per element", "loss", f"minus {BASE.name}, paired", "paired seeds"]
+    head = ["change", "bytes per element", "loss", f"minus {name}, paired", "paired seeds"]
     return markdown(head, lines)
 
 
@@ -116,6 +133,7 @@ def main() -> None:
     parser.add_argument(
         "--base", type=Path, default=METHODS_FILE, help="where compare_methods.py has recorded the row"
     )
+    parser.add_argument("--of", choices=BASES, default=_MUON.name, help="the row that is changed")
     parser.add_argument("--size", default="small", choices=SIZES, help="of the model")
     parser.add_argument("--steps", type=int, default=1000, help="of a training; 1024 tokens each")
     parser.add_argument("--changes", nargs="+", choices=[change.says for change in CHANGES], help="default: all")
@@ -124,11 +142,14 @@ def main() -> None:
     args = parser.parse_args()
     check_run_options(args)
     require_file(args.base)
-    recorded = Record(args.base)
-    best = recorded.best(BASE, args.size, args.steps)
+    recorded, base = Record(args.base), BASES[args.of]
+    best = recorded.best(base, args.size, args.steps)
     if best is None:
-        stop(f"{args.base} has no search of {BASE.name} at {args.size}, {args.steps} steps: run compare_methods.py")
-    changes = [change for change in CHANGES if args.changes is None or change.says in args.changes]
+        stop(f"{args.base} has no search of {base.name} at {args.size}, {args.steps} steps: run compare_methods.py")
+    changes = [change for change in changes_of(base) if args.changes is None or change.says in args.changes]
+    if not changes:
+        known = ", ".join(f'"{change.says}"' for change in changes_of(base))
+        stop(f"--changes: these are none of {base.name}'s, which are {known}")
     points = {change.row.name: change.point(best) for change in changes}
     if not args.print:
         rows = tuple(change.row for change in changes)
@@ -138,7 +159,7 @@ def main() -> None:
             several(study, Record(args.file), deadline, args.jobs)
     record = Record(args.file)
     changed = {c.says: record.at(points[c.row.name], c.row, args.size, args.steps) for c in changes}
-    print(table(recorded.scores(BASE, args.size, args.steps), changed))
+    print(table(base.name, recorded.scores(base, args.size, args.steps), changed))
 
 
 if __name__ == "__main__":
