@@ -22,8 +22,6 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import ttest_rel
-
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -42,7 +40,7 @@ from recipes.studies.compare_methods import (  # noqa: E402
     several,
 )
 from recipes.studies.compare_rows import LONG_MEMORY, ROWS, Row, settled  # noqa: E402
-from recipes.studies.compare_tables import losses, paired, text  # noqa: E402
+from recipes.studies.compare_tables import chance, corrected, losses, paired, text  # noqa: E402
 from recipes.studies.compare_training import SIZES  # noqa: E402
 
 
@@ -153,26 +151,6 @@ def verdict(difference: tuple[float, float] | None) -> str:
     if middle + half < 0:
         return "holds here"
     return "the other way round here" if middle - half > 0 else "not decidable here"
-
-
-def chance(first: Mapping[int, float], second: Mapping[int, float]) -> float:
-    """Return the two-sided p-value of a t test of losses paired by seed; 1 where it says nothing: of fewer than two
-    seeds, of runs that diverged, or of losses that are the same.
-    """
-    common = sorted(first.keys() & second.keys())
-    pairs = [(first[seed], second[seed]) for seed in common]
-    if len(pairs) < 2 or any(inf in pair for pair in pairs) or all(a == b for a, b in pairs):
-        return 1.0
-    return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
-
-
-def corrected(chances: Sequence[float]) -> list[float]:
-    """Return p-values of as many tests, by Holm's step-down: the smallest times their number, the next times one less
-    and at least as large, and so on; at most 1."""
-    found, least = [1.0] * len(chances), 0.0
-    for rank, i in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
-        least = found[i] = max(least, min(1.0, (len(chances) - rank) * chances[i]))
-    return found
 
 
 def table(record: Record, size: str, steps: int, claims: Sequence[Claim] = CLAIMS) -> str:

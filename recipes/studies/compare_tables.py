@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from scipy.stats import t
+from scipy.stats import t, ttest_rel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -76,6 +76,26 @@ def paired(losses: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[
     return interval([losses[seed] - baseline[seed] for seed in common]) if common else None
 
 
+def chance(first: Mapping[int, float], second: Mapping[int, float]) -> float:
+    """Return the two-sided p-value of a t test of losses paired by seed; 1 where it says nothing: of fewer than two
+    seeds, of runs that diverged, or of losses that are the same.
+    """
+    common = sorted(first.keys() & second.keys())
+    pairs = [(first[seed], second[seed]) for seed in common]
+    if len(pairs) < 2 or any(inf in pair for pair in pairs) or all(a == b for a, b in pairs):
+        return 1.0
+    return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+
+
+def corrected(chances: Sequence[float]) -> list[float]:
+    """Return p-values of as many tests, by Holm's step-down: the smallest times their number, the next times one less
+    and at least as large, and so on; at most 1."""
+    found, least = [1.0] * len(chances), 0.0
+    for rank, i in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        least = found[i] = max(least, min(1.0, (len(chances) - rank) * chances[i]))
+    return found
+
+
 def results(record: Record, rows: Sequence[Row], size: str, steps: int) -> list[Result]:
     """Return the rows that have a score, the lowest loss first."""
     found = []
@@ -89,11 +109,20 @@ def results(record: Record, rows: Sequence[Row], size: str, steps: int) -> list[
 def table(found: Sequence[Result], baseline: Result | None) -> str:
     """Return the results as Markdown, losses with 95 % intervals, differences to a baseline's paired by seed."""
     head = ["row", "bytes per element", "state, MiB", "loss", f"minus {baseline.row.name if baseline else BASELINE}"]
-    head += ["paired seeds", "refreshes", "trials", "rate", "other rate", "betas", "decay"]
-    return markdown(head, [line(result, baseline) for result in found])
+    head += ["after Holm", "paired seeds", "refreshes", "trials", "rate", "other rate", "betas", "decay"]
+    left = standing(found, baseline) if baseline else set()
+    return markdown(head, [line(result, baseline, stands=result.row.name in left) for result in found])
 
 
-def line(result: Result, baseline: Result | None) -> list[str]:
+def standing(found: Sequence[Result], baseline: Result) -> set[str]:
+    """Return the rows whose difference to a baseline is not zero where all of a table are to be right together: by
+    Holm's correction at 5 %."""
+    others = [result for result in found if result.row != baseline.row]
+    together = corrected([chance(result.losses, baseline.losses) for result in others])
+    return {result.row.name for result, p in zip(others, together, strict=True) if p < 0.05}
+
+
+def line(result: Result, baseline: Result | None, *, stands: bool) -> list[str]:
     """Return a row of the table."""
     values = result.best.values(result.row)
     difference = paired(result.losses, baseline.losses) if baseline and result.row != baseline.row else None
@@ -103,6 +132,7 @@ def line(result: Result, baseline: Result | None) -> list[str]:
         f"{result.middle('state_bytes') / 2**20:.2f}",
         text(interval([*result.losses.values()])),
         text(difference, sign="+") if difference else "-",
+        "yes" if stands else "-",
         str(len(result.losses.keys() & baseline.losses.keys()) if baseline else len(result.runs)),
         f"{result.middle('refreshes'):.0f}",
         f"{result.trials}{', at an edge' if result.at_edge else ''}",

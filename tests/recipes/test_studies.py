@@ -18,8 +18,7 @@ from transformers import (
 from recipes.glue import bert_to_roberta, data
 from recipes.glue.comparison import Ledger
 from recipes.studies import minilm_study as study
-from recipes.studies.claims import chance, corrected
-from recipes.studies.compare_tables import interval, paired
+from recipes.studies.compare_tables import chance, corrected, interval, paired
 
 
 SEEDS = [1, 2, 3, 4, 5]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import product
@@ -15,6 +16,7 @@ from statistics import mean
 
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 from transformers import LlamaForCausalLM
 
 from recipes.studies import compare_methods as study
@@ -260,11 +262,12 @@ def test_intervals_are_those_of_a_hand_computation(tmp_path):
     best, worst = tables.results(record, [ROWS[BASELINE], ROWS["racs"]], "tiny", 2)
     assert (best.row.name, worst.row.name) == ("racs", "full_adamw")
     assert tables.paired(best.losses, worst.losses) == pytest.approx((mean(differences), t * sqrt(5e-4 / 5)), rel=1e-6)
-    cells = tables.line(best, worst)
-    assert cells[:6] == ["racs", "1.00", "1.00", "3.542 ± 0.071", "-0.100 ± 0.028", "5"]
-    assert cells[7] == "1, at an edge"
+    cells = tables.line(best, worst, stands=True)
+    assert cells[:7] == ["racs", "1.00", "1.00", "3.542 ± 0.071", "-0.100 ± 0.028", "yes", "5"]
+    assert cells[8] == "1, at an edge"
     assert "minus racs" in tables.table([best, worst], best)
-    assert tables.line(worst, best)[4] == "+0.100 ± 0.028" and tables.line(best, best)[4] == "-"
+    assert tables.line(worst, best, stands=False)[4:6] == ["+0.100 ± 0.028", "-"]
+    assert tables.line(best, best, stands=False)[4] == "-"
     series = picture.series(record, "tiny", 2)
     assert series.differences == {"racs": tables.paired(best.losses, worst.losses), "full_adamw": (0.0, 0.0)}
     assert series.name.endswith(" 0.7 tokens for each")
@@ -279,6 +282,36 @@ def test_intervals_are_those_of_a_hand_computation(tmp_path):
     assert picture.drawn_in(tmp_path / "picture.png") == picture.described([series])
     assert tables.paired({2: inf, 3: 1.0}, {2: 1.0, 3: 1.0}) == (inf, inf)
     assert tables.paired({2: 1.0}, {3: 1.0}) is None
+
+
+def test_chances_are_those_of_a_paired_t_test_and_corrected_by_holm():
+    """By scipy's own test; Holm's own example would need a table, so by its definition on four values."""
+    differences = [0.02, 0.05, -0.01, 0.04, 0.03]
+    second = dict(enumerate([3.0, 3.25, 2.5, 4.0, 3.5]))
+    first = {seed: loss + difference for (seed, loss), difference in zip(second.items(), differences, strict=True)}
+    expected = ttest_1samp(differences, 0.0).pvalue
+    assert tables.chance({**first, 7: 0.0}, second) == pytest.approx(expected, rel=1e-9)
+    assert tables.chance({}, second) == tables.chance({0: 3.1}, second) == tables.chance(second, second) == 1
+    assert tables.chance({**first, 0: inf}, second) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, that there is no spread
+        assert tables.chance({seed: loss + 0.125 for seed, loss in second.items()}, second) == 0
+    assert tables.corrected([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])
+
+
+def test_a_difference_stands_where_all_of_a_table_are_right_together():
+    """Two that each are told from zero by themselves, one of them among nine that are not."""
+    baseline = {seed: 3.0 + seed / 8 for seed in range(2, 7)}
+
+    def result(name, differences):
+        runs = {seed: {"score_loss": baseline[seed] + d} for seed, d in zip(baseline, differences, strict=True)}
+        return tables.Result(replace(ROWS[BASELINE], name=name), Point(), 1, True, runs)
+
+    same, sure = result(BASELINE, [0.0] * 5), result("sure", [-0.10, -0.09, -0.11, -0.10, -0.08])
+    thin = result("thin", [-0.01, -0.06, -0.02, -0.07, -0.03])  # p = 0.03
+    rest = [result(f"rest {i}", [0.01 * (i + 1), -0.01, 0.01, -0.02, 0.0]) for i in range(8)]
+    assert tables.standing([same, sure, thin], same) == {"sure", "thin"}
+    assert tables.standing([same, sure, thin, *rest], same) == {"sure"}
 
 
 def running(process):
