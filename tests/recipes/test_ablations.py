@@ -42,7 +42,8 @@ def test_a_change_changes_one_thing_and_the_last_all_that_can_be_spared(change):
     moved = [best[key] != point[key] for key in best]
     assert len(differing) + sum(moved) == (3 if change is SPARED else 1)
     if change.betas:
-        assert tuple(point["betas"]) == change.betas and sum(a != b for a, b in zip(change.betas, best["betas"])) == 1
+        apart = [one != other for one, other in zip(change.betas, best["betas"], strict=True)]
+        assert tuple(point["betas"]) == change.betas and sum(apart) == 1
     assert differing == set(change.options)
 
 

@@ -3,6 +3,7 @@
 from math import inf
 
 import pytest
+
 from recipes.studies import claims
 from recipes.studies.compare_training import options
 
