@@ -281,6 +281,9 @@ def test_a_checkpoint_that_lacks_a_parameter_or_its_state_is_refused():
         opt.load_state_dict({**saved, "state": {1: saved["state"][1]}})
     with pytest.raises(ValueError, match="no optimizer checkpoint: it holds param_groups"):
         opt.load_state_dict({"param_groups": saved["param_groups"]})
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
+    with pytest.raises(ValueError, match="no optimizer checkpoint: a group of it says not which parameters"):
+        opt.load_state_dict({**saved, "param_groups": groups})
 
 
 def test_an_older_checkpoint_without_an_option_takes_it_from_the_run():

@@ -55,6 +55,31 @@ def test_a_weight_that_changed_its_shape_is_refused(options):
     assert torch.equal(p, torch.ones(4, 6))
 
 
+def test_a_weight_that_became_one_of_a_type_that_is_not_trained_is_refused_before_anything_is_stepped():
+    w, b = matrix(), nn.Parameter(torch.ones(4))
+    optimizer = LowRankOptimizer([{"params": [w], "rank": 2}, {"params": [b]}], NAME)
+    for p in (w, b):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p in (w, b):
+        p.grad = None
+        p.data = p.data.double()
+        p.grad = torch.ones_like(p)
+    before = w.clone()
+    with pytest.raises(ValueError, match="a parameter has become torch.float64; train it in float32"):
+        optimizer.step()
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("method", [None, NAME])
+@pytest.mark.parametrize("key, value", [("lr", 1e-2), ("betas", (0.8, 0.99)), ("eps", 1e-6)])
+def test_what_is_of_all_groups_is_not_given_to_some(key, value, method):
+    """Else it would be the matrices' alone."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=f"param_groups takes no {key}: give it to LowRankOptimizer"):
+        param_groups(net, method=method, rank=2, **{key: value})
+
+
 def test_a_flat_partition_in_the_place_of_a_matrix_is_told_so():
     flat = nn.Parameter(torch.ones(48))
     sentence = r"has shape \(48,\); only matrices .*DeepSpeed's ZeRO flatten parameters: use FSDP2 or DDP"

@@ -42,6 +42,8 @@ def check_checkpoint(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str
     if "state" not in state_dict or "param_groups" not in state_dict:
         raise ValueError(f"this is no optimizer checkpoint: it holds {', '.join(map(str, state_dict)) or 'nothing'}")
     saved_groups = state_dict["param_groups"]
+    if any("params" not in group for group in saved_groups):
+        raise ValueError("this is no optimizer checkpoint: a group of it says not which parameters it has")
     if any("format" not in group or "method" not in group for group in saved_groups):
         keys = sorted({k for s in state_dict.get("state", {}).values() for k in s})
         raise ValueError(

@@ -6,13 +6,13 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from math import inf, nan
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_lowrank.engine.checkpoint import STRUCTURE
 from hf_lowrank.engine.known import names_of
 from hf_lowrank.engine.plan import Plan
 from hf_lowrank.engine.sharding import check_weight
+from hf_lowrank.engine.unit import TYPES
 from hf_lowrank.methods import options as opt
 from hf_lowrank.methods.dense import SAME, SplitOptions
 from hf_lowrank.methods.resolve import SUFFIXES, Config, complete, option_names, split
@@ -55,7 +55,7 @@ def check_parameters(group: Mapping[str, Any], config: Config) -> None:
         raise ValueError(f"a group has {count} parameters but {len(names)} names: use add_param_group to add some")
     for i, p in enumerate(group["params"]):
         name = names[i] or f"{i} of a group"
-        if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if p.dtype not in TYPES:
             raise ValueError(f"parameter {name} is {p.dtype}; train it in float32, bfloat16 or float16, or freeze it")
         if config.low_rank and (p.dim() not in (2, 3) or 0 in p.shape):
             raise ValueError(

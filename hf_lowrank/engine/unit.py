@@ -16,6 +16,8 @@ from hf_lowrank.tensors.sums import Max, Rule, Sum
 
 
 T = TypeVar("T")
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of the weights that can be trained."""
 
 
 class Reading(NamedTuple):
@@ -96,13 +98,16 @@ def has_gradient(p: Tensor, shape: torch.Size) -> bool:
         shape: what it was when its step was made.
 
     Raises:
-        ValueError: for a sparse gradient, and for a parameter that has changed its shape.
+        ValueError: for a sparse gradient, and for a parameter that has changed its shape or has a type that cannot be
+            trained.
     """
     if p.shape != shape:
         raise ValueError(
             f"a parameter of shape {tuple(shape)} has become one of shape {tuple(p.shape)}, which its state does not "
             "fit: build a new optimizer after changing the model"
         )
+    if p.dtype not in TYPES:
+        raise ValueError(f"a parameter has become {p.dtype}; train it in float32, bfloat16 or float16, or freeze it")
     if p.grad is None:
         return False
     if p.grad.layout != torch.strided:

@@ -12,6 +12,7 @@ from hf_lowrank.hf.arguments import name_of, refuse_unsupported, unwrapped
 from hf_lowrank.hf.clipping import clip_as_told, give_clipping_back, hold_clipping
 from hf_lowrank.hf.model_card import TAG
 from hf_lowrank.hf.unsloth import take_embedding_learning_rate
+from hf_lowrank.hf.weights import check_saved
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe import folder
 from hf_lowrank.observe.describe import described, has_subspaces, headline, summary
@@ -83,6 +84,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             return
         optimizer._reported_in = (state, self)
         optimizer.layerwise.forget()  # of a backward pass that an error has ended
+        held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        check_saved(kwargs.get("model"), held, resumed=state.global_step > 0)
         self.optimizer = optimizer
         clip_as_told(optimizer, args)
         optimizer.tell(total_steps=state.max_steps)  # for the rules that switch at a share of the run

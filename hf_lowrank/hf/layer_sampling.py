@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.hf.arguments import unwrapped
 from hf_lowrank.hf.outliers import calibration_batches, outlier_shares
-from hf_lowrank.layer_sampling import OPTION, Layers, Rule, rule_of, take
+from hf_lowrank.layer_sampling import OPTION, RULES, Layers, Rule, rule_of, take
 from hf_lowrank.methods.options import split_assignments
 from hf_lowrank.optimizer import LowRankOptimizer
 
@@ -35,7 +37,8 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
     Gradients of all other layers are neither computed nor kept, and the optimizer holds no state for them: that of
     layers that leave is dropped, that of layers that enter is made anew. Other layers are chosen every `switch_every`
     steps of the optimizer, not of accumulation, by args.seed and the step alone, so that a resumed run and all
-    processes choose the same ones. What was frozen when the optimizer was built stays so.
+    processes choose the same ones; of a resumed run the checkpoint's rule, options and seed count. What was frozen
+    when the optimizer was built stays so.
 
     Args:
         layer_sampling: "badam", "lisa" or "owlore", or one of the rules (`hf_lowrank.layer_sampling.RULES`).
@@ -53,6 +56,7 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         self.by_arguments = False  # whether optim_args have asked for it, for one training
         self.rule = layer_sampling if isinstance(layer_sampling, Rule) else rule_of(layer_sampling, options)
         self.layers: Layers | None = None  # while a training runs
+        self.seed = 0  # of the training
         self.shares: list[float] = []
         self._undo: dict[str, Callable[[], None]] = {}  # what is to be taken off the model again
 
@@ -61,24 +65,25 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         _refuse_unsupported(args, params)
-        self.layers = Layers(model, params, self.rule)
-        if self.rule.by_outliers:
+        rule, self.seed = _as_begun(self.rule, args.seed, state)
+        self.layers = Layers(model, params, rule)
+        if rule.by_outliers:
             self.shares = _shares(self.layers, args, state, model, kwargs["train_dataloader"])
-        chosen = self._follow(args, state, model, optimizer)
-        switches = -(-state.max_steps // self.rule.switch_every)
-        reached, count = switches * self.rule.sampled_layers, len(self.layers.members)
+        chosen = self._follow(state, model, optimizer)
+        switches = -(-state.max_steps // rule.switch_every)
+        reached, count = switches * rule.sampled_layers, len(self.layers.members)
         if state.is_world_process_zero and reached < count:
             logger.warning(
                 "%s=%s: in %d steps at most %d of %d layers train: other layers come every switch_every=%d steps",
-                *(OPTION, type(self.rule).__name__.lower(), state.max_steps, reached, count, self.rule.switch_every),
+                *(OPTION, type(rule).__name__.lower(), state.max_steps, reached, count, rule.switch_every),
             )
         if state.is_world_process_zero:
-            logger.info("%s: %d layers, of which %s train now", self.rule, len(self.layers.members), chosen)
+            logger.info("%s: %d layers, of which %s train now", rule, len(self.layers.members), chosen)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Train other layers, if it is time: before the first micro-batch of a step."""
-        if self.layers is not None and state.global_step % self.rule.switch_every == 0:
-            self._follow(args, state, kwargs["model"], kwargs["optimizer"])
+        if self.layers is not None and state.global_step % self.layers.rule.switch_every == 0:
+            self._follow(state, kwargs["model"], kwargs["optimizer"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have everything require a gradient again that did before."""
@@ -92,13 +97,13 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
             self.layers.wake_()
             self.layers = None
 
-    def _follow(self, args: Any, state: Any, model: Any, optimizer: Any) -> list[int]:
+    def _follow(self, state: Any, model: Any, optimizer: Any) -> list[int]:
         """Train the layers of this step, and return which they are."""
         assert self.layers is not None
-        step = state.global_step
-        chosen = self.layers.chosen(step, args.seed, self.shares)
+        step, rule = state.global_step, self.layers.rule
+        chosen = self.layers.chosen(step, self.seed, self.shares)
         left = self.layers.require_(chosen)
-        if self.rule.restarts and step % self.rule.switch_every == 0:
+        if rule.restarts and step % rule.switch_every == 0:
             left = list({*left, *self.layers.inside})
         _forget(optimizer, left)
         if "inputs" not in self._undo and _behind_frozen_embeddings(model):
@@ -108,6 +113,21 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
             self._undo.pop("buffers", lambda: None)()
             self._undo["buffers"] = _reduce_what_trains(model)
         return chosen
+
+
+def _as_begun(rule: Rule, seed: int, state: Any) -> tuple[Rule, int]:
+    """Return a rule and a seed, or those with which the run began that is resumed, and keep them for its checkpoints.
+
+    Warns of each that is given otherwise.
+    """
+    given = {OPTION: type(rule).__name__.lower(), "seed": seed, **asdict(rule)}
+    begun = state.stateful_callbacks.setdefault(SAVED, {}).setdefault("begun", given)
+    for key, value in begun.items():
+        if key in given and given[key] != value and state.is_world_process_zero:
+            text = f"{key}={given[key]} was given, the checkpoint has {value}: the checkpoint's value is used"
+            warnings.warn(text, stacklevel=2)
+    options = {key: value for key, value in begun.items() if key not in (OPTION, "seed")}
+    return RULES[begun[OPTION]](**options), begun["seed"]
 
 
 def _refuse_unsupported(args: Any, params: Collection[Tensor]) -> None:
@@ -162,12 +182,12 @@ def _reduce_what_trains(model: nn.Module) -> Callable[[], None]:
 
 def _shares(layers: Layers, args: Any, state: Any, model: nn.Module, loader: Any) -> list[float]:
     """Return the shares of outliers: those of the checkpoint, or measured now and sent by the first process to all."""
-    saved = (state.stateful_callbacks or {}).get(SAVED, {})
+    saved = state.stateful_callbacks[SAVED]
     if "shares" not in saved:
         measured = [outlier_shares(layers, model, calibration_batches(loader, args, layers.rule))]
         if replicas() is not None:
             dist.broadcast_object_list(measured)
-        saved = state.stateful_callbacks[SAVED] = {"shares": measured[0]}
+        saved["shares"] = measured[0]
     shares: list[float] = saved["shares"]
     if (positive := sum(share > 0 for share in shares)) < layers.rule.sampled_layers:
         raise ValueError(

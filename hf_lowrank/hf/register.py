@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, trainer, trainer_utils
 from transformers.training_args import OptimizerNames as OptimizerNames
 
-from hf_lowrank.hf import checkpoints, console, names
+from hf_lowrank.hf import checkpoints, console, names, weights
 from hf_lowrank.hf.arguments import create_for, from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.layer_sampling import for_any_optimizer
@@ -42,6 +42,8 @@ def register() -> None:
     loading, saving = Trainer._load_optimizer_and_scheduler, Trainer._save_optimizer_and_scheduler
     _replace(Trainer, "_load_optimizer_and_scheduler", checkpoints.naming_what_is_wrong(loading))
     _replace(Trainer, "_save_optimizer_and_scheduler", checkpoints.with_sums(saving))
+    _replace(Trainer, "_load_from_checkpoint", weights.with_every_weight(Trainer._load_from_checkpoint))
+    _replace(Trainer, "_load_best_model", weights.with_every_best_weight(Trainer._load_best_model))
     _replace(Trainer, "train", _surrounded(Trainer.train))
     _replace(Trainer, "create_model_card", _with_our_section(Trainer.create_model_card))
     for printer in console.PRINTERS:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, trainer_utils
 from transformers.training_args import OptimizerNames as OptimizerNames
 
-from hf_lowrank.hf import checkpoints, console, names
+from hf_lowrank.hf import checkpoints, console, names, weights
 from hf_lowrank.hf.arguments import create_for, from_arguments, name_of
 from hf_lowrank.hf.callback import LowRankCallback
 from hf_lowrank.hf.layer_sampling import for_any_optimizer
@@ -61,6 +61,12 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         checkpoints.with_sums(Trainer._save_optimizer_and_scheduler)(self, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        weights.with_every_weight(Trainer._load_from_checkpoint)(self, resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        weights.with_every_best_weight(Trainer._load_best_model)(self)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card, with a section on the optimizer."""

@@ -85,6 +85,7 @@ class Firsts:
         self.optimizer, self.folder = optimizer, folder
         self.kept_in = Path(saved.get("folder", folder))
         self.sketches = FirstSubspaces()
+        self.grown = False  # whether there is one that is not written
         self.overlaps: dict[str, float] = dict(saved.get("firsts", {})) if read else {}
         files = (place / FIRST_FILE for place in (folder, self.kept_in)) if saved and read else ()
         if file := next((file for file in files if file.exists()), None):
@@ -95,14 +96,20 @@ class Firsts:
         if matrix.refreshes > 1 and matrix.name not in self.sketches.sketches:
             return None
         basis = stored_basis(self.optimizer.plan(matrix.weight), matrix.state)
-        overlap = None if basis is None else self.sketches.overlap(matrix.name, basis)
-        if overlap is not None:
+        if basis is None:
+            return None
+        if matrix.refreshes <= 1:  # a sketch that is there is of steps which are made anew
+            self.sketches.sketches.pop(matrix.name, None)
+        overlap = self.sketches.overlap(matrix.name, basis)
+        if overlap is None:
+            self.grown = True
+        else:
             self.overlaps[matrix.name] = overlap
         return overlap
 
     def save(self) -> None:
         """Write the sketches."""
-        self.kept_in = self.folder
+        self.kept_in, self.grown = self.folder, False
         self.sketches.save(self.folder / FIRST_FILE)
 
     def kept(self) -> dict[str, Any]:

@@ -130,10 +130,9 @@ class Run:
         count, shown = self.refreshes.new(logging=logging)
         if not self.main:
             return
-        before = len(self.firsts.sketches.sketches)
         lines = self.refreshes.lines(step, shown, self.firsts if first_overlap else None)
         records.append(self.folder / REFRESH_FILE, lines)
-        if len(self.firsts.sketches.sketches) != before:
+        if self.firsts.grown:
             self.firsts.save()
         seconds = times.pop("seconds")
         records.append(self.folder / STEPS_FILE, [{"step": step, **times, "refreshes": count, "seconds": seconds}])

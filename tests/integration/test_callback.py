@@ -152,6 +152,19 @@ def test_the_mean_by_type_is_that_of_its_matrices(tmp_path):
         assert row[f"lowrank/{key}/q"] == pytest.approx(sum(queries) / 2, abs=2e-6)
 
 
+def test_a_run_resumed_before_a_first_subspace_compares_with_its_own(tmp_path):
+    """The folder has sketches of the run that went on: of layers that were trained after the checkpoint."""
+    options = "rank=4,update_proj_gap=2,stagger=false,layer_sampling=lisa,sampled_layers=1,switch_every=4"
+    args = {"optim_args": options, "max_steps": 8}
+    whole = train(arguments(tmp_path, "galore_i3s_adamw", save_strategy="steps", save_steps=2, **args))
+    kept = [(line["step"], line["module"], line.get("overlap_first")) for line in lines(tmp_path)]
+    resumed = train(arguments(tmp_path, "galore_i3s_adamw", **args), resume=str(tmp_path / "checkpoint-2"))
+    assert [(line["step"], line["module"], line.get("overlap_first")) for line in lines(tmp_path)] == kept
+    rows = [[row for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
+    firsts = [[row.get("lowrank/overlap_first") for row in some] for some in rows]
+    assert firsts[0] == firsts[1] and any(value is not None for value in firsts[0])
+
+
 def test_the_overlap_with_the_first_subspace_is_that_of_the_bases(tmp_path):
     first = {}
 

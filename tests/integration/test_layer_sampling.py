@@ -102,6 +102,32 @@ def test_resumed_inside_an_interval_and_at_a_switch_it_is_the_same_run(rule, opt
         same(train(args, deep(), resume=str(folder / f"checkpoint-{step}")), whole)
 
 
+@pytest.mark.parametrize(
+    "rule, change, said",
+    [
+        ("badam", "layer_order=descending", "layer_order=descending was given, the checkpoint has random"),
+        ("lisa", "switch_every=2", "switch_every=2 was given, the checkpoint has 3"),
+        ("owlore", "outlier_threshold=3", "outlier_threshold=3.0 was given, the checkpoint has 2.0"),
+        ("owlore", "layer_sampling=lisa", "layer_sampling=lisa was given, the checkpoint has owlore"),
+        ("lisa", "seed", "seed=9 was given, the checkpoint has 42"),
+    ],
+)
+@pytest.mark.parametrize("optim", ["adamw_torch", OURS])
+def test_of_options_that_are_changed_at_a_resume_the_checkpoints_count(optim, rule, change, said, tmp_path):
+    whole = train(sampled(tmp_path, optim, rule, save_strategy="steps", save_steps=4, max_steps=8), deep())
+    given = dict(pair.split("=") for pair in sampled(tmp_path, optim, rule).optim_args.split(","))
+    more = {"seed": 9, "data_seed": 42} if change == "seed" else {}
+    key, _, value = change.partition("=")
+    if change == "layer_sampling=lisa":
+        given = {key: value for key, value in given.items() if key not in ("outlier_threshold", "calibration_batches")}
+    given |= {key: value} if value else {}
+    text = ",".join(f"{key}={value}" for key, value in given.items())
+    args = sampled(tmp_path / "rest", optim, rule, optim_args=text, max_steps=8, **more)
+    with pytest.warns(UserWarning, match=said):
+        resumed = train(args, deep(), resume=str(tmp_path / "checkpoint-4"))
+    same(resumed, whole)
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", OURS])
 def test_all_layers_at_once_are_plain_training(optim, tmp_path):
     plain = train(arguments(tmp_path / "a", optim, max_steps=7), deep())
