@@ -31,7 +31,7 @@ def with_every_weight(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _load_from_checkpoint(self: Trainer, resume_from_checkpoint: str, model: Any = None) -> None:
         original(self, resume_from_checkpoint, *([] if model is None else [model]))
-        if is_ours(self):
+        if is_ours(self) and not self.is_fsdp_enabled:  # whose files have the names of the model
             read_rest_(self.model if model is None else model, Path(resume_from_checkpoint))
 
     return _load_from_checkpoint
@@ -43,7 +43,7 @@ def with_every_best_weight(original: Callable[..., None]) -> Callable[..., None]
     @functools.wraps(original)
     def _load_best_model(self: Trainer) -> None:
         original(self)
-        if is_ours(self):
+        if is_ours(self) and not self.is_fsdp_enabled:
             read_rest_(self.model, Path(self.state.best_model_checkpoint))
 
     return _load_best_model
