@@ -169,9 +169,10 @@ def test_what_the_page_says_of_rte():
     there = [ledger.find(study.cell(row, "rte", 1, study.best_rate(ledger, row, "cola"))) for row in rows]
     adam, i3s = (f"{study.main_score(result, 'rte'):.1f}" for result in there)
     assert f"({adam} and {i3s}, seed 1, where one answer to all gives {100 * 146 / 277:.1f})" in page
-    own = [study.tried(ledger, row, "rte") for row in rows]
-    (adam_rate, adam), (i3s_rate, i3s) = ((min(one), one[min(one)]) for one in own)
-    assert f"AdamW at {adam_rate:g} {adam:.1f}, I3S at {i3s_rate:g} {i3s:.1f}" in page
+    adam, i3s, fira = (study.tried(ledger, row, "rte") for row in (*rows, "fira_adamw, rank 8"))
+    adam = [f"{adam[rate]:.1f}" for rate in (2.5e-5, 5e-5, 1e-4)]
+    assert f"AdamW at 2.5e-05, 5e-05 and 0.0001 {adam[0]}, {adam[1]} and {adam[2]}, " in page
+    assert f"I3S and Fira at 0.0002 {i3s[2e-4]:.1f} and {fira[2e-4]:.1f})" in page
 
 
 def test_the_times_that_the_page_says_are_medians_of_the_seeds_that_score():
