@@ -151,7 +151,7 @@ def test_the_table_of_the_long_runs():
 
 
 def check_lines(text_of_table, found, model):
-    """Every line: bytes, loss, the difference to AdamW and whether it stands, seeds, milliseconds. Returns how many."""
+    """Every line: bytes, loss, difference to AdamW, whether it stands, seeds, milliseconds. Returns how many."""
     named, difference = r"^\| `(\w+)`(?:, `state_format=(\w+)`)? ", r" ([^|]+) \| (yes|-) "
     pattern = rf"{named}\| ([\d.]+) \| ([\d. ±]+)[^|]*\|{difference}\| (\d+) \| (\d+) \|"
     lines = re.findall(pattern, text_of_table, re.M)
