@@ -111,6 +111,7 @@ def test_resumed_inside_an_interval_and_at_a_switch_it_is_the_same_run(rule, opt
         ("owlore", "layer_sampling=lisa", "layer_sampling=lisa was given, the checkpoint has owlore"),
         ("lisa", "seed", "seed=9 was given, the checkpoint has 42"),
     ],
+    ids=["order", "interval", "threshold", "rule", "seed"],
 )
 @pytest.mark.parametrize("optim", ["adamw_torch", OURS])
 def test_of_options_that_are_changed_at_a_resume_the_checkpoints_count(optim, rule, change, said, tmp_path):

@@ -94,8 +94,16 @@ MUTANTS = [
            LAYERS + "test_a_new_head_trains_always_and_keeps_its_state"),
     Mutant("state of what has left", "hf/layer_sampling.py", "inner.state.pop(p, None)", "pass",
            LAYERS + "test_only_what_is_chosen_has_gradients_state_and_steps[lisa-adamw_torch]"),
-    Mutant("moments of the interval before", "hf/layer_sampling.py", "if self.rule.restarts and", "if False and",
+    Mutant("moments of the interval before", "hf/layer_sampling.py", "if rule.restarts and", "if False and",
            LAYERS + "test_badam_begins_every_interval_without_moments_and_lisa_goes_on[badam-2-adamw_torch]"),
+    Mutant("options of this run, not of the checkpoint", "hf/layer_sampling.py",
+           "return RULES[begun[OPTION]](**options), begun[\"seed\"]", "return rule, seed",
+           LAYERS + "test_of_options_that_are_changed_at_a_resume_the_checkpoints_count"
+           "[adamw_torch-interval]"),
+    Mutant("weights of other names left as they are", "hf/weights.py",
+           "model.load_state_dict(whole.state_dict(), strict=False)", "pass",
+           "tests/integration/test_every_weight_resumes.py::test_models_whose_files_have_other_names_resume_bit_for_bit"
+           "[neox-dtype2-Trainer]"),
     Mutant("squares for norms", "hf/outliers.py", "squares[module].sqrt()", "squares[module]",
            LAYERS + "test_shares_of_outliers_by_their_definition"),
     Mutant("a plan of all layers", "planning/memory.py", "rule = layer_sampling.take(given)",
