@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, utils
 
 from hf_lowrank.hf.checkpoints import is_ours
+from hf_lowrank.tensors.layout import local
 
 
 logger = logging.getLogger("hf_lowrank")
@@ -93,9 +94,9 @@ def absent(model: PreTrainedModel, names: set[str]) -> list[str]:
     model does not save."""
     if not names:
         return []
-    state, unsaved = model.state_dict(), set(model._keys_to_ignore_on_save or ())
-    held = {state[name].data_ptr() for name in names & state.keys()}
-    return [name for name, w in state.items() if name not in names | unsaved and w.data_ptr() not in held]
+    state, known = model.state_dict(), names.union(model._keys_to_ignore_on_save or ())
+    held = {local(state[name]).data_ptr() for name in names & state.keys()}
+    return [name for name, w in state.items() if name not in known and local(w).data_ptr() not in held]
 
 
 def check_saved(model: Any, params: Collection[Tensor], *, resumed: bool) -> None:
