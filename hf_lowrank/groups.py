@@ -66,12 +66,11 @@ def param_groups(
     Raises:
         ValueError: if nothing matches; the message says what there is.
     """
-    for key in ("lr", "betas", "eps"):
-        if key in method_options:
-            raise ValueError(
-                f"param_groups takes no {key}: give it to LowRankOptimizer, for all groups; embedding_lr, head_lr and "
-                "vector_lr are rates of their own"
-            )
+    for key in {"lr", "betas", "eps"} & method_options.keys():
+        text = (
+            "give it to LowRankOptimizer, for all groups; embedding_lr, head_lr and vector_lr are rates of their own"
+        )
+        raise ValueError(f"param_groups takes no {key}: {text}")
     given = method_options if rank is None else {"rank": rank, **method_options}
     if method is not None:
         config = Config.of(method, given, model=True, facts=model_facts(model))

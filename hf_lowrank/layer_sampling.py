@@ -48,6 +48,11 @@ class Rule(ABC):
     sampled_layers: int
     train_outside: bool
 
+    @property
+    def name(self) -> str:
+        """What it is called in RULES."""
+        return type(self).__name__.lower()
+
     @abstractmethod
     def choose(self, count: int, interval: int, seed: int, shares: Sequence[float]) -> list[int]:
         """Return the layers of an interval, ascending.

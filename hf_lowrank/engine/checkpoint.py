@@ -86,10 +86,12 @@ def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Co
         given = {**given, "betas": (loaded["betas"][0], given["betas"][1])}
     for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params", *RUN_OPTIONS, *config.facts}):
         if _plain(loaded[key]) != _plain(given[key]):
-            warnings.warn(
-                f"{key}={given[key]} was given, the checkpoint has {loaded[key]}: the checkpoint's value is used",
-                stacklevel=3,
-            )
+            warn_kept(key, given[key], loaded[key])
+
+
+def warn_kept(key: str, given: Any, kept: Any) -> None:
+    """Warn that an option keeps its value from a checkpoint, though another one was given."""
+    warnings.warn(f"{key}={given} was given, the checkpoint has {kept}: the checkpoint's value is used", stacklevel=4)
 
 
 def _plain(value: Any) -> Any:

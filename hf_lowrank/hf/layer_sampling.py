@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
 
+from hf_lowrank.engine.checkpoint import warn_kept
 from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.hf.arguments import unwrapped
 from hf_lowrank.hf.outliers import calibration_batches, outlier_shares
@@ -75,7 +75,7 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and reached < count:
             logger.warning(
                 "%s=%s: in %d steps at most %d of %d layers train: other layers come every switch_every=%d steps",
-                *(OPTION, type(rule).__name__.lower(), state.max_steps, reached, count, rule.switch_every),
+                *(OPTION, rule.name, state.max_steps, reached, count, rule.switch_every),
             )
         if state.is_world_process_zero:
             logger.info("%s: %d layers, of which %s train now", rule, len(self.layers.members), chosen)
@@ -120,12 +120,11 @@ def _as_begun(rule: Rule, seed: int, state: Any) -> tuple[Rule, int]:
 
     Warns of each that is given otherwise.
     """
-    given = {OPTION: type(rule).__name__.lower(), "seed": seed, **asdict(rule)}
+    given = {OPTION: rule.name, "seed": seed, **asdict(rule)}
     begun = state.stateful_callbacks.setdefault(SAVED, {}).setdefault("begun", given)
     for key, value in begun.items():
         if key in given and given[key] != value and state.is_world_process_zero:
-            text = f"{key}={given[key]} was given, the checkpoint has {value}: the checkpoint's value is used"
-            warnings.warn(text, stacklevel=2)
+            warn_kept(key, given[key], value)
     options = {key: value for key, value in begun.items() if key not in (OPTION, "seed")}
     return RULES[begun[OPTION]](**options), begun["seed"]
 

@@ -27,6 +27,11 @@ SIZES = {
 EXPERTS = {"num_key_value_heads": 2, "num_local_experts": 4}
 
 
+RENAMES = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="names are those of the model before transformers 5"
+)
+
+
 def renamed(kind, dtype=torch.float32):
     """A model whose checkpoints have other names than it: of all experts, or of the output head."""
     torch.manual_seed(0)
@@ -89,6 +94,7 @@ def test_a_model_whose_names_are_kept_is_read_once(tied, tmp_path, monkeypatch):
     train(arguments(tmp_path, NAME, max_steps=3), model, resume=str(path))
 
 
+@RENAMES
 def test_weights_that_are_in_several_files_are_known_by_their_index(tmp_path):
     model = renamed("mixtral")
     model.save_pretrained(tmp_path / "one")
@@ -101,6 +107,25 @@ def test_weights_that_are_in_several_files_are_known_by_their_index(tmp_path):
             p.zero_()
     weights.read_rest_(other, tmp_path / "many")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@RENAMES
+@pytest.mark.parametrize("kind", ["vit", "qwen"])
+def test_other_architectures_are_read_too(kind, tmp_path):
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    if kind == "vit":
+        config, of = (
+            transformers.ViTConfig(image_size=8, patch_size=4, **sizes),
+            transformers.ViTForImageClassification,
+        )
+    else:
+        config, of = transformers.Qwen2MoeConfig(**SIZES, **experts), transformers.Qwen2MoeForCausalLM
+    model, other = of(config), of(config)
+    model.save_pretrained(tmp_path)
+    weights.read_rest_(other, tmp_path)
+    rest = weights.absent(model, weights.names_in(tmp_path))
+    assert rest and all(torch.equal(model.state_dict()[name], other.state_dict()[name]) for name in rest)
 
 
 def test_reading_them_moves_no_generator(tmp_path):

@@ -199,6 +199,14 @@ def test_the_tables_by_bytes(found, page):
         assert difference == ("0" if row == BASELINE else minus(found, row, BASELINE)), row
 
 
+def test_what_a_step_takes_beside_adamw():
+    times = {row: found["mean"] for row, found in json.loads(TIMES.read_text())["small"]["milliseconds"].items()}
+    whole = {row: times[row] + times["forward and backward"] for row in ("muon_4bit", BASELINE)}
+    assert f"{whole['muon_4bit'] / whole[BASELINE]:.2f}" == "1.31"
+    assert "1.3 times as long as with AdamW" in PAGES["README.md"]
+    assert PAGES["docs/recommended.md"].count("31 % more steps") == 2
+
+
 def test_the_gigabytes_of_a_large_model():
     pattern = r"^\| \d[\d.]* \| [^`|]*`(\w+)`([^|]*)\| [^|]+ \| ([\d.]+) \|$"
     lines = re.findall(pattern, PAGES["README.md"], re.M)
