@@ -180,20 +180,21 @@ def off(opt, reference):
 
 def resume(name):
     rank, world = dist.get_rank(), dist.get_world_size()
+    net = sharded()
+    opt = models.optimizer(net, name)
+    models.train(net, opt, 4, rank, world)
+    kinds = {"sharded": StateDictOptions(), "full": StateDictOptions(full_state_dict=True)}
+    saved = {kind: copy.deepcopy(get_optimizer_state_dict(net, opt, options=given)) for kind, given in kinds.items()}
+    weights = [p.detach().clone() for p in net.parameters()]
+    models.train(net, opt, 4, rank, world, start=4)
     found = {}
-    for kind, options in {"sharded": StateDictOptions(), "full": StateDictOptions(full_state_dict=True)}.items():
-        net = sharded()
-        opt = models.optimizer(net, name)
-        models.train(net, opt, 4, rank, world)
-        saved = copy.deepcopy(get_optimizer_state_dict(net, opt, options=options))
-        weights = [p.detach().clone() for p in net.parameters()]
-        models.train(net, opt, 4, rank, world, start=4)
+    for kind, options in kinds.items():
         again = sharded()
         with torch.no_grad():
             for p, q in zip(again.parameters(), weights, strict=True):
                 p.copy_(q)
         other = models.optimizer(again, name)
-        set_optimizer_state_dict(again, other, saved, options=options)
+        set_optimizer_state_dict(again, other, saved[kind], options=options)
         models.train(again, other, 4, rank, world, start=4)
         equal = all(torch.equal(a, b) for a, b in zip(whole(net), whole(again), strict=True))
         found[kind] = equal and same_state(opt, other)
