@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +23,40 @@ from hf_lowrank.engine.work import Declared, Work
 
 LOOKED_AT = 8
 """Numbers of every weight that are compared, evenly spaced."""
+
+
+def same_settings(settings: Sequence[tuple[str, Any]], device: torch.device) -> None:
+    """Refuse settings that are not the same on all processes. All of them call this.
+
+    Args:
+        settings: names and values, in one order everywhere; what differs first is named.
+        device: on which processes can exchange numbers.
+
+    Raises:
+        ValueError: on all processes, with what is set on two of them.
+    """
+    group = dist.group.WORLD
+    place = differing([_digest(repr(setting).encode()) for setting in settings], group, device)
+    if place is None:
+        return
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, settings[place] if place < len(settings) else ("nothing", None))
+    other = next(process for process, setting in enumerate(everywhere) if setting != everywhere[0])
+    (name, value), (its, another) = everywhere[0], everywhere[other]
+    raise ValueError(
+        "the processes were not started with the same settings, and would train apart or wait for each other: "
+        f"{name}={value!r} on process 0, {its}={another!r} on process {other}"
+    )
+
+
+def options_of(groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """Return all that groups say but for their parameters, the method first; rates as they were before a schedule."""
+    found = []
+    for group in groups:
+        some = {**group, "lr": group.get("initial_lr", group["lr"])}
+        keys = sorted(some.keys() - {"params", "param_names", "initial_lr"}, key=lambda key: (key != "method", key))
+        found += [(key, some[key]) for key in keys]
+    return found
 
 
 def same_weights(known: Sequence[Declared]) -> None:

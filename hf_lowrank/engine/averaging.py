@@ -26,9 +26,12 @@ def exclude_from_ddp(model: nn.Module, optimizer: Optimizer) -> None:
         model: the model, not wrapped yet, on the device on which it will be trained.
         optimizer: a LowRankOptimizer of its parameters.
 
+    A module inside a wrapper looks like one that is not wrapped: called for it too late (Lightning wraps before
+    `configure_optimizers`), both average, which changes nothing but the traffic.
+
     Raises:
-        ValueError: for a model that is wrapped already or has other weights, and where DistributedDataParallel would
-            have nothing left to reduce, which it refuses.
+        ValueError: for the wrapper itself or a model of other weights, and where DistributedDataParallel would have
+            nothing left to reduce, which it refuses.
 
     Example:
         >>> optimizer = LowRankOptimizer(param_groups(model, reduce_projected=True), "galore_i3s_adamw")

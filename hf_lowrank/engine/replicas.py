@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from hf_lowrank.engine.agreement import same_steps, same_weights
+from hf_lowrank.engine.agreement import options_of, same_settings, same_steps, same_weights
 from hf_lowrank.engine.ahead import Ahead
+from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.ownership import Owners, check_shardable
 from hf_lowrank.engine.work import Declared, Work, prepare
 from hf_lowrank.state.slots import Stored
@@ -80,9 +81,22 @@ class Replicas(Optimizer):
             self.owners.take(list(self.declared()))
         return self.owners
 
+    def agree_on_options(self) -> None:
+        """Refuse options that differ between processes. All of them call this; Trainer does before it trains.
+
+        Raises:
+            ValueError: on all processes, naming the first option that differs.
+        """
+        if replicas() is None:
+            return
+        shared = [("share_refreshes", self.share_refreshes), ("shard_state", self.shard_state)]
+        device = next(p.device for group in self.param_groups for p in group["params"])
+        same_settings([*options_of(self.param_groups), *shared], device)
+
     def _agree(self, work: Work) -> None:
         """Refuse, on all processes, to go on where they would not do the same."""
         if (self.share_refreshes or self.shard_state) and not self._compared:
+            self.agree_on_options()
             same_weights(list(self.declared()))
             self._compared = True
         same_steps(work, share=self.share_refreshes)
@@ -147,6 +161,8 @@ class Replicas(Optimizer):
         if self._whole is None:
             raise RuntimeError(
                 "this process holds only a part of the state (shard_state): call "
-                "optimizer.consolidate_state_dict(to=0) on all processes, and then state_dict() on process 0"
+                "optimizer.consolidate_state_dict(to=0) on all processes, and then state_dict() on process 0 alone "
+                "(Trainer does after hf_lowrank.register()); where every process asks for it, as in accelerate's "
+                "save_state, gather it for every process first: to=0, to=1, ..."
             )
         return {**packed, "state": dict(enumerate(self._whole.values()))}

@@ -98,7 +98,10 @@ def check_replicas(group: Mapping[str, Any], config: Config) -> None:
             continue
         excluded = getattr(p, "_ddp_ignored", False)
         if reason := refusals.of_replicas(config):
-            raise ValueError(f"{config.method} does not run under DistributedDataParallel: {reason}")
+            raise ValueError(
+                f"{config.method} does not run where every process keeps a whole weight, as under "
+                f"DistributedDataParallel (one of shape {tuple(p.shape)} does): {reason}"
+            )
         if reduces(config) and not excluded:
             raise ValueError(
                 f"{config.method} is to average projected gradients itself (reduce_projected, layerwise): call "

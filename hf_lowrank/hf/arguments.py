@@ -9,12 +9,15 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import layer_sampling
 from hf_lowrank.engine import refusals
-from hf_lowrank.engine.averaging import exclude_
+from hf_lowrank.engine.agreement import same_settings
+from hf_lowrank.engine.averaging import exclude_, exclude_from_ddp
+from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.groups import groups_for, model_facts
 from hf_lowrank.hf.clipping import give_clipping_back
@@ -67,7 +70,7 @@ def optimizer_cls_and_kwargs(
     if args is not None:
         own = {key: config.options[key] for key in ("max_grad_norm",) if key in chosen}
         config = _taken_over(args, config, method).with_(**own)
-    return OfAPair, {**_keywords(model, config, values, target_modules), **shared}
+    return OfAPair, {**_keywords(model, config, values, target_modules), **shared, "of": model}
 
 
 def _keywords(
@@ -132,6 +135,26 @@ class OfAPair(AskedWithoutModel):
         "takes the groups out of it. Ask for a new one, for the model that is trained"
     )
 
+    def __init__(
+        self, params: Iterable[Any], *args: Any, of: nn.Module, shard_state: bool = False, **kwargs: Any
+    ) -> None:
+        """Make it for a model, as Trainer does on all processes before DistributedDataParallel wraps that."""
+        shard_state = shard_state and replicas() is not None
+        if shard_state and not gathers_before_saving():
+            raise ValueError(
+                "shard_state: a Trainer of which nothing is replaced asks one process for the state, which holds a "
+                "part: call hf_lowrank.register() before training, which gathers the state before it is saved"
+            )
+        super().__init__(params, *args, shard_state=shard_state, **kwargs)
+        self.agree_on_options()
+        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            exclude_from_ddp(of, self)
+
+
+def gathers_before_saving() -> bool:
+    """Tell whether Trainer's saving has been replaced by `checkpoints.with_sums`."""
+    return hasattr(Trainer._save_optimizer_and_scheduler, "__wrapped__")
+
 
 def create_for(trainer: Any, model: nn.Module | None, asked: Any) -> bool:
     """Give a Trainer that decides by itself which weights decay the optimizer that its arguments name; tell whether.
@@ -143,7 +166,13 @@ def create_for(trainer: Any, model: nn.Module | None, asked: Any) -> bool:
     decides = kind.get_decay_parameter_names is not Trainer.get_decay_parameter_names
     decides &= kind.get_optimizer_cls_and_kwargs is asked
     there = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
-    if there or not decides or name_of(trainer.args) not in resolve.names():
+    if there or name_of(trainer.args) not in resolve.names():
+        return False
+    if replicas() is not None and trainer.args.world_size > 1:
+        given, asked_for = trainer.args, name_of(trainer.args)  # what decides on collectives before the first step
+        more = [(name, getattr(given, name)) for name in ("optim_args", "optim_target_modules")]
+        same_settings([("optim", asked_for), *more], given.device)
+    if not decides:
         return False
     model = trainer.model if model is None else model
     cls, kwargs = from_arguments(trainer.args, model, decaying=trainer.get_decay_parameter_names(model))

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_lowrank.hf.arguments import name_of, refuse_unsupported, unwrapped
+from hf_lowrank.hf.checkpoints import GENERATORS, SAVED, generators_saved_by
 from hf_lowrank.hf.clipping import clip_as_told, give_clipping_back, hold_clipping
 from hf_lowrank.hf.model_card import TAG
 from hf_lowrank.hf.unsloth import take_embedding_learning_rate
@@ -22,8 +23,6 @@ from hf_lowrank.optimizer import LowRankOptimizer
 
 
 logger = logging.getLogger("hf_lowrank")
-SAVED = "hf_lowrank"
-"""Key of what the callback keeps in trainer_state.json."""
 
 
 class LowRankCallback(TrainerCallback):  # type: ignore[misc]
@@ -86,6 +85,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         optimizer.layerwise.forget()  # of a backward pass that an error has ended
         held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         check_saved(kwargs.get("model"), held, resumed=state.global_step > 0)
+        if args.world_size > 1:
+            optimizer.agree_on_options()
         self.optimizer = optimizer
         clip_as_told(optimizer, args)
         optimizer.tell(total_steps=state.max_steps)  # for the rules that switch at a share of the run
@@ -135,21 +136,20 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             return
         self.run.end_step(state.global_step, logging=control.should_log, first_overlap=self.first_overlap)
         if control.should_save:
-            self._before_saving(state)
+            self._before_saving(args, state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put what a resumed run needs into the state: Trainer may save the best model now."""
-        if self.run is not None:
-            state.stateful_callbacks[SAVED] = self.run.kept()
+        self._keep(args, state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As at the end of a step, where Trainer saves by epochs."""
         if control.should_save:
-            self._before_saving(state)
+            self._before_saving(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As before a save, where that was not announced: Trainer saves the best model right after an evaluation."""
-        self._before_saving(state)
+        self._before_saving(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks of the layerwise mode off the model, and let others have the output folder."""
@@ -166,20 +166,25 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         logs.update({**found, **pending})
         if state.log_history:  # what is pending has its own row there, at the step of the checkpoint
             state.log_history[-1].update(found)
-        state.stateful_callbacks[SAVED] = self.run.kept()
+        self._keep(args, state)
         refreshed = any(key.count("/") > 1 for key in found)
         if refreshed and state.is_world_process_zero and has_subspaces(self.run.optimizer):
             line = headline(found, self.run.since_log.gauges.declared)
             logger.info("step %d: %s", state.global_step, line)
 
-    def _before_saving(self, state: Any) -> None:
+    def _before_saving(self, args: Any, state: Any) -> None:
         """Measure the rank of the update, on all processes, and put what a resumed run needs into the state."""
         if self.run is None:
             return
         found = self.run.checkpoints.measure(state.global_step)
         if found and state.is_world_process_zero:
             state.log_history.append({**found, "epoch": state.epoch, "step": state.global_step})
-        state.stateful_callbacks[SAVED] = self.run.kept()
+        self._keep(args, state)
+
+    def _keep(self, args: Any, state: Any) -> None:
+        """Put what a resumed run needs into the state."""
+        if self.run is not None:
+            state.stateful_callbacks[SAVED] = {**self.run.kept(), GENERATORS: generators_saved_by(args)}
 
     def _end_first_refresh(self) -> None:
         if self._first_refresh is not None:

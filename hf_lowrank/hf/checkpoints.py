@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import logging
+import os
 import pickle
 import re
 import zipfile
@@ -17,7 +18,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from transformers import Trainer, trainer, trainer_utils
+from transformers import Trainer, TrainingArguments, trainer, trainer_utils
 
 from hf_lowrank.hf.arguments import name_of, unwrapped
 from hf_lowrank.methods import resolve
@@ -32,6 +33,12 @@ SUMS_FILE = "hf_lowrank_sums.json"
 
 SHARDED = "*/.metadata"
 """Where a checkpoint has folders of torch.distributed.checkpoint: of the optimizer, and of the weights."""
+
+SAVED = "hf_lowrank"
+"""Key of what the callback keeps in trainer_state.json."""
+
+GENERATORS = "generators"
+"""Key in that of how many processes write an rng_state into the folder."""
 
 ARCHIVES = ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 """What torch.save writes into a checkpoint beside the weights; each record in it has a checksum."""
@@ -48,7 +55,7 @@ def skipping_incomplete(original: Callable[[str], str | None]) -> Callable[[str]
         pattern = trainer_utils._re_checkpoint
         found = [path for path in Path(folder).iterdir() if path.is_dir() and pattern.search(path.name)]
         for path in sorted(found, key=lambda path: int(pattern.search(path.name).groups()[0]), reverse=True):
-            if fault := checkpoint_fault(path):
+            if fault := checkpoint_fault(path) or lacks_generators(path):
                 logger.warning("skipping %s: %s", path, fault)
             else:
                 return str(path)
@@ -66,6 +73,8 @@ def naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, checkpoint)
         if fault := checkpoint_fault(Path(checkpoint)):
             raise ValueError(f"cannot resume from {checkpoint}: {fault}. Name an earlier checkpoint.")
+        if lacking := lacks_generators(Path(checkpoint)):
+            logger.warning("%s: %s; random numbers are not those that the run would have had", checkpoint, lacking)
         if weights_only(Path(checkpoint)):
             logger.warning(
                 "%s holds weights alone (save_only_model): moments, subspaces and the schedule of the learning rate "
@@ -118,6 +127,24 @@ def consolidate(self: Trainer) -> None:
     dist.all_gather_object(writing, self.args.should_save)
     for process in (i for i, writes in enumerate(writing) if writes):
         optimizer.consolidate_state_dict(to=process)
+
+
+def generators_saved_by(args: TrainingArguments) -> int:
+    """Return how many processes write the state of their random generators into a checkpoint's folder."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.save_on_each_node else int(args.world_size)
+
+
+def lacks_generators(path: Path) -> str:
+    """Say so where a checkpoint lacks the file of a process that was killed before it wrote it, else "".
+
+    The first process writes the trainer state, and waits for no other.
+    """
+    if weights_only(path):
+        return ""
+    state = json.loads((path / trainer.TRAINER_STATE_NAME).read_text())
+    wanted = (state.get("stateful_callbacks") or {}).get(SAVED, {}).get(GENERATORS, 1)
+    found = len([*path.glob("rng_state*.pth")])
+    return f"{found} of {wanted} processes have written their rng_state" if 1 < wanted > found else ""
 
 
 def checkpoint_fault(path: Path) -> str | None:

@@ -82,6 +82,8 @@ def test_processes_that_come_apart_are_told_so_together_and_nobody_waits(tmp_pat
     assert one_sentence(shared, UP, "share_refreshes=False", "DTensors") and one_sentence(sharded, UP) and quiet(alone)
     for raised in found["other parameters"]:
         assert one_sentence(raised, "is not the same on all processes")
+    for raised in found["other options"]:
+        assert one_sentence(raised, "scale=0.25 on process 0, scale=0.5 on process 1")
     for case in ("nan", "nan, late", "missing"):
         assert one_sentence(found[case], UP, "reduce gradients"), case
     assert one_sentence(found["missing, dense"], "norm.weight") and one_sentence(found["missing, all"])

@@ -91,6 +91,12 @@ def other_parameters(**shared):
     return [steps(net, models.optimizer(net, NAME, **shared), None) for net in (fewer, wider)]
 
 
+def other_options(**shared):
+    scale = 0.5 if other() else 0.25
+    net = models.model()
+    return steps(net, models.optimizer(net, NAME, scale=scale, **shared), None)
+
+
 def in_step(name, *changes, **shared):
     net = models.model()
     return steps(net, models.optimizer(net, name, **shared), *changes)
@@ -196,6 +202,7 @@ def apart():
     return {
         "other weights": [other_weights(**shared), other_weights(**owned), other_weights()],
         "other parameters": [*other_parameters(**shared), *other_parameters(**owned)],
+        "other options": [other_options(**shared), other_options(**owned)],
         "nan": in_step(NAME, None, nan_in(UP), None, **shared),
         "nan, late": in_step(LATE, None, nan_in(UP), **shared),
         "missing": in_step(NAME, None, without(UP), **shared),
