@@ -39,13 +39,13 @@ def same_settings(settings: Sequence[tuple[str, Any]], device: torch.device) -> 
     place = differing([_digest(repr(setting).encode()) for setting in settings], group, device)
     if place is None:
         return
+    here = "{}={!r}".format(*settings[place]) if place < len(settings) else "no more"
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, settings[place] if place < len(settings) else ("nothing", None))
-    other = next(process for process, setting in enumerate(everywhere) if setting != everywhere[0])
-    (name, value), (its, another) = everywhere[0], everywhere[other]
+    dist.all_gather_object(everywhere, here)
+    other = next(process for process, text in enumerate(everywhere) if text != everywhere[0])
     raise ValueError(
         "the processes were not started with the same settings, and would train apart or wait for each other: "
-        f"{name}={value!r} on process 0, {its}={another!r} on process {other}"
+        f"{everywhere[0]} on process 0, {everywhere[other]} on process {other}"
     )
 
 

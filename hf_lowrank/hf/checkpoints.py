@@ -144,7 +144,7 @@ def lacks_generators(path: Path) -> str:
     state = json.loads((path / trainer.TRAINER_STATE_NAME).read_text())
     wanted = (state.get("stateful_callbacks") or {}).get(SAVED, {}).get(GENERATORS, 1)
     found = len([*path.glob("rng_state*.pth")])
-    return f"{found} of {wanted} processes have written their rng_state" if 1 < wanted > found else ""
+    return f"{found} of {wanted} processes have written their rng_state" if wanted > max(1, found) else ""
 
 
 def checkpoint_fault(path: Path) -> str | None:

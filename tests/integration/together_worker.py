@@ -3,11 +3,13 @@
 torchrun --nproc_per_node 2 together_worker.py settings|pairs|killed OUTPUT FOLDER
 """
 
+import shutil
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import Trainer
 
 
@@ -87,9 +89,13 @@ class Killed(Trainer):
 
 def killed():
     """Whether a run resumes exactly from the last whole checkpoint, where dropout needs the generators."""
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
     run = arguments(FOLDER / "run", NAME, **saving)
     train(run, tiny_llama(attention_dropout=0.3), Killed)
+    dist.barrier()
+    if not other():
+        shutil.rmtree(FOLDER / "run" / "checkpoint-6")  # a killed run has none
+    dist.barrier()
     said = [lacks_generators(FOLDER / "run" / f"checkpoint-{step}") for step in (2, 4)]
     whole = train(arguments(FOLDER / "whole", NAME, **saving), tiny_llama(attention_dropout=0.3))
     resumed = train(run, tiny_llama(attention_dropout=0.3), resume=True)

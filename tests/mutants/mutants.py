@@ -30,6 +30,7 @@ def run_of(name: str, shape: str = "wide") -> str:
 ADAM = "galore_dominant_adamw"
 SAMPLING = "tests/test_sampling.py::"
 LAYERS = "tests/integration/test_layer_sampling.py::"
+TOGETHER = "tests/integration/test_together.py::"
 LAW = SAMPLING + "test_a_whole_step_samples_singular_vectors_by_the_law[galore_i3s_adamw-options0-law0]"
 OPTIONS = "tests/test_equations_of_options.py::"
 ROTATED, COMPLETED, RESET = (
@@ -104,6 +105,12 @@ MUTANTS = [
            "model.load_state_dict(whole.state_dict(), strict=False)", "pass",
            "tests/integration/test_every_weight_resumes.py::test_models_whose_files_have_other_names_resume_bit_for_bit"
            "[neox-dtype2-Trainer]"),
+    Mutant("a killed process's generator not missed", "hf/checkpoints.py",
+           "checkpoint_fault(path) or lacks_generators(path)", "checkpoint_fault(path)",
+           TOGETHER + "test_a_checkpoint_that_lacks_the_generator_of_a_killed_process_is_skipped"),
+    Mutant("rates that differ let pass", "engine/agreement.py",
+           'some.keys() - {"params",', 'some.keys() - {"lr", "params",',
+           TOGETHER + "test_processes_that_were_started_with_other_settings_all_end_with_the_sentence_that_names_one"),
     Mutant("squares for norms", "hf/outliers.py", "squares[module].sqrt()", "squares[module]",
            LAYERS + "test_shares_of_outliers_by_their_definition"),
     Mutant("a plan of all layers", "planning/memory.py", "rule = layer_sampling.take(given)",
