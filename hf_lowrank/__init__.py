@@ -14,11 +14,11 @@ from hf_lowrank import _moved
 if TYPE_CHECKING:
     from hf_lowrank.engine.averaging import exclude_from_ddp
     from hf_lowrank.groups import param_groups, target_parameters
-    from hf_lowrank.hf.arguments import optimizer_cls_and_kwargs
     from hf_lowrank.hf.callback import LowRankCallback
     from hf_lowrank.hf.layer_sampling import LayerSampling
     from hf_lowrank.hf.model_card import add_to_model_card
     from hf_lowrank.hf.models import LLAMA, llama_config
+    from hf_lowrank.hf.pair import optimizer_cls_and_kwargs
     from hf_lowrank.hf.register import register, unregister
     from hf_lowrank.hf.trainer import LowRankTrainer
     from hf_lowrank.methods.context import ColumnNorms, Columns, Context, Update
@@ -49,7 +49,7 @@ _LAZY = {
     "MemoryEstimate": "planning.memory",
     "estimate_memory": "planning.memory",
     "fit_budget": "planning.budget",
-    "optimizer_cls_and_kwargs": "hf.arguments",
+    "optimizer_cls_and_kwargs": "hf.pair",
     "register": "hf.register",
     "unregister": "hf.register",
     "LowRankTrainer": "hf.trainer",

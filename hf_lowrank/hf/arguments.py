@@ -9,14 +9,13 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import layer_sampling
 from hf_lowrank.engine import refusals
 from hf_lowrank.engine.agreement import same_settings
-from hf_lowrank.engine.averaging import exclude_, exclude_from_ddp
+from hf_lowrank.engine.averaging import exclude_
 from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.groups import groups_for, model_facts
@@ -32,48 +31,7 @@ from hf_lowrank.optimizer import LowRankOptimizer
 logger = logging.getLogger("hf_lowrank")
 
 
-def optimizer_cls_and_kwargs(
-    model: nn.Module,
-    method: str,
-    *,
-    args: TrainingArguments | None = None,
-    lr: float | None = None,
-    betas: tuple[float, float] | None = None,
-    eps: float | None = None,
-    weight_decay: float | None = None,
-    rank: float | None = None,
-    target_modules: Any = None,
-    seed: int | None = None,
-    **options: Any,
-) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
-    """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes; nothing needs to be registered for it.
-
-    Args:
-        model: the model to train.
-        method: a name from METHODS.
-        args: where lr, betas, eps, weight_decay and seed come from if they are not given, and max_grad_norm in the
-            layerwise mode. Trainer does not pass its arguments on along this route, so give them here or there.
-        lr, betas, eps, weight_decay, seed: defaults without `args`: 1e-3, (0.9, 0.999), 1e-8, 0, 0.
-        rank: by default the method's own, 128 for most.
-        target_modules, options: see `param_groups`; and shard_state=True, as LowRankOptimizer takes it.
-
-    Raises:
-        ValueError: for an unknown method or option, where nothing can be projected, or for what the layerwise mode
-            cannot honour of `args`.
-    """
-    shared = _of_replicas(options)
-    chosen = options if rank is None else {"rank": rank, **options}
-    config = Config.of(method, chosen, model=True, facts=model_facts(model))
-    _warn_of_rank(config, chosen)
-    given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
-    values = {**_hyperparameters(args), **{key: value for key, value in given.items() if value is not None}}
-    if args is not None:
-        own = {key: config.options[key] for key in ("max_grad_norm",) if key in chosen}
-        config = _taken_over(args, config, method).with_(**own)
-    return OfAPair, {**_keywords(model, config, values, target_modules), **shared, "of": model}
-
-
-def _keywords(
+def keywords_of(
     model: nn.Module,
     config: Config,
     values: dict[str, Any],
@@ -86,20 +44,21 @@ def _keywords(
     return {"params": groups, "method": config.method, **values}
 
 
-def _warn_of_rank(config: Config, given: Iterable[str]) -> None:
+def warn_of_rank(config: Config, given: Iterable[str]) -> None:
     """Say that a method without a subspace has no rank."""
     if "rank" in given and config.parts.subspace.whole:
         logger.warning("%s has no subspace, so rank has no effect: leave it out", config.method)
 
 
-def _of_replicas(options: dict[str, Any]) -> dict[str, Any]:
+def of_replicas(options: dict[str, Any]) -> dict[str, Any]:
     """Take out the options that are the optimizer's own under DistributedDataParallel; return those that are on."""
     schema = opt.schema(ReplicaOptions)
     given = {key: options.pop(key) for key in schema if key in options}
     return {key: value for key in given if (value := opt.parse(key, given[key], schema, what="optimizer"))}
 
 
-def _hyperparameters(args: TrainingArguments | None) -> dict[str, Any]:
+def hyperparameters(args: TrainingArguments | None) -> dict[str, Any]:
+    """Return what LowRankOptimizer takes of training arguments; without any what it has by default."""
     if args is None:
         return {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "seed": 0}
     return {
@@ -125,35 +84,6 @@ class AskedWithoutModel(LowRankOptimizer):
         if not any(isinstance(group, dict) and "rank" in group for group in groups):
             raise ValueError(self.without)
         super().__init__(groups, *args, **kwargs)
-
-
-class OfAPair(AskedWithoutModel):
-    """What `optimizer_cls_and_kwargs` returns: Trainer takes the groups out of a pair as it uses it."""
-
-    without = (
-        "no group says which matrices get a subspace: the pair of optimizer_cls_and_kwargs has been used, and Trainer "
-        "takes the groups out of it. Ask for a new one, for the model that is trained"
-    )
-
-    def __init__(
-        self, params: Iterable[Any], *args: Any, of: nn.Module, shard_state: bool = False, **kwargs: Any
-    ) -> None:
-        """Make it for a model, as Trainer does on all processes before DistributedDataParallel wraps that."""
-        shard_state = shard_state and replicas() is not None
-        if shard_state and not gathers_before_saving():
-            raise ValueError(
-                "shard_state: a Trainer of which nothing is replaced asks one process for the state, which holds a "
-                "part: call hf_lowrank.register() before training, which gathers the state before it is saved"
-            )
-        super().__init__(params, *args, shard_state=shard_state, **kwargs)
-        self.agree_on_options()
-        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            exclude_from_ddp(of, self)
-
-
-def gathers_before_saving() -> bool:
-    """Tell whether Trainer's saving has been replaced by `checkpoints.with_sums`."""
-    return hasattr(Trainer._save_optimizer_and_scheduler, "__wrapped__")
 
 
 def create_for(trainer: Any, model: nn.Module | None, asked: Any) -> bool:
@@ -192,7 +122,7 @@ def from_arguments(
     """
     refuse_unsupported(args)
     give_clipping_back(args)
-    values = _hyperparameters(args)
+    values = hyperparameters(args)
     if model is None:  # LLaMA-Factory asks without a model to read lr, betas and eps
         return AskedWithoutModel, {"method": name_of(args), **{k: values[k] for k in ("lr", "betas", "eps")}}
     options: dict[str, Any] = split_assignments(args.optim_args)
@@ -200,13 +130,13 @@ def from_arguments(
     for option, argument in _TRAINING_ARGUMENTS.items():
         if option in options:
             raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")
-    shared = _of_replicas(options)
+    shared = of_replicas(options)
     if shared and _fsdp_version(args) is not None:
         raise ValueError("optim_args: shard_state is for DDP; FSDP2 shards the state by itself, so leave it out")
     name = name_of(args)
-    config = _taken_over(args, Config.of(name, options, model=True, facts=model_facts(model)), name)
-    _warn_of_rank(config, options)
-    keywords = _keywords(model, config, values, args.optim_target_modules, decaying)
+    config = taken_over(args, Config.of(name, options, model=True, facts=model_facts(model)), name)
+    warn_of_rank(config, options)
+    keywords = keywords_of(model, config, values, args.optim_target_modules, decaying)
     replicated = _replicated(args)
     if replicated and reduces(config):  # Trainer wraps the model after this
         exclude_(model, {p for group in keywords["params"] if "rank" in group for p in group["params"]})
@@ -230,7 +160,7 @@ def _replicated(args: TrainingArguments) -> bool:
     return bool(args.world_size > 1 and _fsdp_version(args) is None)
 
 
-def _taken_over(args: TrainingArguments, config: Config, name: str) -> Config:
+def taken_over(args: TrainingArguments, config: Config, name: str) -> Config:
     """Return the options with what follows where Trainer does not find whole gradients, whose norm it would clip.
 
     Raises:

@@ -13,7 +13,7 @@ from llamafactory.v1.plugins.trainer_plugins.optimizer import (  # type: ignore[
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_lowrank.hf.arguments import optimizer_cls_and_kwargs
+from hf_lowrank.hf.pair import optimizer_cls_and_kwargs
 from hf_lowrank.methods import resolve
 from hf_lowrank.optimizer import LowRankOptimizer
 
