@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.step import group_of
 from hf_lowrank.engine.work import Declared, Work
 
@@ -26,7 +27,7 @@ LOOKED_AT = 8
 
 
 def same_settings(settings: Sequence[tuple[str, Any]], device: torch.device) -> None:
-    """Refuse settings that are not the same on all processes. All of them call this.
+    """Refuse settings that are not the same on all processes. All of them call this; one alone has nothing to compare.
 
     Args:
         settings: names and values, in one order everywhere; what differs first is named.
@@ -35,8 +36,9 @@ def same_settings(settings: Sequence[tuple[str, Any]], device: torch.device) -> 
     Raises:
         ValueError: on all processes, with what is set on two of them.
     """
-    group = dist.group.WORLD
-    place = differing([_digest(repr(setting).encode()) for setting in settings], group, device)
+    group = replicas()
+    digests = [_digest(repr(setting).encode()) for setting in settings]
+    place = None if group is None else differing(digests, group, device)
     if place is None:
         return
     here = "{}={!r}".format(*settings[place]) if place < len(settings) else "no more"

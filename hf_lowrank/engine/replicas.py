@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from hf_lowrank.engine.agreement import options_of, same_settings, same_steps, same_weights
 from hf_lowrank.engine.ahead import Ahead
-from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.ownership import Owners, check_shardable
 from hf_lowrank.engine.work import Declared, Work, prepare
 from hf_lowrank.state.slots import Stored
@@ -87,8 +86,6 @@ class Replicas(Optimizer):
         Raises:
             ValueError: on all processes, naming the first option that differs.
         """
-        if replicas() is None:
-            return
         shared = [("share_refreshes", self.share_refreshes), ("shard_state", self.shard_state)]
         device = next(p.device for group in self.param_groups for p in group["params"])
         same_settings([*options_of(self.param_groups), *shared], device)

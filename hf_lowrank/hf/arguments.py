@@ -16,7 +16,6 @@ from hf_lowrank import layer_sampling
 from hf_lowrank.engine import refusals
 from hf_lowrank.engine.agreement import same_settings
 from hf_lowrank.engine.averaging import exclude_
-from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.engine.matrix import reduces
 from hf_lowrank.groups import groups_for, model_facts
 from hf_lowrank.hf.clipping import give_clipping_back
@@ -98,7 +97,7 @@ def create_for(trainer: Any, model: nn.Module | None, asked: Any) -> bool:
     there = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     if there or name_of(trainer.args) not in resolve.names():
         return False
-    if replicas() is not None and trainer.args.world_size > 1:
+    if trainer.args.world_size > 1:
         given, asked_for = trainer.args, name_of(trainer.args)  # what decides on collectives before the first step
         more = [(name, getattr(given, name)) for name in ("optim_args", "optim_target_modules")]
         same_settings([("optim", asked_for), *more], given.device)
