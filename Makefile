@@ -18,17 +18,17 @@ quickstart: $(VENV)/.recipes
 	$(BIN)/python recipes/quickstart/quickstart.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not full"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python tests/mutants/run.py
 
 # The same tests with the oldest torch and transformers that are supported; the oldest Python: make test-lowest PYTHON=python3.10.
 test-lowest: VENV = .venv-lowest-$(notdir $(PYTHON))
 test-lowest:
 	$(MAKE) VENV=$(VENV) TORCH="$(LOWEST_TORCH)" PINS='$(LOWEST)' $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not full"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
 
 bench: $(VENV)/.bench
 	$(BIN)/python recipes/benchmarks/run.py --json runs/bench.json --markdown runs/bench.md

@@ -157,8 +157,9 @@ def test_it_resumes_bit_for_bit(name, cut):
 
 def test_clipping_is_by_the_norm_of_the_projected_gradients():
     limit = 0.05
-    clipped, opt = run("galore_random_adamw_layerwise", steps=3, max_grad_norm=limit, stagger=False)
-    by_hand, other = run("galore_random_adamw", steps=0)
+    once = {"update_proj_gap": 3, "stagger": False}
+    clipped, opt = run("galore_random_adamw_layerwise", steps=3, max_grad_norm=limit, **once)
+    by_hand, other = run("galore_random_adamw", steps=0, **once)
     for step in range(3):
         other.zero_grad()
         models.loss_of(by_hand, step).backward()

@@ -192,9 +192,9 @@ def roberta() -> Iterator[Row]:
         yield Row(what, f"{figure} MB", count, note if rank else "")
 
 
-def section() -> Section:
-    """Return MiB of state for every method and size, in fp32 and in 8 bits, on the meta device."""
-    models = {size: load_model(size) for size in BENCHMARKED}
+def section(*, quick: bool = False) -> Section:
+    """Return MiB of state for every method and size (quick: the first), in fp32 and 8 bits, on the meta device."""
+    models = {size: load_model(size) for size in (BENCHMARKED[:1] if quick else BENCHMARKED)}
     adamw = {size: estimate_memory(net, "adamw_torch", dtype="fp32").state for size, net in models.items()}
     rows = [{"optimizer": "torch AdamW, fp32", **{size.upper(): round(x / 2**20) for size, x in adamw.items()}}]
     for row in METHODS:
@@ -209,7 +209,7 @@ def section() -> Section:
             except ValueError:  # a method without such an option
                 continue
             rows.append({"optimizer": label, **{size.upper(): round(x / 2**20) for size, x in state.items()}})
-    ranks = {size: RANKS[size] for size in BENCHMARKED}
+    ranks = {size: RANKS[size] for size in models}
     result = Section(f"MiB of optimizer state, counted; ranks {ranks}", rows)
     for label, limit, options in (
         ("galore_i3s_adamw_8bit, bases in 8 bits", 0.19, EVERYTHING_8BIT),

@@ -106,7 +106,7 @@ def step_sections(plan: Plan) -> Iterator[Section]:
 
 SECTIONS: dict[str, Callable[[Plan], Iterable[Section]]] = {
     "steps": step_sections,
-    "bytes": lambda plan: [memory_tables.section()],
+    "bytes": lambda plan: [memory_tables.section(quick=plan.quick)],
     "refresh": lambda plan: refresh.sections(plan.device, quick=plan.quick),
     "stagger": lambda plan: [steps_over_intervals(plan)],
     "training": lambda plan: training.sections(plan.first, plan.rank, plan.device, quick=plan.quick),

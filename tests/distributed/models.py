@@ -15,6 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fitting import fitting  # noqa: E402
 
 
+GAP = 2
+"""Steps between refreshes."""
+
+
 class Block(nn.Module):
     """Tall (up), square (mix), wide (down) and narrow (key, as grouped queries have it) matrices; stacked experts."""
 
@@ -75,7 +79,7 @@ def optimizer(net, name, rank=3, **options):
 
 def keywords(net, name, rank=3, **options):
     """What an optimizer of a model takes."""
-    fitted = fitting(name, {"rank": rank, "update_proj_gap": 3, **options})
+    fitted = fitting(name, {"rank": rank, "update_proj_gap": GAP, **options})
     groups = param_groups(net, weight_decay=0.1, **fitted)
     row = METHODS[resolve.split(name)[0]]
     # two rules divide by what may be next to nothing; at the common rate such a run is chaos, and equals no other

@@ -30,7 +30,7 @@ from hf_lowrank.engine import step as engine  # noqa: E402
 from hf_lowrank.methods import resolve  # noqa: E402
 
 
-STEPS = 8  # refreshes before steps 1, 4 and 7
+STEPS, HALF = 6, 3  # refreshes before steps 1, 3 and 5: the half is in the middle of an interval
 SIZES = {"experts": 2}
 WHOLE_SPECTRUM = [name for name, row in METHODS.items() if row.subspace in ("hybrid", "uniform")]
 
@@ -135,16 +135,16 @@ def rules(name):
     alone, _ = single(method, **options)
     net = sharded()
     opt = models.optimizer(net, method, **options)
-    models.train(net, opt, 4, rank, world)
+    models.train(net, opt, HALF, rank, world)
     saved, weights = copy.deepcopy(get_optimizer_state_dict(net, opt)), [p.detach().clone() for p in net.parameters()]
-    models.train(net, opt, STEPS - 4, rank, world, start=4)
+    models.train(net, opt, HALF, rank, world, start=HALF)
     again = sharded()
     with torch.no_grad():
         for p, q in zip(again.parameters(), weights, strict=True):
             p.copy_(q)
     other = models.optimizer(again, method, **options)
     set_optimizer_state_dict(again, other, saved)
-    models.train(again, other, STEPS - 4, rank, world, start=4)
+    models.train(again, other, HALF, rank, world, start=HALF)
     return {
         "displacement": models.displacement(whole(net), whole(alone), start()),
         "resumed": all(torch.equal(a, b) for a, b in zip(whole(net), whole(again), strict=True)),
@@ -182,11 +182,11 @@ def resume(name):
     rank, world = dist.get_rank(), dist.get_world_size()
     net = sharded()
     opt = models.optimizer(net, name)
-    models.train(net, opt, 4, rank, world)
+    models.train(net, opt, HALF, rank, world)
     kinds = {"sharded": StateDictOptions(), "full": StateDictOptions(full_state_dict=True)}
     saved = {kind: copy.deepcopy(get_optimizer_state_dict(net, opt, options=given)) for kind, given in kinds.items()}
     weights = [p.detach().clone() for p in net.parameters()]
-    models.train(net, opt, 4, rank, world, start=4)
+    models.train(net, opt, HALF, rank, world, start=HALF)
     found = {}
     for kind, options in kinds.items():
         again = sharded()
@@ -195,7 +195,7 @@ def resume(name):
                 p.copy_(q)
         other = models.optimizer(again, name)
         set_optimizer_state_dict(again, other, saved[kind], options=options)
-        models.train(again, other, 4, rank, world, start=4)
+        models.train(again, other, HALF, rank, world, start=HALF)
         equal = all(torch.equal(a, b) for a, b in zip(whole(net), whole(again), strict=True))
         found[kind] = equal and same_state(opt, other)
     return found

@@ -16,13 +16,10 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
-from worker import STEPS, exact, main, same_state, sharded, whole  # noqa: E402
+from worker import HALF, STEPS, exact, main, same_state, sharded, whole  # noqa: E402
 
 from hf_lowrank.methods import resolve  # noqa: E402
 from hf_lowrank.state import view  # noqa: E402
-
-
-HALF = STEPS // 2 + 1  # in the middle of an interval
 
 
 def trained(name, steps=STEPS, **options):
@@ -67,7 +64,7 @@ def pieces(name):
         resumed = models.optimizer(again, name, **on(name), **exact(name), **options)
         set_optimizer_state_dict(again, resumed, saved, options=how)
         for run, optimizer in ((net, opt), (again, resumed)):
-            models.train(run, optimizer, STEPS - HALF, rank, world, start=HALF)
+            models.train(run, optimizer, HALF, rank, world, start=HALF)
         found[kind] = all(torch.equal(a, b) for a, b in zip(whole(net), whole(again), strict=True)) and same_state(
             opt, resumed
         )

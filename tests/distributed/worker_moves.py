@@ -29,14 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
 import worker_plans  # noqa: E402
-from worker import main, single, start, whole  # noqa: E402
+from worker import HALF, main, single, start, whole  # noqa: E402
 
 
 SIZES = {**worker_plans.SIZES, "experts": 2}
 PLAN = {**worker_plans.PLAN, "embed": RowwiseParallel(input_layouts=Replicate())}
 PLAN.pop("norm")
 FULL = StateDictOptions(full_state_dict=True)
-HALF = 4  # refreshes before steps 1, 4 and 7
 
 
 def made(kind):

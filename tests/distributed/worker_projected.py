@@ -18,13 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
-from worker import exact, report, same_everywhere, start, whole  # noqa: E402
+from worker import HALF, STEPS, exact, report, same_everywhere, start, whole  # noqa: E402
 
 from hf_lowrank import LowRankOptimizer, exclude_from_ddp, param_groups  # noqa: E402
 from hf_lowrank.engine import layerwise  # noqa: E402
-
-
-STEPS = 8  # refreshes before steps 1, 4 and 7
 
 
 def build(name, net=None, dtype=torch.float32, *, exclude=True, **options):
@@ -70,10 +67,10 @@ def agrees(name):
         found[f"same layerwise {pieces}"] = same_everywhere(list(lazy.parameters()))
     found["refreshes"] = total(opt.refreshes_here) == total(plain.refreshes_here) > opt.refreshes_here
     half, parallel, a = build(name, reduce_projected=True)
-    train(parallel, a, 5)
+    train(parallel, a, HALF)
     rest, parallel, b = build(name, copy.deepcopy(half), reduce_projected=True)
     b.load_state_dict(a.state_dict())
-    train(parallel, b, 3, first=5)
+    train(parallel, b, HALF, first=HALF)
     once, parallel, c = build(name, reduce_projected=True)
     train(parallel, c, STEPS)
     found["resumed"] = all(torch.equal(p, q) for p, q in zip(rest.parameters(), once.parameters(), strict=True))
@@ -177,13 +174,13 @@ def collectives(name):
     """Those of an ordinary step and of one at which all refreshes are due."""
     net, parallel, opt = build(name, reduce_projected=True, stagger=False)
     counts = []
-    for step in range(3):
+    for step in range(2):
         opt.zero_grad()
         models.loss_of(parallel, step, dist.get_rank(), dist.get_world_size()).backward()
         with CommDebugMode() as counted:
             opt.step()
         counts.append({str(op).split(".")[-1]: n for op, n in counted.get_comm_counts().items()})
-    return {"refresh": counts[0], "ordinary": counts[2]}
+    return {"refresh": counts[0], "ordinary": counts[1]}
 
 
 class Wide(nn.Module):

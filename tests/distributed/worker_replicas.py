@@ -15,14 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models  # noqa: E402
-from worker import STEPS, main, same_everywhere, same_state  # noqa: E402
+from worker import HALF, STEPS, main, same_everywhere, same_state  # noqa: E402
 
 from hf_lowrank import LowRankOptimizer  # noqa: E402
 from hf_lowrank.engine import ownership  # noqa: E402
 from hf_lowrank.state import view  # noqa: E402
 
 
-HALF = STEPS // 2
 ASLEEP = "blocks.1.up.weight"  # a matrix that is not trained: its owner has counters alone
 
 

@@ -26,7 +26,7 @@ from models import fitting  # noqa: E402
 from hf_lowrank import LowRankOptimizer  # noqa: E402
 
 
-BEFORE, AFTER = 5, 4  # refreshes before steps 1, 4 and 7: what is saved is in the middle of an interval
+BEFORE, AFTER = 5, 4  # gaps of 2 and 3: what is saved is in the middle of an interval
 SIZES = {"": {"experts": 2}, "large": {"width": 72, "inner": 100, "experts": 2}}
 
 
