@@ -1,3 +1,4 @@
+import gc
 import os
 
 import torch
@@ -11,3 +12,9 @@ from hf_lowrank.tensors import products  # noqa: E402
 
 
 products.has_bf16_product = lambda: False  # in this process numbers are those of every CPU; test_products has both
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported and collected out of the garbage collections, of which every training begins with one."""
+    gc.collect()
+    gc.freeze()
