@@ -317,7 +317,7 @@ def test_the_settings_of_others(found):
 
 def test_how_much_lower_a_parabola_would_lie(found):
     """Through the losses of a row's best and its neighbours along a rate, where both were tried."""
-    record, lower, none = Record(FILE), {}, 0
+    record, lower, none = Record(FILE), {}, set()
     for result in found.values():
         trials = record.trials(result.row, "small", 1000)
         drops = []
@@ -327,30 +327,34 @@ def test_how_much_lower_a_parabola_would_lie(found):
                 a, b, c = trials[left], trials[result.best], trials[right]
                 drops.append((a - c) ** 2 / (8 * (a - 2 * b + c)))
         lower |= {result.row.name: max(drops)} if drops else {}
-        none += not drops
+        none |= set() if drops else {result.row.name}
     most = max(lower.values())
     assert f"up\n  to {most:.3f} lower" in PAGES["docs/recommended.md"] and f"up to {most:.3f} lower" in STUDIES
-    assert none == 8 and "For eight rows,\n  Muon in fp32 and four bits" in PAGES["docs/recommended.md"]
-    assert not {"full_muon", "muon_4bit"} & lower.keys()
+    assert none == {"full_muon", "rmnp", "alice_adamw", "galore_i3s_adamw", "i3s_compensation"}
+    words = "For five rows,\n  Muon in fp32, RMNP, Alice and I3S with and without compensation, both were tried of"
+    assert words in PAGES["docs/recommended.md"]
     far = {name: drop for name, drop in lower.items() if drop > 0.01}
     assert {*far} == {
         *("full_adamw", "full_adamw_8bit", "subtrack_pp_adamw", "fira_adamw", "apollo_random_adamw"),
-        *("galore_dominant_adamw", "lora", "fira_i3s_adamw"),
+        *("galore_dominant_adamw", "lora", "fira_i3s_adamw", "apollo_mini_adamw"),
     }
     assert all(f"{drop:.3f}" in PAGES["docs/recommended.md"] for drop in far.values())
 
 
 def test_which_axes_were_tried(found):
     """Rows that tried one value of the decays, of those that have several, and rows that tried one weight decay."""
-    record, single = Record(FILE), {"betas": 0, "decay": 0}
+    record, single = Record(FILE), {"betas": set(), "decay": set()}
     for result in found.values():
         trials = record.trials(result.row, "small", 1000)
-        single["betas"] += len(result.row.betas) > 1 and len({point.betas for point in trials}) == 1
-        single["decay"] += len({point.decay for point in trials}) == 1
-    assert single == {"betas": 5, "decay": 8}
-    words = "five of {} tried no other {} and eight no other {}"
-    assert words.format("these rows", "decay of the moments here", "weight decay") in PAGES["docs/recommended.md"]
-    assert words.format("the twenty-five rows", "betas,", "decay") in STUDIES
+        assert result.trials == 14
+        if len(result.row.betas) > 1 and len({point.betas for point in trials}) == 1:
+            single["betas"].add(result.row.name)
+        if len({point.decay for point in trials}) == 1:
+            single["decay"].add(result.row.name)
+    assert single == {"betas": {"lora"}, "decay": {"lora", "full_normuon", "scale_sgd"}}
+    words = "LoRA reached no further than the rates; NorMuon and SCALE tried no other weight decay here"
+    assert words in PAGES["docs/recommended.md"] and "**Every row has fourteen.**" in PAGES["docs/recommended.md"]
+    assert "LoRA tried no other betas, and LoRA, NorMuon and SCALE no other decay" in STUDIES
 
 
 def test_what_the_last_six_trials_gained(found):
@@ -366,12 +370,26 @@ def test_what_the_last_six_trials_gained(found):
         "foam_adamw": ("FOAM's", (0, 3, 0, 0)),
         "lora": ("LoRA's", (0, 1, -1, 0)),
         "scale_sgd": ("SCALE's", (-1, 1, 0, 1)),
+        "rmnp": ("RMNP's", (0, 1, 0, 1)),
+        "full_normuon": ("NorMuon's", (2, 1, 0, 1)),
+        "full_muon_8bit": ("Muon's in 8 bits", (1, 0, -1, 1)),
+        "full_muon": ("from nine, in fp32", (1, 0, -1, 1)),
     }
     record = Record(FILE)
     for name, (words, point) in before.items():
         runs = record.at(Point(*point), ROWS[name], "small", 1000)
         gained = paired(found[name].losses, losses({seed: run for seed, run in runs.items() if seed != 1}))
         assert f"{words} by {text(gained, sign='+')}" in PAGES["docs/recommended.md"], name
+
+
+def test_what_eight_and_four_bits_cost_at_the_point_of_four(found):
+    record, four = Record(FILE), found["muon_4bit"]
+    said = []
+    for name in ("full_muon_8bit", "full_muon"):
+        runs = record.at(four.best, ROWS[name], "small", 1000)
+        whole = losses({seed: run for seed, run in runs.items() if seed != 1})
+        said.append(text(paired(four.losses, whole), sign="+"))
+    assert f"at the point of four bits {said[0]} and {said[1]}" in PAGES["docs/recommended.md"]
 
 
 def test_what_a_third_of_the_rank_costs_at_the_point_of_the_whole():
