@@ -1,7 +1,7 @@
 """Which optimizer should I use? Train every row of compare_rows.py at equal trials, and record every run.
 
     python recipes/studies/compare_methods.py --steps 300                          # where the longer runs start from
-    python recipes/studies/compare_methods.py --start_from small:300 --trials 5 --most 8
+    python recipes/studies/compare_methods.py --start_from small:300 --trials 14 --most 14
     python recipes/studies/compare_tables.py                                       # the table, from what is recorded
 
 Each row is tuned on one seed by the rule of `compare_rows.next_trial`, and scored with its best point on other seeds.

@@ -8,7 +8,7 @@ import pytest
 
 from hf_lowrank import METHODS, estimate_memory
 from hf_lowrank.methods import resolve
-from recipes.studies import claims
+from recipes.studies import ablations, claims
 from recipes.studies import compare_picture as picture
 from recipes.studies.compare_methods import FILE, Record
 from recipes.studies.compare_rows import BASELINE, ROWS, Point
@@ -352,7 +352,7 @@ def test_which_axes_were_tried(found):
         if len({point.decay for point in trials}) == 1:
             single["decay"].add(result.row.name)
     assert single == {"betas": {"lora"}, "decay": {"lora", "full_normuon", "scale_sgd"}}
-    words = "LoRA reached no further than the rates; NorMuon and SCALE tried no other weight decay here"
+    words = "LoRA tried rates alone, no other decay of the moments or weight decay; NorMuon and SCALE tried no other"
     assert words in PAGES["docs/recommended.md"] and "**Every row has fourteen.**" in PAGES["docs/recommended.md"]
     assert "LoRA tried no other betas, and LoRA, NorMuon and SCALE no other decay" in STUDIES
 
@@ -383,13 +383,17 @@ def test_what_the_last_six_trials_gained(found):
 
 
 def test_what_eight_and_four_bits_cost_at_the_point_of_four(found):
-    record, four = Record(FILE), found["muon_4bit"]
+    record, four, wider = Record(FILE), found["muon_4bit"], ("full_muon_8bit", "full_muon")
+    without = four.best._replace(decay=0)
+    changed = next(one for one in ablations.changes_of(ROWS["muon_4bit"]) if one.says == "no weight decay")
+    runs = Record(ablations.FILE).at(without, changed.row, "small", 1000)
     said = []
-    for name in ("full_muon_8bit", "full_muon"):
-        runs = record.at(four.best, ROWS[name], "small", 1000)
-        whole = losses({seed: run for seed, run in runs.items() if seed != 1})
-        said.append(text(paired(four.losses, whole), sign="+"))
-    assert f"at the point of four bits {said[0]} and {said[1]}" in PAGES["docs/recommended.md"]
+    for point, codes in ((four.best, four.losses), (without, losses(runs))):
+        for name in wider:
+            whole = record.at(point, ROWS[name], "small", 1000)
+            said.append(text(paired(codes, losses({seed: run for seed, run in whole.items() if seed != 1})), sign="+"))
+    words = "with weight decay {} and {}, without it {} and {}"
+    assert words.format(*said) in PAGES["docs/recommended.md"]
 
 
 def test_what_a_third_of_the_rank_costs_at_the_point_of_the_whole():
