@@ -48,11 +48,11 @@ def parallel(name, **options):
 
 
 def shard(name):
-    """Sharded state beside plain DDP, in small buckets."""
+    """Sharded state beside plain DDP, in small buckets, with refreshes spread over the interval as on a GPU."""
     ownership.BUCKET_BYTES = 300  # bytes: some weights are larger, some travel together
     rank = dist.get_rank()
-    plain, whole = parallel(name, share_refreshes=True)
-    net, opt = parallel(name, shard_state=True)
+    plain, whole = parallel(name, share_refreshes=True, stagger=True)
+    net, opt = parallel(name, shard_state=True, stagger=True)
     held = [sum(view.nbytes(s) for s in opt.state.values()), opt.declared_bytes(), whole.declared_bytes()]
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, held)
