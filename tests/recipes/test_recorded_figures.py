@@ -341,6 +341,17 @@ def test_how_much_lower_a_parabola_would_lie(found):
     assert all(f"{drop:.3f}" in PAGES["docs/recommended.md"] for drop in far.values())
 
 
+def test_how_many_searches_ended_at_an_edge():
+    sizes = (("small", 1000), ("narrow", 5152), ("large", 1200))
+    tables = [[*recorded(*one).values()] for one in sizes]
+    counts = [(sum(result.at_edge for result in table), len(table)) for table in tables]
+    assert counts == [(13, 25), (5, 11), (7, 7)]
+    words = "13 of the 25 short searches, 5 of the 11 long ones and all seven at 3.21 M ended at an edge"
+    assert (
+        words in PAGES["docs/recommended.md"] and "Thirteen rows are still at an edge" in PAGES["docs/recommended.md"]
+    )
+
+
 def test_which_axes_were_tried(found):
     """Rows that tried one value of the decays, of those that have several, and rows that tried one weight decay."""
     record, single = Record(FILE), {"betas": set(), "decay": set()}
