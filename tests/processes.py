@@ -22,7 +22,7 @@ FSDP2 = {
 }
 """Arguments of the scripts that shard."""
 
-SECONDS = 600
+SECONDS = 1200
 """That a run may take."""
 
 FORKS = multiprocessing.get_context("forkserver")
