@@ -7,7 +7,7 @@ from math import sqrt
 import pytest
 import torch
 from comparing import agree
-from streams import STACK, TALL, WIDE, finish, gradients, optimizer, orthonormal
+from streams import STACK, TALL, WIDE, displacement, finish, gradients, optimizer, orthonormal
 
 from hf_lowrank import LowRankOptimizer, param_groups
 
@@ -33,6 +33,34 @@ def test_directions_of_rounding_noise_are_dropped(shape):
     found = singular_values(torch.logspace(0, -2, 5), shape)
     assert (found[:5] - 1).abs().max() < 1e-3
     assert found[5:].max() < 1e-3  # blown up they would be 1
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (9, 9)])
+def test_sumo_is_its_algorithm(shape):
+    """arXiv 2505.24749, Algorithm 1 as printed, but for its limiter: at defaults, so these are the paper's too.
+
+    The factor is that of its section 3.2, sqrt(max(m, n)), with the 0.2 of the paper that it follows there.
+    """
+    lr, mu, decay, K, r = 1e-2, 0.9, 0.1, 3, 3
+    grads, p = gradients(shape, 8), torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
+    start, flip = p.detach().clone(), shape[0] >= shape[1]
+    options = {"params": [p], "rank": r, "update_proj_gap": K, "weight_decay": decay}
+    W, Q, M = (start.T if flip else start).double(), None, None
+    opt = LowRankOptimizer([options], "sumo", lr=lr)
+    for t, gradient in enumerate(grads):
+        p.grad = gradient.clone()
+        opt.step()
+        G = (gradient.T if flip else gradient).double()
+        if t % K == 0:
+            new = torch.linalg.svd(G, full_matrices=False)[0][:, :r]
+            M = torch.zeros(r, G.shape[1]).double() if M is None else new.T @ Q @ M
+            Q = new
+        inside = Q.T @ G
+        M = mu * M + inside
+        U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+        O = 0.2 * sqrt(max(shape)) * U @ Vh  # noqa: E741
+        W = W - lr * (G - Q @ (inside - O)) - lr * decay * W
+    assert displacement(p.detach(), W.T if flip else W, start) < 1e-5  # bases and products in fp32
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL, STACK])

@@ -143,7 +143,7 @@ def test_a_bad_value_is_refused_for_dense_groups_and_as_an_argument_too(option, 
     ("fira_adamw", "fira_form", "other", "released, i3s, paper"),
     ("lowrank", "subspace", "dominnat", "alice, block_power, dominant, golore, grass_walk, grassmann, hybrid, i3s"),
     ("lowrank", "moments", "atom", "adafactor, adalomo, adam"),
-    ("lowrank", "reconstruction", "fire", "compensation, error_feedback, fira, frugal, project"),
+    ("lowrank", "reconstruction", "fire", "compensation, error_feedback, fira, frugal, project, residual"),
 ])  # fmt: skip
 def test_a_bad_value_of_a_part_is_refused_with_what_is_valid(name, option, value, valid):
     with pytest.raises(ValueError, match=f"{option}.*{valid}"):

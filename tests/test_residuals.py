@@ -118,6 +118,17 @@ def test_rounding_noise_outside_is_not_stepped_along(shape, free):
     assert displacement(a, b, weight(shape)) < TOLERANCE
 
 
+# ---- SUMO -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("moments", ["adam", "muon", "adafactor"])
+@pytest.mark.parametrize("shape", [WIDE, TALL, STACK])
+def test_a_residual_as_it_is(shape, moments, scale):
+    """With Adam, whose bias correction is not the residual's."""
+    agree("lowrank", shape, moments=moments, reconstruction="residual", scale=scale)
+
+
 # ---- GrassWalk ------------------------------------------------------------------------------------------------------
 
 

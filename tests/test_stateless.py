@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comparing import agree, optimizer
-from streams import STACK, TALL, WIDE, finish, gradients, weight
+from streams import STACK, TALL, WIDE, finish, gradients, weight, wide
 
 from hf_lowrank.methods.moments.racs import RACS
 from hf_lowrank.tensors.sums import alone
@@ -71,6 +71,18 @@ def test_sinkgd_converges_to_rows_and_columns_of_unit_rms(shape):
     for axis in (0, 1):
         rms = step.square().mean(axis).sqrt()
         torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)  # its convergence is linear
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
+def test_with_std_racs_starts_on_the_short_side_as_the_paper_does(shape):
+    """arXiv 2502.07752, eq. 16 and Algorithm 1, whose matrices have m <= n: the first step, before the limiter."""
+    G, p = gradients(shape, 1)[0], torch.nn.Parameter(torch.zeros(shape))
+    N = -finish(optimizer(p, "racs", lr=1.0, scale=1.0, proj_type="std", weight_decay=0.0), p, [G]).double()
+    A, q = wide(G).double().square(), torch.ones(min(shape)).double()
+    for _ in range(5):
+        s = A.T @ q / q.square().sum()
+        q = A @ s / s.square().sum()
+    torch.testing.assert_close(wide(N), wide(G).double() / (q[:, None] * s).sqrt(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["racs", "rmnp", "sinkgd", "swan", "full_muon", "full_normuon", "full_sm3"])

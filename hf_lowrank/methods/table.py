@@ -100,7 +100,12 @@ METHODS: dict[str, Method] = {
         {**_UNSCALED, "first_momentum": "gradient"},
     ),
     "galore_i3s_msgd": Method(
-        "i3s", "momentum", "project", "low-rank momentum SGD in an I3S subspace", _I3S, _UNSCALED
+        "i3s",
+        "momentum",
+        "project",
+        "low-rank momentum SGD in an I3S subspace, momentum carried along",
+        _I3S,
+        {**_UNSCALED, "on_refresh": "rotate"},
     ),
     "galore_hybrid_msgd": Method(
         "hybrid",
@@ -110,8 +115,16 @@ METHODS: dict[str, Method] = {
         _I3S,
         _UNSCALED,
     ),
+    "sumo": Method(
+        "dominant",
+        "muon",
+        "residual",
+        "SUMO: orthogonalised momentum in the leading singular vectors, the gradient as it is outside",
+        _SUMO,
+        {**_UNSCALED, "on_refresh": "rotate"},
+    ),
     "galore_dominant_muon": Method(
-        "dominant", "muon", "project", "SUMO: orthogonalised momentum in GaLore's subspace", _SUMO, _UNSCALED
+        "dominant", "muon", "project", "SUMO's orthogonalised momentum in GaLore's subspace", _SUMO, _UNSCALED
     ),
     "galore_i3s_muon": Method(
         "i3s", "muon", "project", "SUMO's orthogonalised momentum in an I3S subspace", _SUMO, _UNSCALED

@@ -101,6 +101,7 @@ ROWS = {
             {"subspace": "i3s", "moments": "adam", "reconstruction": "compensation", "scale": 0.3},
         ),
         _muon("galore_dominant_muon", "galore_dominant_muon"),
+        _muon("sumo", "sumo"),
         Row("frugal_adamw", "frugal_adamw"),
         Row("frugal_adamw_4bit", "frugal_adamw", {"state_format": "4bit"}, origin="frugal_adamw"),
         Row(LORA, LORA),

@@ -220,11 +220,12 @@ class LowRank(Matrix):
         P, alpha = self.P, self.scale
         if self.form == "galore":  # GaLore Algorithm 2
             return c * alpha * P @ N
-        if self.form == "paper":  # Fira Algorithm 1; SubTrack++ if alpha is the scale in W - alpha (G_hat + Lambda)
+        if self.form == "paper":  # Fira Algorithm 1
             N = c * N
             S = self.phi(N, R, self.eps) * (G - P @ R)
             return alpha * (P @ N + self.limit(S, self.eps, self.limiter))
-        inside = P @ R if self.form == "i3s" else alpha * P @ R  # I3S section 2.2; fira 1.0.2, SubTrack++'s code
+        # I3S section 2.2 and SubTrack++ Algorithm 1, whose alpha is the learning rate; fira 1.0.2, SubTrack++'s code
+        inside = P @ R if self.form == "i3s" else alpha * P @ R
         S = self.phi(N, R, 1e-8) * (G - inside)
         return c * (alpha * P @ N + self.limit(S, 1e-8, self.limiter))
 

@@ -1,4 +1,4 @@
-"""Muon: of the whole gradient (torch.optim.Muon), or in a subspace (SUMO, arXiv 2505.24749, Algorithm 1).
+"""Muon: of the whole gradient (torch.optim.Muon), or in a subspace; SUMO (arXiv 2505.24749, Algorithm 1).
 
 The size is that of Muon is Scalable (arXiv 2502.16982) or of the original; NorMuon: arXiv 2510.05491.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from references.base import LowRank
 from references.case import Case, Entry
 
 
@@ -54,6 +55,13 @@ class Muon:
     def transport(self, how: str, C: Tensor, h: Any) -> None:
         if how != "keep":  # SUMO carries it along
             self.M = C @ self.M
+
+
+class Sumo(LowRank):
+    """Block 4: W <- W - lr (G - Q (G^ - O)) - lr wd W with G^ = Q^T G."""
+
+    def combine(self, G: Tensor, R: Tensor, N: Tensor, c: float) -> Tensor:
+        return G - self.P @ (R - c * self.scale * N)
 
 
 class NorMuon(Muon):
@@ -105,4 +113,5 @@ def rounding(case: Case) -> float:
 REFERENCES = {
     ("moments", "muon"): Entry(fields=muon, tolerance=rounding),
     ("moments", "normuon"): Entry(fields=normuon, tolerance=rounding),
+    ("reconstruction", "residual"): Entry(Sumo),
 }

@@ -23,8 +23,9 @@ class Momentum(Moments, key="momentum"):
     `golore_msgd`, it is R then, as torch.optim.SGD has it too: the first steps are not shorter than the later ones.
 
     References:
-        I3S, arXiv 2502.05790, Algorithm 4. (Its proofs weight the new gradient by beta1, Lemma A.2: their beta1 is one
-        minus this one.) The first momentum: GoLore's code.
+        I3S, arXiv 2502.05790, Algorithm 4, which carries M along (`on_refresh=rotate`, the default of its rows). (Its
+        proofs weight the new gradient by beta1, Lemma A.2: their beta1 is one minus this one.) The first momentum:
+        GoLore's code.
 
     Differs from the authors' code: none was released for I3S. GoLore's carries M along only after its switch; here
     every refresh does what `on_refresh` says. It has a dampening of its own, by default 0.9 as its momentum: there M

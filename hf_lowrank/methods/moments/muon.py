@@ -153,14 +153,17 @@ class Muon(Orthogonalised, key="muon"):
     times three products.
 
     References:
-        SUMO, arXiv 2505.24749, Algorithm 1, in a subspace. Of the whole gradient: Muon (Jordan et al., 2024) as in
-        torch.optim.Muon; the factor 0.2 sqrt(max(m, n)): Muon is Scalable for LLM Training, arXiv 2502.16982.
+        In a subspace: SUMO, arXiv 2505.24749, Algorithm 1, of which the row `sumo` is the whole: M is carried along
+        (`on_refresh=rotate`) and what the subspace leaves out is stepped along. Of the whole gradient: Muon (Jordan et
+        al., 2024) as in torch.optim.Muon; the factor 0.2 sqrt(max(m, n)): Muon is Scalable for LLM Training, arXiv
+        2502.16982.
 
-    Differs from the authors' code: SUMO's was not read; from the paper, in that the polar factor comes from K instead
-    of a singular value decomposition of M, which needs all columns in one place; SUMO always carries M along, here
-    every refresh does what `on_refresh` says (SUMO: rotate); its limiter of the update's growth is left out, since the
-    size of N does not depend on the gradient's. torch.optim.Muon takes matrices only; here all else takes Adam. It
-    divides by a norm of at least 1e-7, so that smaller momenta make smaller steps; here their steps have full size.
+    Differs from the authors' code: the momentum of torch.optim.Muon is 0.95, here it is the first of betas, 0.9 where
+    nothing is said (`momentum`). SUMO's code was not read; from its paper, in that the polar factor comes from K
+    instead of a singular value decomposition of M, which needs all columns in one place; its limiter of the update's
+    growth is left out, since the size of N does not depend on the gradient's. torch.optim.Muon takes matrices only;
+    here all else takes Adam. It divides by a norm of at least 1e-7, so that smaller momenta make smaller steps; here
+    their steps have full size.
     """
 
     adjust_lr: str = again(ADJUST_LR)

@@ -39,8 +39,10 @@ class RACS(Moments, key="racs"):
         RACS, arXiv 2502.07752 (Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a
         Low-Rank Extension), its Algorithm 1.
 
-    Differs from the authors' code: none was released; read were notes on the paper, not its text. The correction of
-    the running means is ours; correct_bias=false leaves it out.
+    Differs from the authors' code: none was released. The correction of the running means is ours; correct_bias=false
+    leaves it out. The paper's matrices are wide, so that its q belongs to the short side; here the rows of R are the
+    inputs of a weight, whichever side they are, and of a wide weight q starts on the long one, which changes its first
+    step on a matrix of noise by less than 1 %: `proj_type=std` starts as the paper does.
     """
 
     composable: ClassVar[bool] = False  # its limiter is that of the whole step

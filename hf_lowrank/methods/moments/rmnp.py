@@ -22,6 +22,8 @@ from hf_lowrank.tensors import kernels
 class RMNP(OneMoment, key="rmnp"):
     """M <- b1 M + (1 - b1) R;  N_j = 0.2 sqrt(r) X_j / ||X_j|| for every column j, r entries each.
 
+    X is b1 M + (1 - b1) R in the row `rmnp` (`nesterov`, as its authors' code has it), else M, as the paper prints it.
+
     That is Muon's step where the outputs of X are orthogonal to each other: then (X^T X)^-1/2, which Muon takes from
     products of matrices, is diagonal. A column of zeros stays so.
 
@@ -31,8 +33,9 @@ class RMNP(OneMoment, key="rmnp"):
         RMNP, arXiv 2603.20527.
 
     Differs from the authors' code: columns have the RMS of Adam's step and of Muon's here, 0.2, in the place of unit
-    norm times sqrt(max(1, outputs / inputs)), so that the rate is of Adam's order; its floor of 1e-12 under the norm
-    is left out, so that the size of the gradients does not matter.
+    norm times sqrt(max(1, outputs / inputs)), so that the rate is of Adam's order; its momentum is 0.95, here it is
+    the first of betas, 0.9 where nothing is said (`momentum`); its floor of 1e-12 under the norm is left out, so that
+    the size of the gradients does not matter.
     """
 
     @override

@@ -39,10 +39,9 @@ class Compensation(Reconstruction, key="compensation"):
     References:
         Alice, arXiv 2502.07752, section 5 (compensation); a_c is 0.4, alpha 0.3 there (0.2 and 0.25 at 1.3B).
 
-    Differs from the authors' code: none was released; read were notes on the paper, not its text. Its moments decay by
-    0.9 both, with no correction of their start and no eps; here betas are those of the group, and Adam is Adam. The
-    correction of p is ours: without it a first residual is sqrt(1 / (1 - b1)) times too large. A column whose residual
-    is rounding noise gets none.
+    Differs from the authors' code: none was released. The paper's moments decay by 0.9 both, with no correction of
+    their start and no eps; here betas are those of the group, and Adam is Adam. The correction of p is ours: without
+    it a first residual is sqrt(1 / (1 - b1)) times too large. A column whose residual is rounding noise gets none.
     """
 
     needs_orthonormal: ClassVar[bool] = True

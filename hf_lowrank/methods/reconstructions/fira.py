@@ -40,7 +40,7 @@ class Fira(Reconstruction, key="fira"):
     All are U = P Z + G diag(d): two matrix products, no residual is ever formed. Its column norms follow from
     ||G_j - a P R_j||^2 = ||G_j||^2 - 2a ||R_j||^2 + a^2 R_j^T (P^T P) R_j.
 
-    SubTrack++'s recovery scaling is the same thing, and its code is the code of `released`.
+    SubTrack++'s recovery scaling is the same thing: its code is that of `released`, its paper prints `i3s`.
 
     At r = m nothing is left over in `i3s` and `paper`; `released` keeps (1 - alpha) G, as the authors' code does.
 

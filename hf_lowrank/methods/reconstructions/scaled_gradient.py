@@ -25,7 +25,8 @@ from hf_lowrank.tensors.sums import Asking, Sum
 class ScaledGradient(Reconstruction, key="scaled_gradient"):
     """U = sqrt(scale) G diag(d), d_j = ||N_j|| / (||R_j|| + 1e-8) per column, or one d for the whole matrix.
 
-    The growth of ||U|| is limited; with `limit=front` before the factor sqrt(scale), which is then not limited.
+    The growth of ||U|| is limited; with `limit=front` before the factor sqrt(scale), which is then not limited. While
+    scale stays as it is the two are the same.
     The basis is used for d alone: nothing is projected back.
 
     State: one norm.
@@ -41,7 +42,11 @@ class ScaledGradient(Reconstruction, key="scaled_gradient"):
     gauges: ClassVar[Mapping[str, Gauge]] = LIMITED
 
     scaling: str = choice("channel", "tensor", help="APOLLO: one factor per column of the long side, or per matrix")
-    limit: str = choice("back", "front", help="APOLLO: limit the growth after or before the factor sqrt(scale)")
+    limit: str = choice(
+        "back",
+        "front",
+        help="APOLLO: limit the growth after or before the factor sqrt(scale); the same while scale is not edited",
+    )
     limiter: float = again(LIMITER)
 
     @override

@@ -37,9 +37,8 @@ class Alice(Subspace, key="alice"):
         Alice, arXiv 2502.07752, section 5 (subspace switching and tracking). Its `leading` is 40 at ranks 128 and 256,
         160 at 512; the default here is 5/16 of the rank, at least 1.
 
-    Differs from the authors' code: none was released; read were notes on the paper, not its text. The complement is
-    drawn as a random orthonormal frame in it, not as columns of one basis of it; signs are aligned with the basis
-    before.
+    Differs from the authors' code: none was released. The complement is drawn as a random orthonormal frame in it, not
+    as columns of one basis of it; signs are aligned with the basis before.
     """
 
     leading: int | None = integer(

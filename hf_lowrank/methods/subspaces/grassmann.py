@@ -39,8 +39,8 @@ class Grassmann(Subspace, key="grassmann"):
     With `accumulate` G is the mean of the gradients since the last refresh, kept in an m x n buffer.
 
     References:
-        SubTrack (workshop), eqs. 2-6 and Algorithm 1; SubTrack++, arXiv 2502.01586, section 3. The line search is
-        ours.
+        SubTrack (workshop), eqs. 2-6 and Algorithm 1; SubTrack++, arXiv 2502.01586, section 2, eqs. 1-5. The line
+        search is ours.
 
     Differs from the authors' code: tall and square matrices are tracked too (there the tangent is multiplied by zero);
     fp32, kept orthonormal. The workshop's eq. 6 as printed moves uphill: `direction=printed` does that.
@@ -49,9 +49,8 @@ class Grassmann(Subspace, key="grassmann"):
     so one step earlier and after that step's own gradient; by the change from the basis of step 0 rather than from the
     one before; on moments without bias correction; and multiplies the new V by 1 - b2 in the place of 1 - b2^t, a
     thousandth of what it was. Its recovery scaling is Fira's code, `fira_form=released`, from which the published
-    losses come: the residual is G - alpha P R and is not multiplied by alpha. The paper writes W - alpha (G^ + Lambda)
-    with one alpha before both, where it may as well be the learning rate: `fira_form=i3s` and `paper` are those two
-    readings.
+    losses come: the residual is G - alpha P R and is not multiplied by alpha. The alpha of the paper's W - alpha (G^ +
+    Lambda) is its learning rate, and its residual G - P R: that is `fira_form=i3s`.
     """
 
     step: str = choice("auto", "normalized", "raw", help="SubTrack: how far a step goes")

@@ -24,13 +24,13 @@ class Lazy(Decomposed, key="lazy"):
     change of the interval starts a new count.
 
     References:
-        Q-GaLore, arXiv 2407.08296, sections 3.2 and 3.4 (4-bit basis, 8-bit moments, lazy subspaces).
+        Q-GaLore, arXiv 2407.08296, sections 3.2 (lazy subspaces) and 3.3 (4-bit basis).
 
     Differs from the authors' code: the overlap of the subspaces decides, not the signed cosine of the first vectors;
-    the interval has a cap and a way back; the 4-bit codes are packed, symmetric, and come from fp32. INT8 weights are
-    not
-    offered: a weight that autograd, clipping, DDP and save_pretrained all see as a parameter must be floating point,
-    and one that is not would have to be replaced in every one of them.
+    the interval has a cap and a way back; the 4-bit codes are packed, symmetric, and come from fp32. Its 8-bit Adam is
+    `state_format=8bit`, the row `q_galore_adamw_8bit`; here moments are fp32 where nothing is said. INT8 weights are
+    not offered: a weight that autograd, clipping, DDP and save_pretrained all see as a parameter must be floating
+    point, and one that is not would have to be replaced in every one of them.
     """
 
     queue_size: int = integer(5, minimum=1, help="Q-GaLore: overlaps that are looked at")

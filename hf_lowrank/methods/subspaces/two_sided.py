@@ -24,7 +24,7 @@ class BothSides(Subspace):
     State: mr + nr for the bases and 2r^2 for Adam's moments.
 
     References:
-        GaLore, arXiv 2403.03507, eq. 4 (both projections) and its code's proj_type=full.
+        GaLore, arXiv 2403.03507 (both projections) and its code's proj_type=full.
 
     Attributes:
         inner: the rule.
