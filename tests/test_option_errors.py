@@ -231,7 +231,10 @@ def test_defaults_are_the_documented_ones():
     assert {how[name] for name in PLAIN if "hybrid" not in name} == {"keep"}
     assert {how[name] for name in NAMES if "hybrid" in name or "golore" in name} == {"rotate"}
     assert {how[name] for name in ("subtrack_pp_adamw", "ldadam")} == {"rotate_variance"}
-    assert how["grass_adamw"] == "reset"
+    assert {how[name] for name in ("grass_adamw", "frugal_adamw")} == {"reset"}
+    assert {how[name] for name in ("sumo", "galore_i3s_msgd", "galore_hybrid_msgd")} == {"rotate"}
+    nesterov = {name for name in NAMES if resolve.complete(name, {}).get("nesterov")}  # as their authors' code has it
+    assert nesterov == {"full_muon", "muon_4bit", "full_normuon", "rmnp"}
     assert {how[name] for name in NAMES if "apollo" in name} == {"keep"}
     scale = {name: resolve.complete(name, {})["scale"] for name in NAMES}
     ones = {"ldadam", "flora_adafactor", "apollo_random_adamw", "apollo_dominant_adamw", "golore_adamw"}
