@@ -211,7 +211,7 @@ class LowRankOptimizer(Replicas):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if getattr(self, "grad_scale", None) is not None:
+        if hasattr(self, "found_inf"):  # which it sets whether or not it has unscaled before
             raise ValueError(
                 "GradScaler finds no gradients to unscale: use bf16, or no layerwise and no reduce_projected"
             )
@@ -328,7 +328,6 @@ class LowRankOptimizer(Replicas):
         self._whole = self._work = None
         self._resolved.take(self.param_groups, configs)
         self.layerwise.forget()
-        for now, old, config in zip(self.param_groups, given, configs, strict=True):
-            warn_changed(now, old, config)
+        warn_changed(zip(self.param_groups, given, configs, strict=True))
         for loaded_hook in self._optimizer_load_state_dict_post_hooks.values():
             loaded_hook(self)

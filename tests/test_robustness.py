@@ -356,12 +356,17 @@ def test_a_step_inside_autocast_is_a_step_outside(name):
     assert all(torch.equal(a, b) for a, b in zip(*nets, strict=True))
 
 
-def test_a_grad_scaler_is_refused_by_the_layerwise_mode():
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("name", ["galore_i3s_adamw_layerwise", "fira_adamw_layerwise"])  # some gradients left, none
+def test_a_grad_scaler_is_refused_by_the_layerwise_mode(name, unscaled):
+    """Also where it has unscaled before, as torch clips: what the hooks took was scaled still."""
     net = models.model()
-    opt = models.optimizer(net, "galore_i3s_adamw_layerwise")
+    opt = models.optimizer(net, name)
     scaler = torch.amp.GradScaler("cpu")
     opt.train()
     scaler.scale(models.loss_of(net, 0)).backward()
+    if unscaled:
+        scaler.unscale_(opt)
     with pytest.raises(ValueError, match="GradScaler"):
         scaler.step(opt)
 

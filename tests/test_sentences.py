@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -185,6 +187,16 @@ def test_a_comma_within_brackets_separates_nothing():
 def test_parameters_alone_are_trained_with_a_warning_that_nothing_is_projected():
     with pytest.warns(UserWarning, match="no group has a 'rank', so nothing is projected"):
         LowRankOptimizer([matrix()], NAME)
+
+
+def test_groups_of_another_rank_leave_matrices_out_of_a_method_without_one():
+    net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 8))
+    with pytest.warns(UserWarning, match=r"muon_4bit has no rank, .* rank=8, .*\(model, method='muon_4bit'\)"):
+        left_out = LowRankOptimizer(param_groups(net, rank=8), "muon_4bit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = LowRankOptimizer(param_groups(net, method="muon_4bit"), "muon_4bit")
+    assert [len(o.param_groups[0]["params"]) for o in (left_out, told)] == [1, 2]
 
 
 def test_names_and_parameters_of_a_group_go_together():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -80,13 +80,23 @@ def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any], config: Conf
     return {**now, **saved, **{key: now[key] for key in ("format", *RUN_OPTIONS, *config.facts) if key in now}}
 
 
-def warn_changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Config) -> None:
-    """Warn about options that differ from the checkpoint's; what a schedule edits and how the run is run aside."""
+def warn_changed(groups: Iterable[tuple[Mapping[str, Any], Mapping[str, Any], Config]]) -> None:
+    """Warn about options that differ from the checkpoint's, once where it is so in several groups.
+
+    Args:
+        groups: what each group holds now, what was given, and its resolved options.
+    """
+    for key, now, kept in dict.fromkeys(change for group in groups for change in _changed(*group)):
+        warn_kept("lr" if key == "initial_lr" else key, now, kept)
+
+
+def _changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Yield options that differ, with both values; what a schedule edits and how the run is run aside."""
     if "max_momentum" in loaded and "betas" in given:  # OneCycleLR has its momentum there
         given = {**given, "betas": (loaded["betas"][0], given["betas"][1])}
     for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params", *RUN_OPTIONS, *config.facts}):
-        if _plain(loaded[key]) != _plain(given[key]):
-            warn_kept(key, given[key], loaded[key])
+        if (kept := _plain(loaded[key])) != (now := _plain(given[key])):
+            yield key, now, kept
 
 
 def warn_kept(key: str, given: Any, kept: Any) -> None:

@@ -142,6 +142,14 @@ def doubts(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> It
             "no group has a 'rank', so nothing is projected and all moments are full: take the groups from "
             "hf_lowrank.param_groups(model, rank=...)"
         )
+    for group, config in zip(groups, configs, strict=True):
+        if config.low_rank and config.parts.subspace.whole and group["rank"] != 1:
+            yield (
+                f"{config.method} has no rank, and the groups were made with rank={group['rank']}, by which "
+                "param_groups leaves smaller matrices to the rule of norms: take the groups from "
+                f"hf_lowrank.param_groups(model, method={config.method!r})"
+            )
+            break
     usual = [c for c in matrices if not c.low_rank and c.split == SplitOptions() and c.options["dense"] == SAME]
     for method in dict.fromkeys(config.method for config in usual):
         if METHODS[method].defaults.keys() & opt.schema(SplitOptions):

@@ -126,7 +126,8 @@ def from_arguments(
         return AskedWithoutModel, {"method": name_of(args), **{k: values[k] for k in ("lr", "betas", "eps")}}
     options: dict[str, Any] = split_assignments(args.optim_args)
     layer_sampling.take(options)  # a callback's
-    for option, argument in _TRAINING_ARGUMENTS.items():
+    own = {field: field for field in TrainingArguments.__dataclass_fields__}
+    for option, argument in {**own, **_TRAINING_ARGUMENTS}.items():
         if option in options:
             raise ValueError(f"optim_args: {option} is set by the training argument {argument}, not here")
     shared = of_replicas(options)
@@ -178,6 +179,11 @@ def taken_over(args: TrainingArguments, config: Config, name: str) -> Config:
     norm, jit = args.max_grad_norm or 0.0, getattr(args, "enable_jit_checkpoint", False)  # saved before the step
     if in_hook and (norm or jit or args.gradient_accumulation_steps > 1):
         config = config.with_(layerwise=OFFLOAD)
+    if args.auto_find_batch_size and layerwise and not config.offloads:
+        raise ValueError(
+            f"{name} takes gradients during backward, and auto_find_batch_size begins again after a backward that has "
+            "run out of memory: set per_device_train_batch_size and leave it out"
+        )
     if config.offloads:
         logger.info("%s: whole gradients wait in host memory until the step (layerwise=offload)", name)
     elif norm:

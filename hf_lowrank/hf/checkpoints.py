@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import Trainer, TrainingArguments, trainer, trainer_utils
 
 from hf_lowrank.hf.arguments import name_of, unwrapped
+from hf_lowrank.hf.layer_sampling import refuse_dropped
 from hf_lowrank.methods import resolve
 from hf_lowrank.observe.records import RUN_FILE
 from hf_lowrank.optimizer import LowRankOptimizer
@@ -69,10 +70,13 @@ def naming_what_is_wrong(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
-        if checkpoint is None or not is_ours(self):
+        if checkpoint is None:
             return original(self, checkpoint)
-        if fault := checkpoint_fault(Path(checkpoint)):
+        if is_ours(self) and (fault := checkpoint_fault(Path(checkpoint))):
             raise ValueError(f"cannot resume from {checkpoint}: {fault}. Name an earlier checkpoint.")
+        refuse_dropped(self, checkpoint)
+        if not is_ours(self):
+            return original(self, checkpoint)
         if lacking := lacks_generators(Path(checkpoint)):
             logger.warning("%s: %s; random numbers are not those that the run would have had", checkpoint, lacking)
         if weights_only(Path(checkpoint)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -16,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_lowrank.engine.checkpoint import warn_kept
+from hf_lowrank.engine.checkpoint import AFRESH, warn_kept
 from hf_lowrank.engine.collectives import replicas
 from hf_lowrank.hf.arguments import unwrapped
 from hf_lowrank.hf.outliers import calibration_batches, outlier_shares
@@ -65,6 +68,11 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         _refuse_unsupported(args, params)
+        if state.global_step and SAVED not in state.stateful_callbacks:
+            raise ValueError(
+                f"the checkpoint is of a run that trained all layers, and this one has {OPTION}={self.rule.name}: "
+                f"leave that out, or {AFRESH}"
+            )
         rule, self.seed = _as_begun(self.rule, args.seed, state)
         self.layers = Layers(model, params, rule)
         if rule.by_outliers:
@@ -194,6 +202,18 @@ def _shares(layers: Layers, args: Any, state: Any, model: nn.Module, loader: Any
             "drawn among those: choose a smaller outlier_threshold"
         )
     return shares
+
+
+def refuse_dropped(trainer: Any, checkpoint: str) -> None:
+    """Refuse to go on with all layers where a checkpoint is of a run that trained some of them at a time."""
+    file = Path(checkpoint) / TRAINER_STATE_NAME
+    state = json.loads(file.read_text()) if file.exists() else {}  # Trainer begins at step 0 without it
+    begun = (state.get("stateful_callbacks") or {}).get(SAVED, {}).get("begun")
+    if begun and not any(isinstance(callback, LayerSampling) for callback in trainer.callback_handler.callbacks):
+        raise ValueError(
+            f"the checkpoint is of a run with {OPTION}={begun[OPTION]}, and this one trains all layers: give it the "
+            f"same, or {AFRESH}"
+        )
 
 
 def sample_layers(trainer: Any) -> None:

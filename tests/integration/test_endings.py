@@ -130,6 +130,14 @@ def test_a_seed_of_the_optimizer_alone_is_refused(tmp_path):
         Trainer(tiny_llama(), args, train_dataset=tiny_data()).create_optimizer()
 
 
+@pytest.mark.parametrize("option", ["adam_beta1=0.5", "warmup_steps=3", "bf16=true", "optim_target_modules=fc"])
+def test_an_argument_of_trainers_among_the_options_is_named(option, tmp_path):
+    args = arguments(tmp_path, "galore_i3s_adamw", optim_args=f"rank=4,{option}")
+    name = option.partition("=")[0]
+    with pytest.raises(ValueError, match=f"{name} is set by the training argument {name}, not here"):
+        Trainer(tiny_llama(), args, train_dataset=tiny_data()).create_optimizer()
+
+
 def test_the_trainer_of_ours_reports_with_a_callback_of_ones_own_and_builds_by_name(tmp_path):
     class Reporter(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):

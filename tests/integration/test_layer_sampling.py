@@ -129,6 +129,21 @@ def test_of_options_that_are_changed_at_a_resume_the_checkpoints_count(optim, ru
     same(resumed, whole)
 
 
+@pytest.mark.parametrize("trainer_class", [Trainer, LowRankTrainer])
+@pytest.mark.parametrize("optim", ["adamw_torch", OURS])
+def test_layers_are_sampled_from_the_first_step_to_the_last_or_never(optim, trainer_class, tmp_path):
+    """A forgotten option would train all layers, with gradients and state of all."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    train(sampled(tmp_path / "some", optim, "lisa", **saving), deep(), trainer_class=trainer_class)
+    train(arguments(tmp_path / "all", optim, **saving), deep(), trainer_class=trainer_class)
+    some, everything = (str(tmp_path / name / "checkpoint-4") for name in ("some", "all"))
+    with pytest.raises(ValueError, match="a run with layer_sampling=lisa, and this one trains all layers: give it"):
+        train(arguments(tmp_path / "rest", optim, max_steps=8), deep(), resume=some, trainer_class=trainer_class)
+    with pytest.raises(ValueError, match="a run that trained all layers, and this one has layer_sampling=lisa: leave"):
+        args = sampled(tmp_path / "rest", optim, "lisa", max_steps=8)
+        train(args, deep(), resume=everything, trainer_class=trainer_class)
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", OURS])
 def test_all_layers_at_once_are_plain_training(optim, tmp_path):
     plain = train(arguments(tmp_path / "a", optim, max_steps=7), deep())

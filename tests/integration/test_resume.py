@@ -129,13 +129,16 @@ def test_a_refused_checkpoint_changes_nothing(tmp_path):
 
 def test_other_options_warn_and_the_checkpoint_wins(tmp_path):
     path = checkpoint(tmp_path)
-    args = arguments(tmp_path / "new", "galore_i3s_adamw", optim_args="rank=4,update_proj_gap=5,scale=0.5")
+    options = "rank=4,update_proj_gap=5,scale=0.5,stochastic_rounding=false"  # the last of all groups
+    args = arguments(tmp_path / "new", "galore_i3s_adamw", optim_args=options, learning_rate=0.5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         resumed = train(args, resume=path)
     messages = [str(w.message) for w in caught]
     assert any("scale=0.5 was given, the checkpoint has 0.25" in m for m in messages)
     assert any("update_proj_gap=5 was given, the checkpoint has 3" in m for m in messages)
+    assert sum("stochastic_rounding=False was given, the checkpoint has True" in m for m in messages) == 1
+    assert any(m.startswith("lr=0.5 was given, the checkpoint has") for m in messages)
     assert engine(resumed).param_groups[0]["scale"] == 0.25
 
 
