@@ -50,7 +50,7 @@ def check_behind(found, first, second, page):
 
 def test_the_table_of_the_evidence(found):
     evidence = PAGES["docs/recommended.md"].partition("## The evidence")[2].partition(LARGER)[0]
-    assert check_lines(evidence, found, "small") == len(found) == 25
+    assert check_lines(evidence, found, "small") == len(found) == 26
 
 
 def test_the_table_of_the_larger_model(larger):
@@ -153,7 +153,7 @@ def test_the_table_of_the_long_runs():
 def check_lines(text_of_table, found, model):
     """Every line: bytes, loss, difference to AdamW, whether it stands, seeds, milliseconds. Returns how many."""
     named, difference = r"^\| `(\w+)`(?:, `state_format=(\w+)`)? ", r" ([^|]+) \| (yes|-) "
-    pattern = rf"{named}\| ([\d.]+) \| ([\d. ±]+)[^|]*\|{difference}\| (\d+) \| (\d+) \|"
+    pattern = rf"{named}\| ([\d.]+) \| ([\d. ±]+)[^|]*\|{difference}\| (\d+) \| (\d+|-) \|"
     lines = re.findall(pattern, text_of_table, re.M)
     left = standing([*found.values()], found[BASELINE])
     times = json.loads(TIMES.read_text())[model]["milliseconds"]
@@ -163,7 +163,7 @@ def check_lines(text_of_table, found, model):
         assert int(seeds) == len(found[row].losses) == len(found[row].losses.keys() & found[BASELINE].losses.keys()), (
             row
         )
-        assert ms == f"{times[row]['mean']:.0f}", row
+        assert ms == (f"{times[row]['mean']:.0f}" if row in times else "-"), row
         assert size == f"{found[row].middle('matrix_bytes'):.2f}", row
         assert loss.strip() == text(interval([*found[row].losses.values()])), row
         assert difference == ("-" if row == BASELINE else minus(found, row, BASELINE)), row
@@ -345,9 +345,9 @@ def test_how_many_searches_ended_at_an_edge():
     sizes = (("small", 1000), ("narrow", 5152), ("large", 1200))
     tables = [[*recorded(*one).values()] for one in sizes]
     counts = [(sum(result.at_edge for result in table), len(table)) for table in tables]
-    assert counts == [(13, 25), (5, 11), (7, 7)]
+    assert counts == [(13, 26), (5, 11), (7, 7)]
     page = PAGES["docs/recommended.md"]
-    assert "13 of the 25 short searches, 5 of the 11 long ones and all seven at 3.21 M ended at an edge" in page
+    assert "13 of the 26 short searches, 5 of the 11 long ones and all seven at 3.21 M ended at an edge" in page
     assert "Thirteen rows are still at an edge" in page
 
 
