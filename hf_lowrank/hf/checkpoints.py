@@ -107,7 +107,10 @@ def with_sums(original: Callable[..., None]) -> Callable[..., None]:
     def _save_optimizer_and_scheduler(self: Trainer, output_dir: str) -> None:
         consolidate(self)
         original(self, output_dir)
-        if not self.args.should_save or not is_ours(self):
+        if not is_ours(self):
+            return
+        name_best(self, output_dir)
+        if not self.args.should_save:
             return
         folder = Path(output_dir)
         sums = {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in folder.glob(SHARDED)}
@@ -115,6 +118,18 @@ def with_sums(original: Callable[..., None]) -> Callable[..., None]:
             (folder / SUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n")
 
     return _save_optimizer_and_scheduler
+
+
+def name_best(self: Trainer, output_dir: str) -> None:
+    """Name the best checkpoint where Trainer looked for its folder before the shards in it were written.
+
+    Some processes would have found it and others not, and each goes by what it has found when training ends.
+    """
+    if self.is_fsdp_enabled and self.state.best_global_step:
+        folder = f"{trainer_utils.PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        best = os.path.join(os.path.dirname(output_dir), folder)
+        if os.path.isdir(best):
+            self.state.best_model_checkpoint = best
 
 
 def is_ours(self: Trainer) -> bool:

@@ -176,3 +176,17 @@ def test_what_has_an_owner_keeps_it():
     assert owners(costs, 2) == [0, 1, 1, 0]
     assert owners(costs, 2, {3: 1, 2: 1}) == [0, 0, 1, 1]
     assert owners([1.0, 1.0, 9.0], 2, {0: 0, 1: 1}) == [0, 1, 0]  # added last, it moves nothing
+
+
+def test_with_nobody_to_share_with_the_state_is_whole(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 8))
+        groups = param_groups(net, method="galore_i3s_adamw", rank=2)
+        optimizer = LowRankOptimizer(groups, "galore_i3s_adamw", shard_state=True)
+        net(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        state = optimizer.state_dict()["state"]  # nobody was asked to gather it
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {int(s["step"]) for s in state.values()} == {1} and len(state) == 4

@@ -3,7 +3,7 @@
 Trainer ignores --fsdp where there is no accelerator, so the FSDP2 path is switched on by hand.
 
 torchrun --nproc_per_node N parallel_worker.py ddp|shard_state|SHARDED_STATE_DICT|FULL_STATE_DICT OPTIM FOLDER
-    [CHECKPOINT]
+    [CHECKPOINT | best]
 """
 
 import json
@@ -13,8 +13,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers import trainer as transformer_trainer
 
 
@@ -43,7 +44,18 @@ class FSDP2Trainer(Trainer):
         )
         self.accelerator.state.fsdp_plugin = plugin
         self.accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # from which it is taken again
         self.is_fsdp_enabled = True
+
+
+class Saved(TrainerCallback):
+    """Keeps the weights of every checkpoint, by step."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step] = whole(model)
 
 
 def can_resume(kind):
@@ -67,7 +79,7 @@ def main():
     torch.set_num_threads(1)
     trainer_class = Trainer if kind in REPLICAS else type("T", (FSDP2Trainer,), {"state_dict_type": kind})
 
-    def train(output, resume=None, **overrides):
+    def train(output, resume=None, callbacks=(), **overrides):
         rows = 4 // int(os.environ["WORLD_SIZE"])
         args = arguments(
             Path(folder) / output,
@@ -78,10 +90,27 @@ def main():
             max_grad_norm=0.0,
             **overrides,
         )
-        trainer = trainer_class(tiny_llama(**(CODED if "8bit" in optim else {})), args, train_dataset=tiny_data())
+        trainer = trainer_class(
+            tiny_llama(**(CODED if "8bit" in optim else {})),
+            args,
+            train_dataset=tiny_data(),
+            eval_dataset=tiny_data(),
+            callbacks=[*callbacks],
+        )
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
+    if checkpoint == ["best"]:
+        every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        found = train("best", callbacks=[saved := Saved()], **every, **best)
+        weights, step = whole(found.accelerator.unwrap_model(found.model)), found.state.best_global_step
+        loaded = all(torch.equal(a, b) for a, b in zip(weights, saved.weights[step], strict=True))
+        (Path(folder) / f"best{os.environ['RANK']}.json").write_text(
+            json.dumps([step, found.state.best_model_checkpoint, loaded])
+        )
+        torch.distributed.barrier()
+        os._exit(0)  # gloo's threads sometimes abort a normal exit
     if checkpoint:
         again = train("again", resume=checkpoint[0])
         if int(os.environ["RANK"]) == 0:

@@ -22,6 +22,7 @@ OPTIONS = "rank=4,update_proj_gap=2,stagger=false"
         pytest.param("ddp", "galore_dominant_adamw", 4, marks=pytest.mark.full),
         ("SHARDED_STATE_DICT", "galore_dominant_adamw", 2),
         ("SHARDED_STATE_DICT", "fira_adamw", 2),
+        ("FULL_STATE_DICT", "fira_adamw", 2),
         ("SHARDED_STATE_DICT", "galore_dominant_adamw_layerwise", 2),
         ("SHARDED_STATE_DICT", "galore_dominant_adamw_8bit", 2),
     ],
@@ -47,6 +48,14 @@ def test_several_processes_equal_one(kind, optim, processes, tmp_path):
 
 
 OPTIM = "galore_dominant_adamw"
+
+
+def test_all_processes_load_the_same_best_model(tmp_path):
+    """Of shards nothing lies in the folder when Trainer looks whether it is there. Here the last step is the best."""
+    result = on_processes(2, WORKER, "SHARDED_STATE_DICT", OPTIM, tmp_path, "best")
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = [json.loads((tmp_path / f"best{rank}.json").read_text()) for rank in (0, 1)]
+    assert found == [[6, str(tmp_path / "best" / "checkpoint-6"), True]] * 2
 
 
 def close(moved, trainer):
