@@ -181,7 +181,11 @@ def _reduce_what_trains(model: nn.Module) -> Callable[[], None]:
     def renew(module: nn.Module, inputs: Any) -> None:
         if isinstance(module, DistributedDataParallel) and module.module is model:
             handle.remove()
+            hooks = list(module._comm_hooks)
             module.__setstate__(module.__getstate__())  # type: ignore[no-untyped-call]
+            module._comm_hooks = []  # what has been built anew has none
+            for hook, held in hooks:
+                module.register_comm_hook(held, hook)
 
     handle = register_module_forward_pre_hook(renew)
     return handle.remove

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import Trainer, TrainerCallback
 
 
@@ -18,12 +19,22 @@ from conftest import arguments, tiny_data, tiny_llama  # noqa: E402
 
 
 class Reduced(TrainerCallback):
-    """Notes the bytes of gradients, and those of the buffers that they are reduced in."""
+    """Notes the bytes of gradients, and those of the buffers that they are reduced in, by a hook of its own."""
 
     trainer = None
 
     def __init__(self):
-        self.bytes = []
+        self.bytes, self.hooked, self.calls = [], [], 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def counted(held, bucket):
+            self.calls += 1
+            return allreduce_hook(held, bucket)
+
+        self.trainer.model_wrapped.register_comm_hook(None, counted)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.hooked.append(self.calls)
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         buffers = self.trainer.model_wrapped._get_ddp_logging_data()["bucket_sizes"]
@@ -52,9 +63,9 @@ def main():
             tiny_llama(num_hidden_layers=3), args, train_dataset=tiny_data(), callbacks=[seen]
         )
         trainer.train(resume_from_checkpoint=resume)
-        return [p.detach() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()], seen.bytes
+        return [p.detach() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()], seen
 
-    weights, reduced = train("first", save_strategy="steps", save_steps=3)
+    weights, seen = train("first", save_strategy="steps", save_steps=3)
     again, _ = train("resumed", resume=str(Path(folder) / "first" / "checkpoint-3"))
     alike = []
     for p in weights:
@@ -64,7 +75,7 @@ def main():
     if int(os.environ["RANK"]) == 1:
         torch.save(weights, Path(folder) / "weights.pt")
         exactly = all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
-        report = {"alike": all(alike), "reduced": reduced, "resumed exactly": exactly}
+        report = {"alike": all(alike), "reduced": seen.bytes, "hooked": seen.hooked, "resumed exactly": exactly}
         (Path(folder) / "report.json").write_text(json.dumps(report))
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -438,6 +438,7 @@ def test_two_processes_equal_one_and_reduce_only_what_trains(optim, options, tmp
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["alike"] and report["resumed exactly"]
     assert all(gradients == buffers for gradients, buffers in report["reduced"])
+    assert all(now > before for before, now in pairwise([0, *report["hooked"]]))  # a hook of DDP's outlives a switch
     args = arguments(tmp_path / "alone", optim, optim_args=options, max_steps=6, max_grad_norm=0.0)
     start, alone = tiny_llama(num_hidden_layers=3), train(args, tiny_llama(num_hidden_layers=3))
     assert isinstance(engine(alone), LowRankOptimizer) == (optim == OURS)
