@@ -81,10 +81,10 @@ of the whole matrix follows). Each row below is a choice for `--optim`, and exis
 blocks), `_layerwise` (gradients freed during backward) and `_8bit_layerwise`.
 
 m is a matrix's short side, n its long one, r the rank. State is counted in numbers of 32 bits, AdamW's would be 2mn;
-counters, what is kept for the log, and the scales of quantised formats come on top. The formulas are those of a weight
-with as many outputs as inputs or more. Of one with fewer outputs, where there is a number for every output or input
-(`full_normuon`, `full_adam_mini`, `muon_4bit`) it is the other side's, m for n or n for m, and of Adam-mini's in a
-subspace r for n. An index of Grass is counted once and takes 64 bits. Embeddings, norms, biases and the
+counters, what is kept for the log, and the scales of quantised formats come on top. Four formulas
+are those of a weight with at least as many outputs as inputs: `full_normuon` and `full_adam_mini` keep a number for
+every output, `muon_4bit` for every input, and Adam-mini in a subspace, of a weight with fewer outputs, r in the place
+of n. An index of `grass_adamw` is counted as one number, and has 64 bits. Embeddings, norms, biases and the
 output head take the same moments' rule with no subspace: AdamW for `..._adamw`; rates and rules of their own are
 [options](../trainer.md#embeddings-head-and-vectors). transformers' own `galore_adamw` and
 `apollo_adamw` are left as they are. [Choosing a method](../choosing.md) says what to take, [Options](options.md) what

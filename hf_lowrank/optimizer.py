@@ -211,7 +211,9 @@ class LowRankOptimizer(Replicas):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if hasattr(self, "found_inf"):  # which it sets whether or not it has unscaled before
+        if hasattr(self, "found_inf"):  # GradScaler sets it, whether or not it has unscaled before
+            for left in ("found_inf", "grad_scale"):  # where a step fails
+                vars(self).pop(left, None)
             raise ValueError(
                 "GradScaler finds no gradients to unscale: use bf16, or no layerwise and no reduce_projected"
             )

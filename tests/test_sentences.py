@@ -191,11 +191,12 @@ def test_parameters_alone_are_trained_with_a_warning_that_nothing_is_projected()
 
 def test_groups_of_another_rank_leave_matrices_out_of_a_method_without_one():
     net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 8))
-    with pytest.warns(UserWarning, match=r"muon_4bit has no rank, .* rank=8, .*\(model, method='muon_4bit'\)"):
+    with pytest.warns(UserWarning, match=r"muon_4bit has no rank, .* rank=8: 1 matrices .*method='muon_4bit'\)"):
         left_out = LowRankOptimizer(param_groups(net, rank=8), "muon_4bit")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         told = LowRankOptimizer(param_groups(net, method="muon_4bit"), "muon_4bit")
+        LowRankOptimizer(param_groups(torch.nn.Linear(16, 16), rank=8), "muon_4bit")  # leaves nothing out
     assert [len(o.param_groups[0]["params"]) for o in (left_out, told)] == [1, 2]
 
 

@@ -81,13 +81,14 @@ def merge_options(saved: Mapping[str, Any], now: Mapping[str, Any], config: Conf
 
 
 def warn_changed(groups: Iterable[tuple[Mapping[str, Any], Mapping[str, Any], Config]]) -> None:
-    """Warn about options that differ from the checkpoint's, once where it is so in several groups.
+    """Warn about options that differ from the checkpoint's, once where groups differ alike.
 
     Args:
         groups: what each group holds now, what was given, and its resolved options.
     """
-    for key, now, kept in dict.fromkeys(change for group in groups for change in _changed(*group)):
-        warn_kept("lr" if key == "initial_lr" else key, now, kept)
+    changes = {f"{change}": change for group in groups for change in _changed(*group)}  # values may be anything
+    for key, now, kept in changes.values():
+        warn_kept(key, now, kept)
 
 
 def _changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Config) -> Iterator[tuple[str, Any, Any]]:
@@ -96,7 +97,8 @@ def _changed(loaded: Mapping[str, Any], given: Mapping[str, Any], config: Config
         given = {**given, "betas": (loaded["betas"][0], given["betas"][1])}
     for key in sorted(set(loaded) & set(given) - {"lr", "param_names", "params", *RUN_OPTIONS, *config.facts}):
         if (kept := _plain(loaded[key])) != (now := _plain(given[key])):
-            yield key, now, kept
+            own = key == "initial_lr" and "max_lr" not in given  # of a schedule that begins elsewhere
+            yield "lr" if own else key, now, kept
 
 
 def warn_kept(key: str, given: Any, kept: Any) -> None:

@@ -142,14 +142,15 @@ def doubts(groups: Sequence[Mapping[str, Any]], configs: Sequence[Config]) -> It
             "no group has a 'rank', so nothing is projected and all moments are full: take the groups from "
             "hf_lowrank.param_groups(model, rank=...)"
         )
-    for group, config in zip(groups, configs, strict=True):
-        if config.low_rank and config.parts.subspace.whole and group["rank"] != 1:
+    pairs = [*zip(groups, configs, strict=True)]
+    others = [p for group, config in pairs if not config.low_rank for p in group["params"] if p.dim() in (2, 3)]
+    whole = [(group["rank"], c.method) for group, c in pairs if c.low_rank and c.parts.subspace.whole]
+    for rank, method in dict.fromkeys(whole):
+        if small := sum(1 < min(p.shape[-2:]) <= rank for p in others):
             yield (
-                f"{config.method} has no rank, and the groups were made with rank={group['rank']}, by which "
-                "param_groups leaves smaller matrices to the rule of norms: take the groups from "
-                f"hf_lowrank.param_groups(model, method={config.method!r})"
+                f"{method} has no rank, and its groups have rank={rank}: {small} matrices that are not larger take "
+                f"the rule of norms. Take the groups from hf_lowrank.param_groups(model, method={method!r})"
             )
-            break
     usual = [c for c in matrices if not c.low_rank and c.split == SplitOptions() and c.options["dense"] == SAME]
     for method in dict.fromkeys(config.method for config in usual):
         if METHODS[method].defaults.keys() & opt.schema(SplitOptions):

@@ -153,7 +153,9 @@ class Replicas(Optimizer):
         self._ahead.settle()
         self._begin_added()
         packed = super().state_dict()
-        if self.owners is None or not self.owners.begun or dist.get_world_size() == 1:
+        if self.owners is None or not self.owners.begun:
+            return packed
+        if self._whole is None and dist.get_world_size() == 1:
             return packed
         if self._whole is None:
             raise RuntimeError(

@@ -172,6 +172,11 @@ def taken_over(args: TrainingArguments, config: Config, name: str) -> Config:
         raise ValueError(reason)
     if not (layerwise or (reduced and _replicated(args))):
         return config
+    if args.auto_find_batch_size:
+        raise ValueError(
+            f"{name} takes gradients during backward, and auto_find_batch_size begins again after a backward that has "
+            "run out of memory: set per_device_train_batch_size and leave it out"
+        )
     if args.fp16:
         raise ValueError(f"{name} finds gradients before --fp16's scaler has unscaled them: use --bf16, or fp32")
     if _replicated(args) and (reason := refusals.of_replicas(config)):
@@ -179,11 +184,6 @@ def taken_over(args: TrainingArguments, config: Config, name: str) -> Config:
     norm, jit = args.max_grad_norm or 0.0, getattr(args, "enable_jit_checkpoint", False)  # saved before the step
     if in_hook and (norm or jit or args.gradient_accumulation_steps > 1):
         config = config.with_(layerwise=OFFLOAD)
-    if args.auto_find_batch_size and layerwise and not config.offloads:
-        raise ValueError(
-            f"{name} takes gradients during backward, and auto_find_batch_size begins again after a backward that has "
-            "run out of memory: set per_device_train_batch_size and leave it out"
-        )
     if config.offloads:
         logger.info("%s: whole gradients wait in host memory until the step (layerwise=offload)", name)
     elif norm:

@@ -70,8 +70,8 @@ class LayerSampling(TrainerCallback):  # type: ignore[misc]
         _refuse_unsupported(args, params)
         if state.global_step and SAVED not in state.stateful_callbacks:
             raise ValueError(
-                f"the checkpoint is of a run that trained all layers, and this one has {OPTION}={self.rule.name}: "
-                f"leave that out, or {AFRESH}"
+                f"the checkpoint says nothing of {OPTION}, as one of a run that trained all layers, and this run has "
+                f"{OPTION}={self.rule.name}: leave that out, or {AFRESH}"
             )
         rule, self.seed = _as_begun(self.rule, args.seed, state)
         self.layers = Layers(model, params, rule)

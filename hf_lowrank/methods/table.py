@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
         "dominant",
         "muon",
         "residual",
-        "SUMO: orthogonalised momentum in the leading singular vectors, the gradient as it is outside",
+        "SUMO: orthogonalised momentum in the leading singular vectors, carried along; outside the gradient as it is",
         _SUMO,
         {**_UNSCALED, "on_refresh": "rotate"},
     ),

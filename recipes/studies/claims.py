@@ -119,7 +119,7 @@ OF_STUDY = (
     _of_study("2410.11289", "GoLore beats GaLore", "golore_adamw", "galore_dominant_adamw"),
     _of_study("2512.07112", "FOAM beats GaLore", "foam_adamw", "galore_dominant_adamw"),
     _of_study("2505.24749", "SUMO beats GaLore", "sumo", "galore_dominant_adamw"),
-    _of_study("2505.24749", "SUMO's residual helps", "sumo", "galore_dominant_muon"),
+    _of_study("2505.24749", "SUMO's residual and carried momentum help", "sumo", "galore_dominant_muon"),
     _of_study("2502.05790", "I3S beats the dominant subspace, with Adam", "galore_i3s_adamw", "galore_dominant_adamw"),
     _of_study("2502.05790", "... with Fira", "fira_i3s_adamw", "fira_adamw"),
     _of_study("2502.07752", "compensation helps: I3S with it beats I3S", "i3s_compensation", "galore_i3s_adamw"),

@@ -139,7 +139,7 @@ def test_layers_are_sampled_from_the_first_step_to_the_last_or_never(optim, trai
     some, everything = (str(tmp_path / name / "checkpoint-4") for name in ("some", "all"))
     with pytest.raises(ValueError, match="a run with layer_sampling=lisa, and this one trains all layers: give it"):
         train(arguments(tmp_path / "rest", optim, max_steps=8), deep(), resume=some, trainer_class=trainer_class)
-    with pytest.raises(ValueError, match="a run that trained all layers, and this one has layer_sampling=lisa: leave"):
+    with pytest.raises(ValueError, match="a run that trained all layers, and this run has layer_sampling=lisa: leave"):
         args = sampled(tmp_path / "rest", optim, "lisa", max_steps=8)
         train(args, deep(), resume=everything, trainer_class=trainer_class)
 

@@ -52,7 +52,7 @@ def test_max_grad_norm_is_taken_over_and_logged(tmp_path):
         ("galore_i3s_adamw_layerwise", {"fp16": True}, "--fp16's scaler"),
         ("fira_adamw_layerwise", {"world_size": 2}, "DistributedDataParallel"),
         ("galore_i3s_adamw_layerwise", {"auto_find_batch_size": True}, "auto_find_batch_size begins again after"),
-        ("fira_adamw_layerwise", {"auto_find_batch_size": True, "max_grad_norm": 0.0}, "auto_find_batch_size begins"),
+        ("fira_adamw_layerwise", {"auto_find_batch_size": True}, "auto_find_batch_size begins"),
     ],
 )
 def test_what_it_cannot_honour_is_refused_before_the_first_step(name, overrides, message, tmp_path, monkeypatch):
@@ -63,11 +63,6 @@ def test_what_it_cannot_honour_is_refused_before_the_first_step(name, overrides,
         vars(args).pop(key, None)
     with pytest.raises(ValueError, match=message):
         Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
-
-
-def test_gradients_that_wait_go_with_a_batch_size_that_is_looked_for(tmp_path):
-    args = arguments(tmp_path, "fira_adamw_layerwise", auto_find_batch_size=True, max_grad_norm=1.0)
-    assert Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())[1]["params"][0]["layerwise"] == "offload"
 
 
 def test_accumulation_through_trainer(tmp_path):

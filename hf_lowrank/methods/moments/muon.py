@@ -153,10 +153,10 @@ class Muon(Orthogonalised, key="muon"):
     times three products.
 
     References:
-        In a subspace: SUMO, arXiv 2505.24749, Algorithm 1, of which the row `sumo` is the whole: M is carried along
-        (`on_refresh=rotate`) and what the subspace leaves out is stepped along. Of the whole gradient: Muon (Jordan et
-        al., 2024) as in torch.optim.Muon; the factor 0.2 sqrt(max(m, n)): Muon is Scalable for LLM Training, arXiv
-        2502.16982.
+        In a subspace: SUMO, arXiv 2505.24749, Algorithm 1, of which the row `sumo` has all but the limiter: M is
+        carried along (`on_refresh=rotate`) and what the subspace leaves out is stepped along. Of the whole gradient:
+        Muon (Jordan et al., 2024) as in torch.optim.Muon; the factor 0.2 sqrt(max(m, n)): Muon is Scalable for LLM
+        Training, arXiv 2502.16982.
 
     Differs from the authors' code: the momentum of torch.optim.Muon is 0.95, here it is the first of betas, 0.9 where
     nothing is said (`momentum`). SUMO's code was not read; from its paper, in that the polar factor comes from K

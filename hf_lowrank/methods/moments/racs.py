@@ -42,7 +42,7 @@ class RACS(Moments, key="racs"):
     Differs from the authors' code: none was released. The correction of the running means is ours; correct_bias=false
     leaves it out. The paper's matrices are wide, so that its q belongs to the short side; here the rows of R are the
     inputs of a weight, whichever side they are, and of a wide weight q starts on the long one, which changes its first
-    step on a matrix of noise by less than 1 %: `proj_type=std` starts as the paper does.
+    step on 8 x 12 noise by less than 1 %, on larger matrices by less: `proj_type=std` starts as the paper does.
     """
 
     composable: ClassVar[bool] = False  # its limiter is that of the whole step
