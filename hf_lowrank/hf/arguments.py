@@ -193,15 +193,11 @@ def taken_over(args: TrainingArguments, config: Config, name: str) -> Config:
 
 _TRAINING_ARGUMENTS = {
     "lr": "learning_rate",
-    "learning_rate": "learning_rate",
     "betas": "adam_beta1, adam_beta2",
     "beta1": "adam_beta1",
     "beta2": "adam_beta2",
     "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
     "target_modules": "optim_target_modules",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
     "total_steps": "max_steps or num_train_epochs",
     "args": "optim",
     "model": "optim",
