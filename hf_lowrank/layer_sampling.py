@@ -99,7 +99,7 @@ class BAdam(Rule):
         order = list(range(len(blocks)))
         if self.layer_order == "random":
             generator = random.generator(random.Stream.LAYERS, seed, turn)
-            order = torch.randperm(len(blocks), generator=generator).tolist()
+            order = torch.randperm(len(blocks), generator=generator, device="cpu").tolist()
         return blocks[order[-1 - place if self.layer_order == "descending" else place]]
 
     @override
@@ -174,7 +174,8 @@ RULES: Mapping[str, type[Rule]] = {"badam": BAdam, "lisa": LISA, "owlore": OwLor
 
 def _drawn(weights: Sequence[float], k: int, seed: int, interval: int) -> list[int]:
     generator = random.generator(random.Stream.LAYERS, seed, interval)
-    drawn: list[int] = random.gumbel_top_r(torch.tensor(weights, dtype=torch.float64), k, generator).tolist()
+    chances = torch.tensor(weights, dtype=torch.float64, device="cpu")
+    drawn: list[int] = random.gumbel_top_r(chances, k, generator).tolist()
     return drawn
 
 

@@ -274,8 +274,9 @@ class LowRankOptimizer(Replicas):
 
         A hook projects a matrix's gradient during backward and frees it; `step` updates. Methods that need the
         gradient at the write (Fira, all without a subspace) update in the hook, dense parameters too. A matrix whose
-        refresh is due keeps its gradient until `step`. With layerwise=offload all gradients wait in host memory,
-        whatever the method, and `step` has them one at a time. Hooks of another optimizer of ours are removed.
+        refresh is due, other than its first, keeps its gradient until `step`. With layerwise=offload all gradients
+        wait in host memory, whatever the method, and `step` has them one at a time. Hooks of another optimizer of ours
+        are removed.
 
         Raises:
             ValueError: under DistributedDataParallel, unless `exclude_from_ddp` came before.
@@ -291,12 +292,14 @@ class LowRankOptimizer(Replicas):
 
     @torch.no_grad()
     def take_gradient(self, p: Tensor) -> None:
-        """Project (or apply) a gradient and free it; that of a matrix whose refresh is due is left for `step`."""
+        """Project (or apply) a gradient and free it, unless it is left for `step`: see `train`."""
         unit = self._prepared(p).by_weight.get(p)
+        if unit is None or not unit.ready:
+            return
         with torch.autocast(p.device.type, enabled=False):
             if isinstance(unit, MatrixStep):
                 self.layerwise.take_(unit, self._refresh)
-            elif unit is not None:
+            else:
                 self.layerwise.take_dense_(unit)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------

@@ -41,6 +41,23 @@ def test_there_are_rows_of_every_rule_that_decomposes():
     assert {METHODS[name].subspace for name in NAMES} == RULES >= {"dominant", "i3s", "golore"}
 
 
+def test_its_thread_leaves_torchs_flags_alone(monkeypatch):
+    """They are the process's: what one thread set back another could have left."""
+    flags, choose_, seen = torch.backends.cuda.matmul, ahead.Refresh.choose_, []
+    name = "fp32_precision" if hasattr(flags, "fp32_precision") else "allow_tf32"
+    before = getattr(flags, name)
+
+    def looking(refresh: Any, *, finite: bool) -> None:
+        with products.precision("tf32"):
+            seen.append((threading.current_thread() is threading.main_thread(), getattr(flags, name) == before))
+        choose_(refresh, finite=finite)
+
+    monkeypatch.setattr(ahead.Refresh, "choose_", looking)
+    p = weight(WIDE)
+    steps_(made("galore_dominant_adamw", p), p, gradients(WIDE, GAP + WAIT))
+    assert seen == [(True, False), (False, True)]  # the first basis is waited for, in the thread of the steps
+
+
 def test_a_run_equals_the_equations():
     """Adam in a basis that is found at step t, and used from t + WAIT on; in float64."""
     grads, p = gradients(WIDE, STEPS), weight(WIDE)

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from distributed import models
-from streams import COVERING
+from streams import COVERING, WIDE, gradients, optimizer, weight
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import hf_lowrank
@@ -122,6 +122,35 @@ def test_four_micro_batches_equal_one_batch_from_the_second_step_on(name):
     pair = [[p.detach() for p in net.parameters()] for net in (split, whole)]
     # sums in another order (1e-7), amplified by Adam and, for sampled tails, by the refresh
     assert models.displacement(*pair, start) < (1e-2 if METHODS[name].subspace in ("uniform", "hybrid") else 1e-4)
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+def test_a_first_micro_batch_without_tokens_changes_nothing(name):
+    """Its gradient is zero, and no basis comes of it; nor may moments that are kept for another."""
+    ends = []
+    for mode in ("", "_layerwise"):
+        p = weight(WIDE)
+        opt = optimizer(p, name + mode, update_proj_gap=3)
+        opt.train()
+        for G in gradients(WIDE, 8):
+            opt.zero_grad()
+            for one in (torch.zeros_like(G), G):
+                (p * one).sum().backward()
+            opt.step()
+        ends.append((p.detach(), opt.state[p]))
+    (p, plain), (q, layerwise) = ends
+    assert torch.equal(p, q) and all(torch.equal(plain[key], layerwise[key]) for key in plain)
+
+
+@pytest.mark.parametrize("name", ["galore_i3s_adamw", "fira_adamw", "full_adamw"])
+@pytest.mark.parametrize("how", [True, "offload"])
+def test_sparse_gradients_are_refused_in_the_backward_pass(name, how):
+    p = weight(WIDE)
+    opt = optimizer(p, name, layerwise=how)
+    opt.train()
+    with pytest.raises(ValueError, match="sparse=False"):
+        torch.nn.functional.embedding(torch.tensor([1]), p, sparse=True).sum().backward()
+    assert torch.equal(p, weight(WIDE))
 
 
 @pytest.mark.parametrize("name", IN_HOOK)

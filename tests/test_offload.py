@@ -6,7 +6,7 @@ from distributed import models
 from streams import COVERING
 
 from hf_lowrank import METHODS, LowRankOptimizer
-from hf_lowrank.engine import layerwise
+from hf_lowrank.engine import edits, layerwise
 from hf_lowrank.engine.offload import Offloaded
 
 
@@ -50,6 +50,17 @@ def test_it_accumulates_and_clips_as_the_plain_run_bit_for_bit(name, dtype, clip
     train(other, opt, 7)
     equal(net, other, plain, opt)
     assert clip == 0 or opt.grad_norm > clip
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_groups_are_looked_at_once_a_backward_pass(name, monkeypatch):
+    net, opt = build(name, layerwise="offload")
+    train(net, opt, 1)
+    looks, look = [], edits.Resolved.look
+    monkeypatch.setattr(edits.Resolved, "look", lambda self, *given: looks.append(1) or look(self, *given))
+    opt.zero_grad()
+    backward(net, 1, 3)
+    assert len(looks) == 1
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -39,6 +39,18 @@ def test_sparse_gradients_are_refused_before_anything_moves(name, rank):
     assert torch.equal(other, weight(WIDE))
 
 
+def test_a_rate_that_lies_on_an_accelerator_is_refused_for_it_would_be_waited_for():
+    with pytest.raises(ValueError, match="lr lies on meta, and every step would wait"):
+        optimizer(weight(WIDE), "galore_i3s_adamw", lr=torch.tensor(1e-2, device="meta"))
+    ends = []
+    for lr in (1e-2, torch.tensor(1e-2, dtype=torch.float64)):
+        p = weight(WIDE)
+        p.grad = torch.ones(WIDE)
+        optimizer(p, "galore_i3s_adamw", lr=lr).step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("rank", [3, None])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_other_number_formats_are_refused_by_name(rank, dtype):

@@ -143,6 +143,22 @@ def test_checkpoints_go_from_stacks_to_matrices_and_back(name, there, monkeypatc
         assert {k: v.shape for k, v in again.state[p].items()} == {k: v.shape for k, v in opt.state[p].items()}
 
 
+def test_a_matrix_that_leaves_a_stack_keeps_no_memory_of_the_others(at_once):
+    params = model(shapes=[(6, 11), (6, 11), (4,)])
+    opt = optimizer("galore_i3s_adamw", params)
+    train(opt, params, range(2))
+    shared = opt.state[params[1]]["exp_avg"]
+    assert shared.untyped_storage().nbytes() == 2 * shared.nbytes
+    params[0].requires_grad_(False)
+    opt.forget(params[:1])
+    before = {key: tensor.clone() for key, tensor in opt.state[params[1]].items()}
+    opt._prepared()
+    after = opt.state[params[1]]
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items()) and before.keys() == after.keys()
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in after.values())
+    train(opt, params, range(2, 4), missing={(t, 0): "none" for t in range(2, 4)})
+
+
 def test_a_state_that_is_put_in_the_place_of_a_stacked_one_is_the_one_that_is_used(at_once):
     ends = []
     for exchanged in (False, True):

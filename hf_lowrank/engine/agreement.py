@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_lowrank.engine.collectives import replicas
-from hf_lowrank.engine.step import group_of
 from hf_lowrank.engine.work import Declared, Work
+from hf_lowrank.tensors.splits import group_of
 
 
 LOOKED_AT = 8
@@ -94,7 +94,7 @@ def same_steps(work: Work, *, share: bool) -> None:
     """
     for mesh in dict.fromkeys(unit.mesh for unit in work.units):
         units = [unit for unit in work.units if unit.mesh == mesh]
-        group = group_of(units) if mesh is not None else dist.group.WORLD if share else None
+        group = group_of(mesh, share=share)
         if group is None:
             continue
         place = differing([mark for unit in units for mark in unit.marks()], group, units[0].device)

@@ -2,7 +2,8 @@
 
 A decomposition on an accelerator keeps the host waiting, so a stream alone would not do. What a refresh looks at is
 copied as it begins, and what it chose lies in the state (`plan.ahead`), from where it is adopted at a step that is
-known from the start: neither its time nor a checkpoint on the way changes a bit of the run.
+known from the start: neither its time nor a checkpoint on the way changes a bit of the run. With TF32 on
+(`--tf32`) it may change the overlap that is measured, by 1e-3: torch's flag is the process's, and the steps set it.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _choose(refresh: Refresh, stream: Any, ready: Any) -> None:
         ready: the event after which all is there that the refresh looks at.
     """
     unit, _kept = refresh.unit, refresh.gradient  # till the stream is done with it
-    with torch.no_grad(), _on(stream, unit.device):
+    with torch.no_grad(), products.flags_left(), _on(stream, unit.device):
         if stream is not None:
             stream.wait_event(ready)
         refresh.choose_(finite=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_lowrank.engine.checks import config_of
-from hf_lowrank.engine.collectives import buckets, mean_, replicas
+from hf_lowrank.engine.collectives import broadcast_, buckets, mean_, replicas
 from hf_lowrank.engine.matrix import MatrixStep, reduces
 from hf_lowrank.engine.step import SYNC_ELEMENTS
 
@@ -63,8 +62,8 @@ def exclude_(model: nn.Module, weights: Collection[Tensor]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
         model, sorted({*before, *names})
     )
-    for p in ours:
-        dist.broadcast(p.detach(), group=group, group_src=0)
+    for some in buckets((p.detach() for p in ours), Tensor.numel, SYNC_ELEMENTS):
+        broadcast_(some, 0, group)
 
 
 def average_gradients_(units: Sequence[MatrixStep]) -> None:

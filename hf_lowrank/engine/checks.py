@@ -38,6 +38,8 @@ def check_numbers(group: Mapping[str, Any]) -> None:
         ("betas", beta1, 1.0),
         ("betas", beta2, 1.0),
     ):
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            raise ValueError(f"{name} lies on {value.device}, and every step would wait to read it: give a number")
         try:
             number = nan if isinstance(value, (str, bool)) else float(value)
         except (TypeError, ValueError):

@@ -48,7 +48,7 @@ class Resolved:
         for i, (group, config) in enumerate(zip(groups, self.configs(groups), strict=True)):
             lr, before = group["lr"], self._seen.get(i)  # a schedule edits it at every step, and nothing else
             now = {**group, "lr": 0.0, "params": _members(group)}
-            if now == before and isinstance(lr, float) and 0 <= lr < inf:
+            if now == before and isinstance(lr, (float, int)) and 0 <= lr < inf:
                 continue
             check_numbers(group)
             check_parameters(group, config)

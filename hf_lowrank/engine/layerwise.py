@@ -79,10 +79,13 @@ class Layerwise:
     @property
     def begun(self) -> bool:
         """Whether a hook has taken something since the last step."""
-        return bool(self.waiting or self.stepped)
+        return bool(self.waiting or self.stepped or len(self.offloaded))
 
     def take_(self, unit: MatrixStep, refresh_: Refresh) -> None:
-        """Take the gradient of one matrix and free it; one whose refresh is due is left for the optimizer's step.
+        """Take the gradient of one matrix and free it.
+
+        Unless the method steps here it is left for the optimizer's step, with what comes after it, where a refresh is
+        due that is not the first, or where a first one found nothing in it.
 
         Raises:
             RuntimeError: for a second gradient of a matrix that has been stepped.
@@ -99,6 +102,8 @@ class Layerwise:
         flags = step.foreseen([unit]) if due or in_hook else {}
         if due and unit.started is None:  # the first basis comes from the first gradient there is
             refresh_([unit], flags)
+            if not in_hook and unit.stored["refreshes"] == 0:  # it is zero so far: what comes is added to it
+                return
         if in_hook:
             step.update_([unit], flags)
             if unit.due(after=True):

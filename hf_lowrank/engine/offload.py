@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_lowrank.engine.collectives import sum_together
+from hf_lowrank.engine.unit import gradient_of
 from hf_lowrank.tensors import kernels
 from hf_lowrank.tensors.layout import local
 
@@ -26,6 +27,9 @@ class Offloaded:
         self._norms: dict[Tensor, Tensor] = {}  # of what is held, on the device
         self._buffers: dict[Tensor, Tensor] = {}  # kept from one step to the next
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def __contains__(self, weight: Tensor) -> bool:
         return weight in self._held
 
@@ -36,8 +40,7 @@ class Offloaded:
 
     def take_(self, weight: Tensor) -> None:
         """Take this process's piece of a gradient off its parameter, and add what has been taken of it before."""
-        assert weight.grad is not None
-        piece = local(weight.grad)
+        piece = local(gradient_of(weight))
         if (before := self._held.get(weight)) is not None:
             piece.add_(before.to(piece.device, non_blocking=True))
         self._norms[weight] = kernels.norms([piece])[0]

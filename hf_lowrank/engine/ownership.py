@@ -1,7 +1,8 @@
 """Sharded state: every parameter has an owner among the processes of DistributedDataParallel.
 
 The owner keeps its state, refreshes it and steps it, and then sends the weight to all. What the others know of its
-gradient decides nothing, and no process waits for another but for its weights.
+gradient decides nothing, and no process waits for another but for its weights, and for its share of
+a norm that is clipped.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class Owners:
         for (_, p, _, plan), asleep in zip(known, self._asleep(known, state), strict=True):
             owner = self._owner[p]
             if rank == to:
-                whole[p] = view.allocate(plan.lasting if asleep else plan.buffers, plan.encodings, torch.empty(0))
+                whole[p] = view.allocate(
+                    plan.lasting if asleep else plan.buffers, plan.encodings, torch.empty(0, device="cpu")
+                )
             if owner == rank == to:
                 for name, tensor in state[p].items():
                     whole[p][name].copy_(tensor)

@@ -19,7 +19,7 @@ from hf_lowrank.engine.unit import Unit, Work, asking
 from hf_lowrank.methods.context import Carried
 from hf_lowrank.state.slots import State
 from hf_lowrank.tensors import kernels, products
-from hf_lowrank.tensors.splits import Team
+from hf_lowrank.tensors.splits import Team, group_of
 
 
 AXES = 1e-3
@@ -54,7 +54,7 @@ def refresh_(
         costs = {unit: refresh_cost(unit.weight) for unit in due if unit.mesh == mesh}
         units = sorted(costs, key=lambda unit: -costs[unit])
         rank, world = team(mesh, share=share)
-        group = None if world == 1 else _group_of(mesh)
+        group = None if world == 1 else group_of(mesh, share=share)
         for wave in waves(units, owners([costs[unit] for unit in units], world), wave_size(units)):
             refreshes = [Refresh(unit, chooser) for unit, chooser in wave]
             advance([refresh.collect_() for refresh in refreshes], [None] * len(refreshes))
@@ -80,8 +80,8 @@ def wave_size(units: Sequence[MatrixStep]) -> int:
 
 
 def _held(unit: MatrixStep) -> int:
-    """Return the elements that a refresh keeps of one matrix until it is adopted: the basis, or what takes the place
-    of the gradient or is gathered of it."""
+    """Return the elements that a refresh keeps of one matrix until it is adopted: a copy of the basis, or a whole
+    m x n matrix where the gradient is replaced, or gathered from other processes."""
     layout = unit.layout
     whole = unit.mesh is not None or unit.config.parts.replaces_gradient
     if whole:
@@ -96,11 +96,6 @@ def team(mesh: Any, *, share: bool) -> tuple[int, int]:
     if mesh is None:
         return dist.get_rank(), dist.get_world_size()
     return (all_of := Team.of(mesh)).rank, all_of.size
-
-
-def _group_of(mesh: Any) -> Any:
-    """Return the processes of a mesh, or all of them."""
-    return dist.group.WORLD if mesh is None else Team.of(mesh).group
 
 
 class Refresh:

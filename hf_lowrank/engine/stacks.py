@@ -100,8 +100,9 @@ class Stack(MatrixStep):
         self._done_()
 
 
-def stacked(units: Iterable[MatrixStep]) -> list[Stack]:
-    """Return stacks of two or more of these matrices, as large as a bucket admits, where matrices may be stacked."""
+def stacked(units: Sequence[MatrixStep]) -> list[Stack]:
+    """Return stacks of two or more of these matrices, as large as a bucket admits, where matrices may be stacked; any
+    other leaves the stack that it was in."""
     alike: dict[Any, list[MatrixStep]] = {}
     for unit in units:
         if stackable(unit):
@@ -112,7 +113,16 @@ def stacked(units: Iterable[MatrixStep]) -> list[Stack]:
     for some in alike.values():
         size = max(1, SYNC_ELEMENTS // some[0].transient)
         found += [Stack(some[i : i + size]) for i in range(0, len(some), size) if len(some[i : i + size]) > 1]
+    for unit in set(units) - {member for stack in found for member in stack.members}:
+        _alone_(unit)
     return found
+
+
+def _alone_(unit: MatrixStep) -> None:
+    """Give a matrix tensors of its own in the place of views of a stack's, whose memory they would keep."""
+    for name, tensor in unit.stored.items():
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            unit.stored[name] = tensor.clone()
 
 
 def stackable(unit: MatrixStep) -> bool:

@@ -17,7 +17,8 @@ from torch import Tensor
 from hf_lowrank.engine import collectives
 from hf_lowrank.engine.unit import Asked, Reading, Unit, Work
 from hf_lowrank.tensors import kernels
-from hf_lowrank.tensors.splits import Team
+from hf_lowrank.tensors.random import float64, with_float64
+from hf_lowrank.tensors.splits import group_of
 
 
 SYNC_ELEMENTS = 2**26
@@ -102,7 +103,7 @@ def averaged(units: Sequence[Unit]) -> list[Unit]:
 
 def agreed(flags: list[bool], units: Sequence[Unit]) -> list[bool]:
     """Return flags that hold on every process over which the units are split."""
-    group = group_of(units)
+    group = group_of(units[0].mesh) if units else None
     return flags if group is None or not flags else collectives.all_true(flags, group, units[0].device)
 
 
@@ -173,11 +174,11 @@ def clip_(work: Sequence[Unit], max_norm: float, summed: Callable[[float], float
         if not some:
             continue
         good = agreed(finite(some), held)  # one that is not skips its parameter, and counts for nothing here
-        squares = [kernels.sum_of_squares(x).double() for x, taken in zip(some, good, strict=True) if taken]
-        device = some[0].device
-        share = sum((square.to(device) for square in squares), torch.zeros((), dtype=torch.float32, device=device))
+        squares = [float64(kernels.sum_of_squares(x)) for x, taken in zip(some, good, strict=True) if taken]
+        device = with_float64(some[0].device)
+        share = sum((square.to(device) for square in squares), torch.zeros((), dtype=torch.float64, device=device))
         if pieces is not None:
-            (share,) = collectives.sum_together([share.double()], pieces.group)
+            (share,) = collectives.sum_together([share], pieces.group)
         total += float(share)
         readings += some
     norm: float = summed(total) ** 0.5
@@ -185,12 +186,6 @@ def clip_(work: Sequence[Unit], max_norm: float, summed: Callable[[float], float
     for x in readings if factor < 1.0 else ():
         x.mul_(factor)
     return norm
-
-
-def group_of(units: Sequence[Any]) -> Any:
-    """Return all processes of the mesh on which units lie, or None."""
-    mesh = units[0].mesh if units else None
-    return None if mesh is None else Team.of(mesh).group
 
 
 def _buckets(work: Sequence[Unit]) -> Iterator[list[Unit]]:

@@ -100,20 +100,29 @@ class Work:
                 self.units += steps
                 self.stacks += stacked(steps)
                 continue
-            apart = config.hooked  # each is stepped alone
-            together: dict[Any, list[tuple[int, Declared]]] = defaultdict(list)
-            for i, one in members:
-                place = getattr(one.weight, "device_mesh", None), team_of(one.weight)
-                together[i if apart else place].append((i, one))
-            for here in together.values():
-                weights, plans = [one.weight for _, one in here], [one.plan for _, one in here]
-                unit = DenseStep(weights, [state[p] for p in weights], config, plans, group, [i for i, _ in here])
-                self.units.append(unit)
-                self.names[unit] = [one.name for _, one in here]
-                if apart:
-                    self.by_weight[weights[0]] = unit
+            self._take_dense(members, group, config, state)
         own = [p for p in self.plans if owners is None or owners.here(p)]
         self._held: dict[Tensor, tuple[Any, list[Tensor]]] = {p: (state[p], [*state[p].values()]) for p in own}
+
+    def _take_dense(
+        self,
+        members: Sequence[tuple[int, Declared]],
+        group: Mapping[str, Any],
+        config: Config,
+        state: Mapping[Tensor, Any],
+    ) -> None:
+        """Make steps of a group's dense parameters: of those in one place together, unless hooks step each alone."""
+        together: dict[Any, list[tuple[int, Declared]]] = defaultdict(list)
+        for i, one in members:
+            place = getattr(one.weight, "device_mesh", None), team_of(one.weight)
+            together[i if config.hooked else place].append((i, one))
+        for here in together.values():
+            weights, plans = [one.weight for _, one in here], [one.plan for _, one in here]
+            unit = DenseStep(weights, [state[p] for p in weights], config, plans, group, [i for i, _ in here])
+            self.units.append(unit)
+            self.names[unit] = [one.name for _, one in here]
+            if config.hooked:
+                self.by_weight[weights[0]] = unit
 
     @property
     def matrices(self) -> list[MatrixStep]:
@@ -169,7 +178,8 @@ def forget(state: MutableMapping[Tensor, Any], known: Iterable[Declared], params
 
 
 def spreads(unit: MatrixStep) -> bool:
-    """Tell whether refreshes are spread over the interval: with `auto` where somebody would wait for them."""
+    """Tell whether refreshes are spread over the interval: with `auto` in the layerwise mode, and where an accelerator
+    would wait for bases that are kept."""
     options = unit.config.options
     wanted = options.get("stagger", False)
     if wanted == "auto":

@@ -10,7 +10,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import layer_sampling
 from hf_lowrank.engine import refusals

@@ -12,13 +12,15 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import Trainer, TrainingArguments, trainer, trainer_utils
+from typing_extensions import override
 
 from hf_lowrank.hf.arguments import name_of, unwrapped
 from hf_lowrank.hf.layer_sampling import refuse_dropped
@@ -205,13 +207,37 @@ def _faults(path: Path) -> Iterator[str]:
         yield from _shard_faults(metadata.parent)
 
 
+class _Places(pickle.Unpickler):
+    """Reads where torch.distributed.checkpoint says that shards lie: data classes of its own, and no other code."""
+
+    KINDS = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+    OTHERS = {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "WindowsPath"),
+    }
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.OTHERS or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        found = super().find_class(module, name) if module in self.KINDS and name.isidentifier() else None
+        if isinstance(found, type) and found.__module__ == module and (is_dataclass(found) or issubclass(found, Enum)):
+            return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and unpickling that may run code")
+
+
 def _shard_faults(folder: Path) -> Iterator[str]:
     """Yield what is wrong with a folder of torch.distributed.checkpoint: each file is one archive after another."""
     name = folder.name
     try:
-        stored = FileSystemReader(folder).read_metadata().storage_data.values()
+        with (folder / ".metadata").open("rb") as file:
+            stored = _Places(file).load().storage_data.values()
         places = sorted({(place.relative_path, place.offset, place.length) for place in stored})
-    except Exception as error:  # an unpickled file that is damaged may raise anything
+    except Exception as error:  # what unpickles a file that is damaged may raise anything
         yield f"{name}/.metadata is damaged ({type(error).__name__}: {error})"
         return
     for shard, offset, length in places:

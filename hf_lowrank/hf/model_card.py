@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.training_args import OptimizerNames as OptimizerNames
 
 from hf_lowrank import __version__
 from hf_lowrank.hf.arguments import name_of, unwrapped
 from hf_lowrank.methods import papers, resolve, table
 from hf_lowrank.observe.records import RUN_FILE
 from hf_lowrank.optimizer import LowRankOptimizer
+
+
+logger = logging.getLogger("hf_lowrank")
 
 
 def describe_optimizer(self: Trainer) -> None:
@@ -30,8 +32,6 @@ def describe_optimizer(self: Trainer) -> None:
         except ValueError as error:  # it must not cost the upload of a trained model
             logger.warning("the model card says nothing of the optimizer: %s", error)
 
-
-logger = logging.getLogger("hf_lowrank")
 
 TAG = "hf-lowrank"
 BEGIN, END = "<!-- hf_lowrank: begin -->", "<!-- hf_lowrank: end -->"
@@ -86,7 +86,7 @@ def section(run: dict[str, Any]) -> str:
     lines = [
         "## Optimizer",
         "",
-        f"Trained with `{name}` of `hf_lowrank` {__version__}: {row.summary}.",
+        f"Trained with `{name}` of `hf_lowrank` {run.get('version', __version__)}: {row.summary}.",
     ]
     groups = [group for group in run["groups"] if "rank" in group]
     if groups:

@@ -212,9 +212,9 @@ class Reconstruction(Part, ABC):
         needs_gradient: whether the step looks at more of G than R, so that G must live until the weight is written.
         needs_momentum: whether it is told of a change of basis (`change_basis_`).
         needs_orthonormal: whether G - P R must be what P leaves out, which it is of an orthonormal basis alone.
-        scales_residual: whether G - P R is brought to a size of its own, however small it is, so that rounding would
-            be taken for it: R is not rounded to bf16 or TF32 then, whatever the option `products` says, nor is P Z for
-            fp32 weights.
+        scales_residual: whether G - P R is brought to a size of its own however small it is, which would blow rounding
+            errors up: the factors of R, and of P Z for fp32 weights, are not rounded to bf16 or TF32 then, whatever
+            the option `products` says.
         replaces_gradient: whether `absorb` returns a new matrix.
         plain: whether the step is alpha P N and nothing else.
         by_columns: whether all that it looks at of G, beside R, are the norms of columns, and all that it does is P Z

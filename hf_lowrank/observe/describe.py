@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowrank import __version__
 from hf_lowrank.methods.dense import SAME
 from hf_lowrank.methods.registry import Gauge
 from hf_lowrank.methods.resolve import with_endings
@@ -70,7 +71,7 @@ def described(optimizer: LowRankOptimizer, model: nn.Module | None = None) -> di
         optimizer: the optimizer.
         model: what it trains.
     """
-    known = resolved_options(optimizer)
+    known = {**resolved_options(optimizer), "version": __version__}
     known["gauges"] = {name: {"help": one.help, "counted": one.counted} for name, one in optimizer.gauges().items()}
     if model is not None:
         known["model"] = type(getattr(model, "_orig_mod", model)).__name__  # below torch.compile

@@ -53,8 +53,8 @@ class Basis(ABC):
 
         Args:
             kind: the precision.
-            exact: whether those that a small difference is left of, of gradients and of fp32 matrices, are not rounded
-                all the same.
+            exact: whether the factors of products with gradients, or for fp32 matrices, are never rounded to bf16 or
+                TF32, whatever `kind` says: for rules that look at the small rest of G - P R.
         """
         return self
 

@@ -152,11 +152,6 @@ class Layout:
         """Who holds other pieces of R, by the axis that a rule sums over."""
         return {"columns": self.projected.team}
 
-    def wide(self, tensor: Tensor) -> Tensor:
-        """Return the wide view of this process's piece of a weight or gradient."""
-        piece = local(tensor)
-        return piece.mT if self.transposed else piece
-
     @cached_property
     def _scattered(self) -> list[tuple[int, int]]:
         """(start, length) of what each process that holds rows gets of the columns that are held."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from threading import local
 
 import torch
 from torch import Tensor
@@ -74,10 +75,23 @@ def has_mixed_product(device: torch.device) -> bool:
     return True
 
 
+_thread = local()
+
+
+@contextmanager
+def flags_left() -> Iterator[None]:
+    """Let `precision` leave torch's flags alone in this thread: they are the process's, and another may hold them."""
+    _thread.leaves_flags = True
+    try:
+        yield
+    finally:
+        _thread.leaves_flags = False
+
+
 @contextmanager
 def precision(kind: str) -> Iterator[None]:
     """Let products of fp32 matrices on CUDA be "ieee" or "tf32"; any other kind leaves torch's flag as it is."""
-    if kind not in ("ieee", "tf32"):
+    if kind not in ("ieee", "tf32") or getattr(_thread, "leaves_flags", False):
         yield
         return
     flags = torch.backends.cuda.matmul

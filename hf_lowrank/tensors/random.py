@@ -42,10 +42,11 @@ PATTERN = 1021
 class Bits:
     """Random integers for one piece of a tensor after another.
 
-    Those of the first piece are drawn, and those of one that is larger than all before. To those of any other the last
-    piece's words become, exclusive or, `PATTERN` words drawn anew, again and again. They are uniform, and any two
-    numbers, of one piece or of two, are independent: a linear function of the rounding errors of a weight has the mean
-    and the variance that it has with numbers drawn afresh, a quadratic one the mean. Four numbers may depend.
+    The words of the first piece, and of any that is larger than all before it, are drawn. Those of any other piece are
+    the last one's, to which `PATTERN` words that are drawn anew are added (exclusive or), again and again along it.
+    They are uniform, and any two numbers, of one piece or of two, are independent: a linear function of the rounding
+    errors of a weight has the mean and the variance that it has with numbers drawn afresh, a quadratic one the mean.
+    Four numbers may depend.
 
     Args:
         gen: what is drawn from.
@@ -72,6 +73,11 @@ class Bits:
 def with_float64(device: torch.device) -> torch.device:
     """Return where numbers of a device are drawn and decomposed in float64: there, but for MPS, which has none."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def float64(X: Tensor) -> Tensor:
+    """Return numbers in float64, on the CPU where their device has none."""
+    return X.to(with_float64(X.device), torch.float64)
 
 
 def _uniform(shape: Sequence[int], gen: torch.Generator, device: torch.device) -> Tensor:

@@ -68,6 +68,13 @@ class Team:
         return _group(dist.group.WORLD, tuple(self.ranks))
 
 
+def group_of(mesh: Any, *, share: bool = False) -> Any:
+    """Return the processes of a mesh; without one all of them if they share the work, else None."""
+    if mesh is None:
+        return dist.group.WORLD if share else None
+    return Team.of(mesh).group
+
+
 @lru_cache
 def _group(world: Any, ranks: tuple[int, ...]) -> Any:
     """Return the group of some processes, made once; `world` tells one initialization from the next."""

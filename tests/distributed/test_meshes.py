@@ -72,7 +72,13 @@ def test_copies_of_one_piece_are_rounded_alike(tmp_path):
     assert launch("copies", 2, FEW[:2], tmp_path) == dict.fromkeys(FEW[:2], True)
 
 
-TORCH = ["1d:galore_dominant_adamw", "1d:full_adafactor", "fsdp:fira_adamw", "fsdp:galore_i3s_adafactor"]
+TORCH = [
+    "1d:galore_dominant_adamw",
+    "1d:fira_adamw+offload",
+    "1d:full_adafactor",
+    "fsdp:fira_adamw",
+    "fsdp:galore_i3s_adafactor",
+]
 TRANSFORMERS = [
     "llama:tp_size=2,fsdp_size=2:fira_adamw",
     "llama:dp_replicate_size=2,fsdp_size=2:galore_dominant_adamw",
@@ -81,7 +87,7 @@ TRANSFORMERS = [
 
 
 @pytest.mark.parametrize(
-    "processes, cases", [pytest.param(2, TORCH[:1], id="2"), pytest.param(4, TORCH, id="4", marks=pytest.mark.full)]
+    "processes, cases", [pytest.param(2, TORCH[:2], id="2"), pytest.param(4, TORCH, id="4", marks=pytest.mark.full)]
 )
 def test_models_that_torch_has_split_equal_one_process(processes, cases, tmp_path):
     """Column-wise, row-wise, vocabulary, and a norm over split tokens, whose gradient torch leaves as partial sums."""

@@ -50,8 +50,10 @@ def _normed():
 
 
 def _run(net, name, loss_of):
-    opt = models.optimizer(net, name)
+    name, _, layerwise = name.partition("+")
+    opt = models.optimizer(net, name, **({"layerwise": layerwise, "stagger": False} if layerwise else {}))
     for step in range(STEPS):
+        opt.train()
         opt.zero_grad()
         loss_of(net, step).backward()
         opt.step()
@@ -72,7 +74,7 @@ def torch_plan(case):
     replicas = dist.get_world_size() // 2 if data == "fsdp" else 1
     alone = _normed()
     before = [p.detach().clone() for p in alone.parameters()]
-    _run(alone, name, models.loss_of)
+    _run(alone, name.partition("+")[0], models.loss_of)
     shape, names = ((replicas, 2), ("data", "model")) if data == "fsdp" else ((dist.get_world_size(),), ("model",))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     net = parallelize_module(_normed(), mesh["model"], PLAN)

@@ -1,6 +1,7 @@
 """A byte that changed in a checkpoint of several processes is found, and the file is named."""
 
 import io
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from processes import on_processes
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import trainer_utils
 
-from hf_lowrank.hf.checkpoints import checkpoint_fault
+from hf_lowrank.hf.checkpoints import SUMS_FILE, checkpoint_fault
 
 
 pytestmark = pytest.mark.processes
@@ -79,6 +80,29 @@ def test_a_flipped_byte_is_found_or_does_no_harm(folder, damaged):
     for _ in flips(metadata, range(0, metadata.stat().st_size, 997)):
         assert checkpoint_fault(checkpoint).startswith(f"{folder}/.metadata is damaged: ")
     assert checkpoint_fault(checkpoint) is None
+
+
+class Harmful:
+    """What runs as it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("place", ["optimizer_0", "of_somebody"])
+def test_looking_for_damage_runs_nothing_that_a_checkpoint_holds(place, damaged, tmp_path):
+    checkpoint, ran = damaged / "checkpoint-6", tmp_path / "ran"
+    (checkpoint / place).mkdir(exist_ok=True)
+    (checkpoint / place / ".metadata").write_bytes(pickle.dumps(Harmful(ran)))
+    (checkpoint / SUMS_FILE).unlink()
+    fault = checkpoint_fault(checkpoint)
+    assert fault.startswith(f"{place}/.metadata is damaged") and "may run code" in fault
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Harmful(ran)))
+    assert ran.exists()  # it would have run
 
 
 def numbers(folder):

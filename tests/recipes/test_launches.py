@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fitting import fitting
 from streams import COVERING, NAMES
+from torch.utils._pytree import tree_leaves
 
 from hf_lowrank import LowRankOptimizer
 from hf_lowrank.methods import resolve
 from hf_lowrank.methods.dense import RULES
 from hf_lowrank.planning.workspace import workspace_bytes
 from recipes.benchmarks import device_counts
-from recipes.benchmarks.fake_cuda import DEVICE, Counted, fake_cuda
+from recipes.benchmarks.fake_cuda import DEVICE, Counted, fake_cuda, where
 
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -178,3 +180,32 @@ def test_afterwards_the_cpu_is_as_it_was():
     before = finish(optimizer(p, "galore_i3s_adamw"), p, gradients((6, 11), 5))
     device_counts.counted("galore_i3s_adamw", "60m", torch.float32, layers=1)
     assert torch.equal(before, finish(optimizer(q, "galore_i3s_adamw"), q, gradients((6, 11), 5)))
+
+
+class WithoutDoubles(Counted):
+    """What MPS refuses: numbers in float64 there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        assert not any(x.device.type == "mps" and x.dtype == torch.float64 for x in made), (func, where())
+        return out
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_nothing_is_in_float64_on_a_device_that_has_none(name):
+    """Steps with a second refresh, clipped where the method does so."""
+    clipped = {} if resolve.parts(name, {}).needs_gradient else {"max_grad_norm": 1.0}
+    with fake_cuda():
+        weights = [
+            torch.nn.Parameter(torch.empty(shape, device="mps:0")) for shape in [(16, 40)] * 2 + [(40, 16), (16,)]
+        ]
+        options = fitting(name, {"rank": 4, "update_proj_gap": 2})
+        opt = LowRankOptimizer(
+            [{"params": weights[:3], **options, **clipped}, {"params": weights[3:], **clipped}], name, lr=1e-2
+        )
+        with WithoutDoubles():
+            for _ in range(4):
+                for p in weights:
+                    p.grad = torch.empty_like(p)
+                opt.step()

@@ -21,6 +21,7 @@ from hf_lowrank.methods.options import again, choice, flag, integer, number
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.methods.registry import CARRIED
 from hf_lowrank.state.slots import Slot, Slots, State
+from hf_lowrank.tensors.random import float64
 from hf_lowrank.tensors.sums import Asking, Sum, whole_columns
 
 
@@ -194,15 +195,15 @@ def orthogonal(X: Tensor, how: str, steps: int, columns: Columns, factor: float 
     """
     n, tall = columns.n, X.shape[-2] >= columns.n
     if how == "exact" and not tall:  # a sum over the columns is enough
-        wide = X.double()
+        wide = float64(X)
         K = yield Sum(wide @ wide.mT, over="columns")
         del wide  # of all matrices that wait for their sums
-        return ((inverse_root(K, n, torch.finfo(X.dtype).eps) * factor) @ X.double()).to(X.dtype)
+        return ((inverse_root(K, n, torch.finfo(X.dtype).eps) * factor) @ float64(X)).to(X)
     whole = yield from whole_columns(X, columns.start, n)
     short = whole.mT if tall else whole  # a square one as torch.optim.Muon sees it: (outputs, inputs)
     if how == "exact":
-        wide = short.double()
-        found = (inverse_root(wide @ wide.mT, max(short.shape[-2:]), torch.finfo(X.dtype).eps) @ wide).to(X.dtype)
+        wide = float64(short)
+        found = (inverse_root(wide @ wide.mT, max(short.shape[-2:]), torch.finfo(X.dtype).eps) @ wide).to(X)
     elif how == "newton_schulz":
         found = iterated(short.bfloat16(), NEWTON_SCHULZ, steps)
     else:

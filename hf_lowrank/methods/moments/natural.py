@@ -14,6 +14,7 @@ from hf_lowrank.methods.moments.adam import Adam
 from hf_lowrank.methods.options import choice, integer, number
 from hf_lowrank.methods.parts import Moments
 from hf_lowrank.state.slots import Slot, Slots, State, counter
+from hf_lowrank.tensors.random import float64
 from hf_lowrank.tensors.sums import Asking, Sum
 
 
@@ -62,7 +63,7 @@ class NaturalAdam(Moments, key="natural_adam"):
         H.select(-3, place).copy_(R)
         s["seen"].add_(1)
         rows = H.flatten(-2)  # (..., history, rn)
-        gram = yield Sum((rows @ rows.mT).double(), over="columns")
+        gram = yield Sum(float64(rows @ rows.mT), over="columns")
         norms = gram.diagonal(dim1=-2, dim2=-1)
         damping = torch.full_like(norms[..., 0], self.damping)
         if self.damping_kind == "relative":
@@ -74,7 +75,7 @@ class NaturalAdam(Moments, key="natural_adam"):
         chosen = torch.zeros_like(norms)
         chosen[..., place] = 1  # g is a column of H
         z = torch.linalg.solve_ex(system, chosen)[0] / unit  # (..., history)
-        natural = (z.to(R.dtype).unsqueeze(-2) @ rows).view(R.shape)
+        natural = (z.to(R).unsqueeze(-2) @ rows).view(R.shape)
         return Adam().update(s, natural, ctx)
 
     @override

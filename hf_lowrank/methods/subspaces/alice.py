@@ -72,13 +72,13 @@ class Alice(Subspace, key="alice"):
         if Q is not None:
             image += weight * (P @ Q)
         U = kernels.orthonormalize(image)
-        B = (U.mT @ G).double()
+        B = random.float64(U.mT @ G)
         inner = (1 - weight) * (B @ B.mT)
         if Q is not None:
-            C = (U.mT @ P).double()
-            inner += weight * (C @ Q.double() @ C.mT)
+            C = random.float64(U.mT @ P)
+            inner += weight * (C @ random.float64(Q) @ C.mT)
         turn = torch.linalg.eigh(inner)[1].flip(-1)  # largest first
-        return self._switched(U @ turn.to(U.dtype), ctx), None
+        return self._switched(U @ turn.to(U), ctx), None
 
     def _switched(self, U: Tensor, ctx: Context) -> Tensor:
         """Return U with its last columns replaced by a random frame of the complement of all of U."""
