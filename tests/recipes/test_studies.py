@@ -23,7 +23,7 @@ from recipes.studies.compare_tables import chance, corrected, interval, paired
 
 SEEDS = [1, 2, 3, 4, 5]
 STUDIES = "recipes/studies/README.md"
-WHOLE = ["cola", "sst2"]
+WHOLE = ["cola", "sst2", "rte"]
 """Tasks of which every training is recorded."""
 
 
@@ -141,6 +141,10 @@ def test_what_the_pages_say_of_the_recorded_study():
         middle, half = paired(first, second)
         return f"{middle:+.1f} ± {half:.1f}"
 
+    def apart(first, second):
+        middle, half = paired(first, second)
+        return abs(middle) > half
+
     def shown(row):
         method, comma, rank = row.partition(",")
         return row if method == "LoRA" else f"`{method}`{comma}{rank}"
@@ -152,6 +156,26 @@ def test_what_the_pages_say_of_the_recorded_study():
         for row in ranked
     ]
     assert "\n".join(table) in said
+    for row in ("muon_4bit", "alice_adamw, rank 8", "alice_adamw, rank 4"):
+        assert minus(whole[row], whole[study.BASELINE]) in pages[STUDIES]
+    assert minus(scores["muon_4bit"]["rte"], scores[study.BASELINE]["rte"]) in said
+    told = {
+        task: [
+            row
+            for row, of in scores.items()
+            if row != study.BASELINE and apart(of[task], scores[study.BASELINE][task])
+        ]
+        for task in WHOLE
+    }
+    assert told["rte"] == ["galore_i3s_adamw, rank 4"]
+    assert not {"muon_4bit", "alice_adamw, rank 8", "alice_adamw, rank 4"} & {*told["rte"], *told["sst2"]}
+    behind = [
+        paired(whole["alice_adamw, rank 8"], whole[row])
+        for row in whole
+        if row.startswith(("LoRA", "fira", "subtrack")) and not apart(whole[row], whole[study.BASELINE])
+    ]
+    least, most = (f"{middle:.1f} ± {half:.1f}" for middle, half in (min(behind), max(behind)))
+    assert len(behind) == 6 and all(f"{least} to {most} behind Alice at rank 8" in page for page in pages.values())
     for method in ("galore_i3s_adamw", "alice_adamw", "subtrack_pp_adamw", "fira_adamw", "LoRA"):
         low, high = (whole[f"{method}, rank {rank}"] for rank in (4, 8))
         assert minus(low, high).removeprefix("-" if method == "galore_i3s_adamw" else "") in pages[STUDIES]
