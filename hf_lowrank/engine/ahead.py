@@ -3,7 +3,8 @@
 A decomposition on an accelerator keeps the host waiting, so a stream alone would not do. What a refresh looks at is
 copied as it begins, and what it chose lies in the state (`plan.ahead`), from where it is adopted at a step that is
 known from the start: neither its time nor a checkpoint on the way changes a bit of the run. With TF32 on
-(`--tf32`) it may change the overlap that is measured, by 1e-3: torch's flag is the process's, and the steps set it.
+(`--tf32`) the overlap that is measured may be of rounded bases or not: torch's flag is the process's, and the steps
+set it.
 """
 
 from __future__ import annotations

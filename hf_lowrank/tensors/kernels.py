@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_lowrank.tensors.random import with_float64
+from hf_lowrank.tensors.random import float64, with_float64
 
 
 BLOCK = 2**18
@@ -136,7 +136,7 @@ def _gram_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
 
 def svd_basis(G: Tensor) -> tuple[Tensor, Tensor]:
     """Return all left singular vectors and values of G by a full singular value decomposition in float64."""
-    U, sigma, _ = torch.linalg.svd(G.to(with_float64(G.device), torch.float64), full_matrices=False)
+    U, sigma, _ = torch.linalg.svd(float64(G), full_matrices=False)
     return _rounded(U, G), _rounded(sigma, G)
 
 

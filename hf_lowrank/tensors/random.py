@@ -110,7 +110,7 @@ def gumbel_top_r(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
     uniform = _uniform(weights.shape, gen, device).clamp_min_(torch.finfo(torch.float64).tiny)
     noise = -torch.log(-torch.log(uniform))
     filler = -1e30 - torch.arange(weights.shape[-1], dtype=torch.float64, device=device) * 1e25
-    logs = weights.to(device).double().log()
+    logs = float64(weights).log()
     keys = torch.where(logs.isneginf(), filler, logs + noise)
     return keys.topk(r, dim=-1).indices.sort(-1).values.to(weights.device)
 
@@ -120,8 +120,7 @@ def draw(weights: Tensor, r: int, gen: torch.Generator) -> Tensor:
 
     By inversion of the cumulative sums in float64, on the device.
     """
-    device = with_float64(weights.device)
-    sums = weights.to(device).double().cumsum(-1)
-    uniform = _uniform((*weights.shape[:-1], r), gen, device) * sums[..., -1:]
+    sums = float64(weights).cumsum(-1)
+    uniform = _uniform((*weights.shape[:-1], r), gen, sums.device) * sums[..., -1:]
     found = torch.searchsorted(sums, uniform, right=True)
     return found.clamp_max_(weights.shape[-1] - 1).to(weights.device)

@@ -87,7 +87,8 @@ def resume(name):
     models.train(alone, single, HALF, start=HALF)
     net, opt = built(name, shard_state=True)
     models.train(net, opt, HALF)
-    opt.consolidate_state_dict()
+    with torch.device("meta"):  # where torch makes its tensors by default
+        opt.consolidate_state_dict()
     file = Path(sys.argv[2]).with_suffix(f".{name}.pt")
     if dist.get_rank() == 0:
         torch.save({"optimizer": opt.state_dict(), "weights": net.state_dict()}, file)

@@ -19,6 +19,7 @@ from hf_lowrank import METHODS, LowRankTrainer, Method, Subspace, add_to_model_c
 from hf_lowrank.hf.model_card import section
 from hf_lowrank.methods import papers, resolve, tables
 from hf_lowrank.methods.registry import KINDS, classes
+from hf_lowrank.observe.records import RUN_FILE
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, LowRankTrainer])
@@ -39,6 +40,15 @@ def test_trainers_card_has_tag_method_options_and_citation_by_itself(trainer_cla
     trainer.create_model_card(model_name="tiny")  # as push_to_hub does once more
     again = ModelCard.load(tmp_path / "README.md")
     assert again.text.count("## Optimizer") == 1 and "hf-lowrank" in again.data.tags
+
+
+def test_the_card_names_the_version_that_trained(tmp_path):
+    train(arguments(tmp_path, "galore_i3s_adamw", max_steps=1)).create_model_card(model_name="tiny")
+    card, run = tmp_path / "README.md", tmp_path / RUN_FILE
+    assert f"of `hf_lowrank` {hf_lowrank.__version__}:" in card.read_text()
+    run.write_text(json.dumps({**json.loads(run.read_text()), "version": "0.0.7"}))
+    add_to_model_card(tmp_path)
+    assert "of `hf_lowrank` 0.0.7:" in card.read_text()
 
 
 def test_an_optimizer_that_was_given_by_hand_is_described_as_well(tmp_path):

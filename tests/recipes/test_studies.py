@@ -168,6 +168,14 @@ def test_what_the_pages_say_of_the_recorded_study():
         for task in WHOLE
     }
     assert told["rte"] == ["galore_i3s_adamw, rank 4"]
+    rte = [chance(of["rte"], scores[study.BASELINE]["rte"]) for row, of in scores.items() if row != study.BASELINE]
+    assert min(corrected(rte)) > 0.05
+    rates = [study.best_rate(ledger, row, task) for row in ("muon_4bit", study.BASELINE) for task in ("cola", "rte")]
+    assert rates == pytest.approx([4e-4, 4e-4, 2e-4, 1e-4])
+    best = "`learning_rate` 4e-4 was best on CoLA and on RTE, where AdamW's best were 2e-4 and 1e-4"
+    assert best in pages["docs/recommended.md"]
+    behind_by = [minus(whole[study.BASELINE], whole[f"galore_i3s_adamw, rank {rank}"])[1:] for rank in (8, 4)]
+    assert "I3S is {} behind AdamW at rank 8 and {} at rank 4".format(*behind_by) in pages[STUDIES]
     assert not {"muon_4bit", "alice_adamw, rank 8", "alice_adamw, rank 4"} & {*told["rte"], *told["sst2"]}
     behind = [
         paired(whole["alice_adamw, rank 8"], whole[row])
